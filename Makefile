@@ -1,0 +1,51 @@
+# What a fresh machine needs: Python 3.11 or later with venv, make, git, Linux.
+#   make demo    watch a migration succeed and a bad one roll itself back
+#   make test    the whole suite        make check   lint, format, types
+#   make bench   the benchmarks, as JSON on stdout
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LINTED := $(wildcard broker agents monitors coordinator tests examples)
+
+.PHONY: help demo test check bench bench-bus format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,4s/^# *//p' Makefile
+
+# Installed again only when what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Interlock needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/interlock demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not serial"
+	$(BIN)/python -m pytest -q -m serial || test $$? -eq 5  # 5: there are none
+
+check: $(STAMP)
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@set -e; for script in tests/benchmarks/bench_*.py; do test -e "$$script" || continue; $(BIN)/python "$$script"; done
+
+# Beside nats-server, redis-server and mosquitto, where they are installed.
+bench-bus: $(STAMP)
+	@$(BIN)/python tests/benchmarks/bench_bus.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(LINTED) -name __pycache__ -type d -prune -exec rm -rf {} +
