@@ -1,0 +1,362 @@
+"""The fleet file: one TOML file from which every role takes its part.
+
+Each role has one frozen class; each field says its meaning, unit, and where the default comes from. A key that nobody
+knows is an error that names it and the nearest one known; so is a value of the wrong type, a path that does not exist,
+and a name that refers to nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from interlock.broker.errors import ConfigError
+from interlock.broker.topics import check_name
+
+_ENDPOINT = re.compile(
+    r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|http://[A-Za-z0-9._*-]+:\d{1,5})"
+)
+
+Level = Literal["low", "medium"]
+
+
+class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class BrokerConfig(_Config, frozen=True, kw_only=True):
+    """Where the two planes of the bus listen; every role connects there."""
+
+    events: str = "tcp://127.0.0.1:7171"  # publishers of events, replay, acknowledgements (ROUTER)
+    feed: str = "tcp://127.0.0.1:7172"  # subscribers of events (XPUB)
+    telemetry_in: str = "tcp://127.0.0.1:7173"  # publishers of telemetry (ROUTER)
+    telemetry_out: str = "tcp://127.0.0.1:7174"  # subscribers of telemetry (XPUB)
+
+
+class SecurityConfig(_Config, frozen=True, kw_only=True):
+    """closed: every connection is encrypted and proves who it is. insecure: anybody on this machine may do anything."""
+
+    mode: Literal["closed", "insecure"] = "closed"  # insecure: on the loopback only, and it warns
+    keys: str = "keys"  # folder of the keys and the authority, relative to the state folder
+
+
+class LogConfig(_Config, frozen=True, kw_only=True):
+    """How long the event log remembers. What no snapshot stands for yet, or an open migration needs, stays anyway."""
+
+    keep_days: float = 30.0  # events older than this are dropped: a month of history for whoever looks into a failure
+    keep_mb: float = 1024.0  # and the oldest beyond so many MiB: some 2 million events, replayed in a minute
+
+
+class CoordinatorConfig(_Config, frozen=True, kw_only=True):
+    """The times by which the coordinator and the hosts judge each other."""
+
+    lease_s: float = 6.0  # a live candidate loses its share if the coordinator is silent for this long
+    step_margin_s: float = 15.0  # added to a step's own time before it counts as failed
+
+
+class RulesConfig(_Config, frozen=True, kw_only=True):
+    """What the rule engine evaluates."""
+
+    # rule files, relative to the fleet file; "default" names the rules that ship. None named: only those
+    files: list[str] = []
+
+
+class SimulatedGpu(_Config, frozen=True, kw_only=True):
+    """A card that exists in a file only, for demos and tests."""
+
+    name: str = "simulated"  # as the monitor reports it
+    memory_bytes: int = 24 * 1024**3  # as much as a common 24 GB card
+
+
+class MonitorConfig(_Config, frozen=True, kw_only=True):
+    """How often hosts and monitors measure, and which GPUs there are."""
+
+    idle_s: float = 1.0  # between samples of a host where nothing moves
+    migrating_s: float = 0.1  # between samples while a migration touches the host: the largest part of a reaction
+    gpu: Literal["auto", "nvidia", "simulated", "none"] = "auto"  # auto: NVIDIA where its library and driver are
+    simulated: list[SimulatedGpu] = []  # with gpu = "simulated": the cards there are
+
+
+class HostConfig(_Config, frozen=True, kw_only=True):
+    """A host: a process that runs agents, one machine or a part of one."""
+
+    control: str  # where this host takes rollbacks and leases directly (ROUTER)
+    monitor: bool = True  # `interlock up` starts a monitor for it
+
+
+class ProbeConfig(_Config, frozen=True, kw_only=True):
+    """How to ask a program whether it is well.
+
+    zmq: send `request` to the REQ/REP port, expect each key of `expect` in the JSON or MessagePack answer. http: GET
+    `path`, expect a status below 400 (and `expect` in a JSON body). tcp: the port accepts. script: `command` exits 0.
+    """
+
+    kind: Literal["zmq", "http", "tcp", "script"]  # how it is asked
+    port: Literal["request", "health"] = "health"  # which of the instance's two ports is asked
+    request: dict[str, Any] = msgspec.field(default_factory=lambda: {"action": "health"})  # zmq: sent as JSON
+    path: str = "/health"  # http: of the GET
+    expect: dict[str, Any] = {}  # zmq, http: keys that the answer must have, with these values
+    command: list[str] = []  # script: the program and its arguments, run in the source folder
+    timeout_s: float = 1.0  # an answer later than this is a failed check
+
+
+class RevisionConfig(_Config, frozen=True, kw_only=True):
+    """One revision of an agent: a class on our base class (`entry`), or any program (`command`).
+
+    In `command` and `env`, {port}, {health_port}, {python}, {source}, {revision} and {agent} are filled in.
+    """
+
+    source: str = ""  # the folder of its code, relative to the fleet file; recorded as a whole
+    entry: str = ""  # "module:Class", imported from the source folder
+    command: list[str] = []  # the program and its arguments, run in the source folder
+    python: str = ""  # the interpreter of its environment; empty: the host's own
+    config: dict[str, Any] = {}  # handed to the agent as it is
+    env: dict[str, str] = {}  # added to the environment
+    probe: ProbeConfig | None = None  # of a program; a class answers for itself
+    start_timeout_s: float = 30.0  # not healthy by then: it failed to start
+    stop_timeout_s: float = 5.0  # after SIGTERM, before SIGKILL
+
+    @property
+    def kind(self) -> Literal["class", "exec"]:
+        return "class" if self.entry else "exec"
+
+
+class CompareConfig(_Config, frozen=True, kw_only=True):
+    """How the answers of a candidate are held against those of the serving revision."""
+
+    ignore: list[str] = []  # keys of the answer, at any depth, that may differ
+    tolerance: float = 0.0  # numbers may differ by this, relative to the larger
+
+
+class AgentConfig(_Config, frozen=True, kw_only=True):
+    """An agent: where it runs, what its clients connect to, and the revisions there are of it."""
+
+    host: str  # one of [hosts]
+    endpoint: str  # public: tcp:// or ipc:// for ZeroMQ REQ clients, http://host:port for HTTP clients
+    serve: str  # the revision that serves until another is committed
+    revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
+    level: Level = "medium"  # low: rapid, medium: staged
+    strategy: Literal["rapid", "staged", ""] = ""  # empty: by level
+    idempotent: list[str] | bool = False  # exec: actions that may be asked twice; a class declares its own
+    action_field: str = "action"  # exec: the key of a JSON or MessagePack request that names the action
+    window: int = 0  # requests outstanding at an instance at once; 0: 1 for a REP program, 64 for a class or HTTP
+    compare: CompareConfig = CompareConfig()  # of the answers in shadow
+    request_timeout_s: float = 30.0  # a request unanswered for so long is answered with an error
+    hold_s: float = 10.0  # requests wait this long for an instance to come back, then get an error
+    health_period_s: float = 1.0  # between health checks
+    health_failures: int = 3  # in a row, then a candidate is rolled back and a permanent instance restarted
+
+    @property
+    def strategy_name(self) -> Literal["rapid", "staged"]:
+        return self.strategy or ("rapid" if self.level == "low" else "staged")
+
+
+class CanaryStep(_Config, frozen=True, kw_only=True):
+    """A share of the live requests, and how long the candidate is watched at it."""
+
+    share: float  # of live requests, 0 to 1
+    seconds: float  # that it stays at this share at least
+
+
+class StrategyConfig(_Config, frozen=True, kw_only=True):
+    """What a strategy does, and for how long."""
+
+    baseline_s: float = 2.0  # the old one is measured for this long before anything starts
+    shadow_requests: int = 0  # mirrored and compared; 0: no shadow
+    shadow_s: float = 30.0  # and at most for so long
+    shadow_min_requests: int = 20  # fewer compared than this in that time: inconclusive, no pass
+    shadow_max_mismatches: int = 0  # one answer more that differs, and it is rolled back
+    canary: list[CanaryStep] = []  # shares before all requests go over; none: all at once
+    observation_s: float = 60.0  # with all requests and the old one still warm, before it is made permanent
+
+
+RAPID = StrategyConfig(baseline_s=1.0, observation_s=60.0)
+STAGED = StrategyConfig(
+    baseline_s=5.0,
+    shadow_requests=200,
+    shadow_s=60.0,
+    canary=[CanaryStep(share=0.1, seconds=30.0), CanaryStep(share=0.5, seconds=30.0)],
+    observation_s=600.0,
+)
+
+
+class FleetConfig(_Config, frozen=True, kw_only=True):
+    """The whole file. `path` is where it was read from; relative paths in it start at its folder."""
+
+    name: str = "fleet"  # for people
+    state: str = ".interlock"  # folder of logs, journals, revisions, backups and locks
+    broker: BrokerConfig = BrokerConfig()  # where the bus listens
+    security: SecurityConfig = SecurityConfig()  # who may take part
+    log: LogConfig = LogConfig()  # how much of the event log is kept
+    coordinator: CoordinatorConfig = CoordinatorConfig()  # its deadlines
+    rules: RulesConfig = RulesConfig()  # which rule files hold
+    monitor: MonitorConfig = MonitorConfig()  # how often is measured
+    strategies: dict[str, StrategyConfig] = {}  # "rapid" and "staged", where they are not to be the built-in ones
+    hosts: dict[str, HostConfig] = {}  # by name
+    agents: dict[str, AgentConfig] = {}  # by name
+    path: str = ""  # not a key of the file: where it was read from
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.path).resolve().parent if self.path else Path.cwd()
+
+    @property
+    def state_dir(self) -> Path:
+        return self.folder / self.state
+
+    @property
+    def keys_dir(self) -> Path:
+        return self.state_dir / self.security.keys
+
+    def strategy(self, name: str) -> StrategyConfig:
+        return self.strategies.get(name) or {"rapid": RAPID, "staged": STAGED}[name]
+
+    def agents_of(self, host: str) -> dict[str, AgentConfig]:
+        return {name: agent for name, agent in self.agents.items() if agent.host == host}
+
+
+def load_fleet(path: str | os.PathLike[str]) -> FleetConfig:
+    """The fleet file at `path`, checked. ConfigError says which key is wrong and what is near it."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            "there is no such file", where=str(path), hint="name your fleet file with --fleet, or set INTERLOCK_FLEET"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't be read: {error}", where=str(path)) from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"is not TOML: {error}", where=str(path)) from None
+    return parse_fleet(tree, path=str(path))
+
+
+def parse_fleet(tree: dict[str, Any], *, path: str = "") -> FleetConfig:
+    """The same from a tree of plain values (what TOML parses to)."""
+    where = path or "fleet"
+    if "path" in tree:  # ours: where the file is
+        raise _explain("Object contains unknown field `path`", tree, where)
+    try:
+        fleet = msgspec.convert({**tree, "path": path}, FleetConfig)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error), tree, where) from None
+    _check(fleet, where)
+    return fleet
+
+
+def _explain(message: str, tree: dict[str, Any], where: str) -> ConfigError:
+    """msgspec's message in the words of the file: the dotted key, and the nearest known key."""
+    text, _, location = message.partition(" - at `")
+    found = re.search(r"unknown field `(.+?)`", text)
+    place = location.rstrip("`").removeprefix("$").lstrip(".")
+    place = _name_path(place, tree, found[1] if found else None)
+    if found is None:
+        return ConfigError(text[0].lower() + text[1:], where=f"{where}: {place or 'top level'}")
+    known = sorted({name for cls in _Config.__subclasses__() for name in cls.__struct_fields__ if name != "path"})
+    near = difflib.get_close_matches(found[1], known, n=1)
+    return ConfigError(
+        f"unknown key {found[1]!r}",
+        where=f"{where}: {place or 'top level'}",
+        hint=f"did you mean {near[0]!r}?" if near else "see the reference of the fleet file in docs/fleet-file.md",
+    )
+
+
+def _name_path(place: str, tree: Any, unknown: str | None) -> str:
+    """`agents[...].revisions[...]` with the real names, as far as they can be told (the one that has the bad key)."""
+    keys = re.findall(r"\[\.\.\.\]|\[\d+\]|[^.\[\]]+", place)
+
+    def walk(node: Any, rest: list[str], trail: str) -> str | None:
+        if not rest:
+            return trail if unknown is None or (isinstance(node, dict) and unknown in node) else None
+        if rest[0] == "[...]":
+            items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+            for name, child in items:
+                if (found := walk(child, rest[1:], f"{trail}.{name}")) is not None:
+                    return found
+            return None
+        if re.fullmatch(r"\[\d+\]", rest[0]) and isinstance(node, list):
+            return walk(node[int(rest[0][1:-1])], rest[1:], trail + rest[0])
+        if isinstance(node, dict) and rest[0] in node:
+            return walk(node[rest[0]], rest[1:], f"{trail}.{rest[0]}")
+        return f"{trail}.{rest[0]}" if len(rest) == 1 and unknown is None else None
+
+    return (walk(tree, keys, "") or place).lstrip(".")
+
+
+def _check(fleet: FleetConfig, where: str) -> None:
+    taken: dict[str, str] = {}
+
+    def endpoint(value: str, key: str, *, http: bool = False) -> None:
+        if not _ENDPOINT.fullmatch(value) or (value.startswith("http") and not http):
+            kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", or http://ADDRESS:PORT" if http else "")
+            raise ConfigError(f"{value!r} is not an endpoint", where=f"{where}: {key}", hint=f"use {kinds}")
+        place = value.split("://", 1)[1]
+        if place in taken and not place.endswith(":*"):
+            raise ConfigError(f"{value} is already used by {taken[place]}", where=f"{where}: {key}")
+        taken[place] = key
+
+    for name in BrokerConfig.__struct_fields__:
+        endpoint(getattr(fleet.broker, name), f"broker.{name}")
+    for name, host in fleet.hosts.items():
+        check_name(name, where=f"{where}: hosts")
+        endpoint(host.control, f"hosts.{name}.control")
+    for name in fleet.strategies:
+        if name not in ("rapid", "staged"):
+            raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint="rapid or staged")
+        for step in fleet.strategies[name].canary:
+            if not 0 < step.share <= 1:
+                raise ConfigError(f"share {step.share}", where=f"{where}: strategies.{name}.canary", hint="0 to 1")
+    for name, agent in fleet.agents.items():
+        check_name(name, where=f"{where}: agents")
+        key = f"agents.{name}"
+        endpoint(agent.endpoint, f"{key}.endpoint", http=True)
+        if agent.host not in fleet.hosts:
+            raise ConfigError(
+                f"unknown host {agent.host!r}", where=f"{where}: {key}.host", hint=_near(agent.host, fleet.hosts)
+            )
+        if agent.serve not in agent.revisions:
+            raise ConfigError(
+                f"unknown revision {agent.serve!r}",
+                where=f"{where}: {key}.serve",
+                hint=_near(agent.serve, agent.revisions),
+            )
+        for revision_name, revision in agent.revisions.items():
+            check_name(revision_name, where=f"{where}: {key}.revisions")
+            _check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
+
+
+def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionConfig, where: str) -> None:
+    if bool(revision.entry) == bool(revision.command):
+        raise ConfigError("needs an entry or a command, and not both", where=where)
+    if revision.entry and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", revision.entry):
+        raise ConfigError(f"entry {revision.entry!r} is not module:Class", where=where)
+    if revision.entry and agent.endpoint.startswith("http"):
+        raise ConfigError(
+            "a class agent answers ZeroMQ requests, its endpoint is http", where=where, hint="use a tcp:// endpoint"
+        )
+    if revision.command and revision.probe is None:
+        raise ConfigError(
+            "a program needs a probe", where=where, hint='for example probe = { kind = "tcp", port = "request" }'
+        )
+    if revision.probe is not None and revision.probe.kind == "script" and not revision.probe.command:
+        raise ConfigError("a script probe needs a command", where=where)
+
+
+def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Path:
+    """The folder of a revision's code; ConfigError if it is not there."""
+    folder = (fleet.folder / revision.source).resolve()
+    if not folder.is_dir():
+        raise ConfigError("there is no such folder", where=f"{where}: source {folder}")
+    return folder
+
+
+def _near(name: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"

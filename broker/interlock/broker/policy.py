@@ -1,0 +1,135 @@
+"""Who may do what. Pure: each function returns, or raises Refused with the reason.
+
+What is not allowed here is refused. `identity` is proved by the connection's key, never by what a message claims.
+A body belongs to its topic: a host can't slip the coordinator a command under a topic of facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from interlock.broker import commands, facts, topics
+from interlock.broker.errors import Refused
+from interlock.broker.keys import Grant
+from interlock.broker.samples import Batch
+from interlock.broker.wire import Body, Event
+
+BEATS = "beat/"  # the pulse of the feed, which every subscriber needs
+RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the broker belong to no host
+
+EVERYTHING = ("",)
+
+_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent)
+_ASKED_OF_HOST = get_args(commands.HostCommand)
+_BY_HOST = (
+    facts.HostUp,
+    facts.HostDown,
+    facts.InstanceStarted,
+    facts.InstanceStopped,
+    facts.SlotChanged,
+    facts.StepDone,
+    facts.StepFailed,
+    facts.CommandRefused,
+    facts.RolledBack,
+    facts.RollBackFailed,
+)
+_BY_RULES = (facts.AlertFiring, facts.AlertResolved)
+
+
+def publish(grant: Grant, event: Event) -> None:
+    """May this one have the event logged?"""
+    _source(grant, event.header.source)
+    role, name = grant.role, grant.name
+    kind, _, rest = event.topic.partition("/")
+    target = rest.removesuffix("/")
+    body = event.body
+    match kind:
+        case "command" if target == "coordinator":
+            _only(grant, event.topic, role in ("operator", "coordinator"), isinstance(body, _ASKED_OF_COORDINATOR))
+        case "command":
+            _only(grant, event.topic, role == "coordinator", isinstance(body, _ASKED_OF_HOST))
+        case "rollback":
+            may = role in ("rules", "coordinator", "operator") or (role == "host" and target == name)
+            _only(grant, event.topic, may, isinstance(body, commands.RollBack))
+        case "fact" if target.startswith("host/"):
+            own = role == "host" and target == f"host/{name}"
+            _only(grant, event.topic, own, isinstance(body, _BY_HOST) and body.host == name)
+        case "fact" if target.startswith("migration/"):
+            _only(grant, event.topic, role == "coordinator", _of_migration(body))
+        case "fact" if target.startswith("alert/"):
+            _only(grant, event.topic, role == "rules", isinstance(body, _BY_RULES))
+        case "snapshot":
+            own = event.topic == topics.FLEET_SNAPSHOT
+            _only(grant, event.topic, role == "coordinator", own and isinstance(body, facts.FleetSnapshot))
+        case _:
+            raise Refused("nobody publishes there", where=f"{grant.identity} on {event.topic}")
+
+
+def direct(grant: Grant, event: Event) -> None:
+    """May this one ask a host directly?"""
+    _source(grant, event.header.source)
+    match event.body:
+        case commands.RollBack():
+            may = grant.role in ("rules", "coordinator", "operator")
+        case commands.RenewLease():
+            may = grant.role == "coordinator"
+        case _:
+            may = False
+    _only(grant, event.topic, may, True)
+
+
+def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
+    """May this one send measurements under the topic?"""
+    match grant.role:
+        case "host":
+            may = topic.startswith(f"telemetry/{grant.name}/") and topic != topics.telemetry(grant.name, "monitor")
+        case "monitor":
+            may = topic == topics.telemetry(grant.name, "monitor")
+        case "rules" | "coordinator" | "broker":
+            may = topic == f"{RULES_TELEMETRY}{grant.role}/"
+        case _:
+            may = False
+    _only(grant, topic, may, topic == f"telemetry/{batch.source}/")
+
+
+def subscribe(grant: Grant, prefixes: Sequence[str]) -> None:
+    """May this one hear everything under these prefixes?"""
+    allowed = _hears(grant)
+    for prefix in prefixes:
+        if not any(prefix.startswith(start) for start in allowed):
+            heard = ", ".join(start for start in allowed if start != BEATS)
+            raise Refused(
+                f"may not hear {prefix!r}", where=grant.identity, hint=f"only {heard}" if heard else "it hears nothing"
+            )
+
+
+def _hears(grant: Grant) -> tuple[str, ...]:
+    match grant.role:
+        case "coordinator" | "rules" | "operator" | "broker":
+            return EVERYTHING
+        case "host":
+            return (topics.command(grant.name), topics.rollback(grant.name), topics.FACTS, BEATS)
+        case "monitor":
+            return (topics.FACTS, BEATS)
+        case "subscriber":
+            return (*(topic for topic in grant.topics if topic), BEATS)
+    return ()
+
+
+def _source(grant: Grant, source: str) -> None:
+    if source != grant.identity:
+        raise Refused(
+            f"claims to be {source[:80]!r}", where=grant.identity, hint="the header's source is your identity"
+        )
+
+
+def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
+    if not may:
+        raise Refused("may not publish there", where=f"{grant.identity} on {topic}")
+    if not fitting:
+        raise Refused("that does not belong under this topic", where=f"{grant.identity} on {topic}")
+
+
+def _of_migration(body: Body) -> bool:
+    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES))

@@ -1,0 +1,128 @@
+"""The fleet file: what is wrong in it is said with its place in the file and what was probably meant."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from interlock.broker.config import load_fleet, parse_fleet, source_of
+from interlock.broker.errors import ConfigError
+
+GOOD: dict[str, Any] = {
+    "hosts": {"alpha": {"control": "tcp://127.0.0.1:7181"}},
+    "agents": {
+        "tutor": {
+            "host": "alpha",
+            "endpoint": "tcp://127.0.0.1:7801",
+            "serve": "r1",
+            "revisions": {"r1": {"entry": "tutor:Tutor"}},
+        }
+    },
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    tree = deepcopy(GOOD)
+    node: Any = tree
+    *parents, last = path.split("/")
+    for key in parents:
+        node = node.setdefault(key, {})
+    node[last] = value
+    return tree
+
+
+def test_a_good_file_is_read_with_its_defaults() -> None:
+    fleet = parse_fleet(GOOD)
+    agent = fleet.agents["tutor"]
+    assert agent.strategy_name == "staged"
+    assert agent.revisions["r1"].kind == "class"
+    assert fleet.strategy("rapid").observation_s == 60.0
+    assert list(fleet.agents_of("alpha")) == ["tutor"]
+    assert not fleet.agents_of("beta")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where", "what"),
+    [
+        ("path", "x", "top level", "unknown key 'path'"),
+        ("brokre", {}, "top level", "did you mean 'broker'?"),
+        ("agents/tutor/revision", 1, "agents.tutor", "did you mean 'revisions'?"),
+        ("agents/tutor/revisions/r1/entri", 1, "agents.tutor.revisions.r1", "did you mean 'entry'?"),
+        ("agents/tutor/serve", 1, "agents.tutor.serve", "expected `str`, got `int`"),
+        ("agents/tutor/serve", "r2", "agents.tutor.serve", "unknown revision 'r2' (known: r1)"),
+        ("agents/tutor/host", "alhpa", "agents.tutor.host", "did you mean 'alpha'?"),
+        ("agents/tutor/endpoint", "localhost:80", "agents.tutor.endpoint", "is not an endpoint"),
+        (
+            "agents/tutor/endpoint",
+            "tcp://127.0.0.1:7181",
+            "agents.tutor.endpoint",
+            "already used by hosts.alpha.control",
+        ),
+        ("agents/tutor/endpoint", "http://127.0.0.1:80", "agents.tutor.revisions.r1", "use a tcp:// endpoint"),
+        ("agents/tutor/revisions/r1/entry", "tutor", "agents.tutor.revisions.r1", "is not module:Class"),
+        ("agents/tutor/revisions/r1/command", ["x"], "agents.tutor.revisions.r1", "and not both"),
+        ("agents/tutor/revisions/r1", {"command": ["x"]}, "agents.tutor.revisions.r1", "a program needs a probe"),
+        ("agents/../x", {}, "agents", "is not a name"),
+        ("hosts/a b", {"control": "tcp://127.0.0.1:1"}, "hosts", "is not a name"),
+        ("strategies/brave", {}, "strategies", "unknown strategy 'brave'"),
+        ("strategies/rapid", {"canary": [{"share": 2, "seconds": 1}]}, "strategies.rapid.canary", "share 2"),
+        ("monitor/gpu", "amd", "monitor.gpu", "invalid enum value 'amd'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(path: str, value: Any, where: str, what: str) -> None:
+    tree = deepcopy(GOOD)
+    if path == "agents/../x":
+        tree["agents"]["../x"] = tree["agents"]["tutor"]
+    else:
+        tree = changed(path, value)
+    with pytest.raises(ConfigError) as raised:
+        parse_fleet(tree, path="fleet.toml")
+    text = str(raised.value)
+    assert text.startswith(f"fleet.toml: {where}: ")
+    assert what in text
+
+
+def test_a_file_that_is_missing_or_no_toml_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_fleet(tmp_path / "fleet.toml")
+    (tmp_path / "fleet.toml").write_text("agents = [")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_fleet(tmp_path / "fleet.toml")
+    (tmp_path / "fleet.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_fleet(tmp_path / "fleet.toml")
+
+
+def test_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "fleet.toml").write_text('state = "s"')
+    fleet = load_fleet(tmp_path / "fleet.toml")
+    assert fleet.state_dir == tmp_path / "s"
+    revision = parse_fleet(GOOD).agents["tutor"].revisions["r1"]
+    (tmp_path / "code").mkdir()
+    assert source_of(fleet, revision, where="x") == tmp_path
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(
+    key=st.sampled_from(["hosts", "agents", "broker", "rules", "monitor", "strategies", "name", "state"]),
+    value=json_like,
+)
+def test_whatever_stands_in_the_file_the_answer_is_a_fleet_or_a_config_error(key: str, value: Any) -> None:
+    def outcome() -> str:
+        try:
+            return parse_fleet({**deepcopy(GOOD), key: value}).name or "a fleet"
+        except ConfigError as error:
+            return str(error)
+
+    assert outcome()
