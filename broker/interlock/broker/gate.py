@@ -1,0 +1,234 @@
+"""The gate of a server: who may connect, and who it is that has sent a message. Fails closed.
+
+libzmq asks here for each connection (ZAP, RFC 27); the answer names the connection's public key. Whose it is, and
+whether it is still valid, is looked up again for each message, so that a revocation holds for open connections too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from interlock.broker import policy
+from interlock.broker.errors import Refused
+from interlock.broker.keys import Grant
+from interlock.broker.rejects import Rejects
+from interlock.broker.security import Security
+from interlock.broker.sockets import Socket, Sockets, open_sockets
+from interlock.broker.wire import MAX_TOPIC
+
+REMEMBERED = 1000  # (who, why) pairs whose refusals are counted; strangers can't make the table grow
+QUIET_S = 60.0  # the same refusal of the same peer is logged once in so many seconds, with its count
+MAX_WHY = 200  # characters of a reason in the log
+
+# Limits of one key, at each server. A frame's is `sockets.MAX_MESSAGE`: libzmq cuts off who sends a larger one.
+MAX_LINES = 64  # connections at once; a role has up to 4 to each, an operator as many as commands that run at once
+NEW_LINES_PER_S, NEW_LINES = 20.0, 200.0  # handshakes, and how many at once: each costs 1 ms of CPU
+EVENTS_PER_S, EVENTS = 20_000.0, 40_000.0  # requests to the event plane: more than a disk takes, less than fills memory
+MAX_SUBSCRIPTIONS = 1000  # different prefixes; ours have 10, and 300,000 take 0.5 GB
+MAX_REFUSED, REFUSED_S = 500.0, 10.0  # refusals in so many seconds: then it is cut off,
+CUT_OFF_S = 10.0  # and stays so for this long
+
+_log = logging.getLogger(__name__)
+
+
+class Allowance:
+    """A bucket of tokens: `rate` a second, `burst` at once. Pure: the time is an argument."""
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate, self._burst = rate, burst
+        self._left, self._then = burst, now
+
+    def take(self, now: float) -> bool:
+        self._left = min(self._burst, self._left + (now - self._then) * self._rate)
+        self._then = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class _Account:
+    """What one key has used of its limits."""
+
+    def __init__(self, now: float) -> None:
+        self.handshakes = Allowance(NEW_LINES_PER_S, NEW_LINES, now)
+        self.requests = Allowance(EVENTS_PER_S, EVENTS, now)
+        self.refusals = Allowance(MAX_REFUSED / REFUSED_S, MAX_REFUSED, now)
+        self.prefixes: set[bytes] = set()
+        self.cut_off_until = float("-inf")
+
+
+class Gate:
+    """One component's gate. Open it on its sockets before the first of them binds."""
+
+    def __init__(self, security: Security, where: str) -> None:
+        self.security = security
+        self.where = where
+        self.refused = 0
+        self._refusals: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+        self._sockets: list[Socket] = []
+        self._accounts: dict[str, _Account] = {}  # of keys that belong, or did: as many as the authority knows
+        security.on_gone(self._cut_all)
+
+    async def serve(self, sockets: Sockets, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer libzmq until cancelled; started once it is safe to bind."""
+        guard = sockets.open_guard()
+        task_status.started()
+        while True:
+            guard.send_nowait(self.answer(await guard.receive()))
+
+    def answer(self, request: list[bytes]) -> list[bytes]:
+        """ZAP's reply to ZAP's request. Pure but for the log."""
+        number = request[1] if len(request) > 1 else b""
+        if len(request) != 7 or request[0] != b"1.0" or request[5] != b"CURVE" or len(request[6]) != 32:
+            self.note("a stranger", "connects without CURVE")
+            return [b"1.0", number, b"400", b"CURVE only", b"", b""]
+        key, address = request[6].hex(), request[3].decode("ascii", "replace")
+        try:
+            self.enter(key, address)
+        except Refused as refused:
+            # at 400 libzmq's clients give up for good; at 300 they come back, and may have been let in meanwhile
+            status = b"400" if self.security.roll.former(key) else b"300"
+            return [b"1.0", number, status, str(refused.what).encode(), b"", b""]
+        return [b"1.0", number, b"200", b"OK", key.encode(), b""]
+
+    def enter(self, key: str, address: str) -> None:
+        """May this key connect? Refused says why not."""
+        if self.security.roll.by_key(key) is None:
+            former = self.security.roll.former(key)
+            self.note(former or f"a stranger at {address}", "its key was revoked" if former else "its key is unknown")
+            raise Refused("key revoked" if former else "key unknown")
+        account, now = self._account(key), trio.current_time()
+        why = ""
+        if now < account.cut_off_until:
+            why = "it is cut off for now"
+        elif not account.handshakes.take(now):
+            why = f"connects more than {NEW_LINES_PER_S:g} times a second"
+        elif any(socket.lines(key) >= MAX_LINES for socket in self._sockets if not socket.closed):
+            why = f"has {MAX_LINES} connections already"
+        if why:
+            self.note(self._name(key), why)
+            raise Refused(why)
+
+    def _account(self, key: str) -> _Account:
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = _Account(trio.current_time())
+        return account
+
+    def _name(self, key: str) -> str:
+        grant = self.security.roll.by_key(key)
+        return grant.identity if grant is not None else self.security.roll.former(key) or "a stranger"
+
+    def request(self, user: str) -> None:
+        """Count a request of this user. Refused if there are too many."""
+        if not self._account(user).requests.take(trio.current_time()):
+            who = self._name(user)
+            raise self._refusal(user, Refused(f"asks more than {EVENTS_PER_S:g} times a second", where=who))
+
+    def _refusal(self, user: str, refused: Refused) -> Refused:
+        """Note it, and cut off who is refused too often."""
+        account, now = self._account(user), trio.current_time()
+        if now < account.cut_off_until:  # what was still under way
+            return refused
+        self.note(refused.where.split(" ", 1)[0], str(refused))
+        if not account.refusals.take(now):
+            self.note(self._name(user), f"cut off for {CUT_OFF_S:g} s: more than {MAX_REFUSED:g} refusals")
+            account.cut_off_until = now + CUT_OFF_S
+            self.cut(user)
+        return refused
+
+    def admit(self, user: str, check: Callable[[Grant], None]) -> Grant:
+        """Whose key it is, if `check` lets that one pass. Refused otherwise, which is logged."""
+        grant = self.security.roll.by_key(user)
+        try:
+            if grant is None:
+                former = self.security.roll.former(user)
+                raise Refused("this key is not valid (any more)", where=former or "a stranger")
+            check(grant)
+        except Refused as refused:
+            raise self._refusal(user, refused) from None
+        return grant
+
+    def guard(self, *sockets: Socket) -> None:
+        """Cut connections of these sockets too, when a key is revoked."""
+        self._sockets = [other for other in self._sockets if not other.closed]
+        self._sockets += sockets
+
+    def cut(self, key: str) -> None:
+        """Break every connection of a key on the guarded sockets."""
+        for socket in self._sockets:
+            if not socket.closed:
+                socket.cut(key)
+
+    async def grant_subscriptions(
+        self, feed: Socket, rejects: Rejects, granting: Callable[[], None] = lambda: None
+    ) -> None:
+        """Grant each subscription that its user may have, of an XPUB opened with `manual`; until cancelled."""
+
+        def may(user: str, frames: list[bytes]) -> bool:
+            if len(frames) == 1 and frames[0][:1] == b"\0":
+                for account in [self._account(user)] if user else self._accounts.values():
+                    account.prefixes.discard(frames[0][1:])
+                return False
+            if len(frames) != 1 or frames[0][:1] != b"\1" or not user:
+                rejects.count("what is not a subscription", f"{len(frames)} frames")
+                return False
+            account, asked = self._account(user), frames[0][1:]
+
+            def check(grant: Grant) -> None:
+                if len(asked) > MAX_TOPIC or (
+                    len(account.prefixes) >= MAX_SUBSCRIPTIONS and asked not in account.prefixes
+                ):
+                    what = f"more than {MAX_SUBSCRIPTIONS} subscriptions, or longer than {MAX_TOPIC} bytes"
+                    raise Refused(what, where=grant.identity)
+                policy.subscribe(grant, [asked.decode("ascii", "replace")])
+
+            try:
+                self.admit(user, check)
+            except Refused:  # noted; what an XPUB receives can't be answered
+                return False
+            account.prefixes.add(asked)
+            granting()
+            return True
+
+        await feed.grant_subscriptions(may)
+
+    def note(self, who: str, why: str) -> None:
+        """Count and log a refusal: who and why."""
+        self.refused += 1
+        now = trio.current_time()
+        key = (who, why[:MAX_WHY])
+        last, count = self._refusals.pop(key, (-QUIET_S, 0))
+        if now - last >= QUIET_S:
+            again = f" ({count} times since it was last said)" if count else ""
+            _log.warning("%s: refused %s: %s%s", self.where, who, key[1], again)
+            last, count = now, -1
+        self._refusals[key] = (last, count + 1)
+        while len(self._refusals) > REMEMBERED:
+            self._refusals.popitem(last=False)
+
+    def _cut_all(self, gone: set[str]) -> None:
+        for key in gone:
+            self.cut(key)
+
+
+@asynccontextmanager
+async def open_gated(security: Security | None, where: str) -> AsyncIterator[tuple[Sockets, Gate | None]]:
+    """Sockets of a server behind its gate; without security plain ones, and no gate."""
+    if security is None:
+        async with open_sockets() as sockets:
+            yield sockets, None
+        return
+    async with open_sockets(security.curve()) as sockets, trio.open_nursery() as nursery:
+        gate = Gate(security, where)
+        await nursery.start(gate.serve, sockets)
+        try:
+            yield sockets, gate
+        finally:
+            nursery.cancel_scope.cancel()
