@@ -1,0 +1,357 @@
+"""The event plane: takes events, logs them, acknowledges them, publishes them, and replays the log.
+
+Three tasks share one state, and only the writer and the reader wait for the disk, in a thread each: intake decodes what
+arrives and queues it; the writer takes all that has queued into one transaction, then acknowledges and publishes; the
+reader answers replays one after another. What is published is on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+
+from interlock.broker import policy, wire
+from interlock.broker.config import BrokerConfig, LogConfig
+from interlock.broker.errors import LogError, Refused, WireError
+from interlock.broker.gate import Gate, open_gated
+from interlock.broker.log import Draft, EventLog, Record, open_log
+from interlock.broker.protocol import (
+    BEAT_S,
+    BEAT_TOPIC,
+    MAX_PREFIXES,
+    PAGE_BYTES,
+    PAGE_EVENTS,
+    Ack,
+    Answer,
+    Beat,
+    LiveHeader,
+    Nack,
+    Ping,
+    Pong,
+    Publish,
+    Replay,
+    Replayed,
+    ReplayEvent,
+    ReplayFailed,
+    Why,
+    decode_request,
+)
+from interlock.broker.rejects import Rejects
+from interlock.broker.security import Security
+from interlock.broker.sockets import Socket
+from interlock.broker.trail import Recent
+
+QUEUE = 4096  # events that wait for the disk; the next are refused for now, so that replays go on
+QUEUE_BYTES = 64 << 20  # the same in bytes of bodies
+MAX_ID = 256  # characters of an event's id and of its source
+COMMIT = 1024  # events in one transaction: some 10 ms of CPU, beside one fsync
+REPLAYS = 4096  # requests that wait; one that finds no room is asked again by its client after 2 s
+RETAIN_S = 30.0  # between looks at what is too old: it takes a millisecond if nothing is
+PEERS = 20_000  # connections whose order of publications is remembered: more than can connect
+PEER_QUEUE = 4000  # messages that wait for one client: 8 pages of a replay
+
+KEEP = LogConfig()
+
+_log = logging.getLogger(__name__)
+
+
+class _Waiting(msgspec.Struct, frozen=True):
+    peer: bytes
+    n: int
+    draft: Draft
+
+
+class EventPlane:
+    """One broker's event plane on open sockets and an open log. `run` serves until cancelled."""
+
+    def __init__(
+        self, ingress: Socket, feed: Socket, log: EventLog, gate: Gate | None = None, *, keep: LogConfig = KEEP
+    ) -> None:
+        self._gate = gate  # None: all may do everything
+        self._ingress = ingress
+        self._feed = feed
+        self._log = log
+        self._keep = keep
+        self._disk = trio.Lock()  # one of: adding events, dropping old ones
+        self._queue: deque[_Waiting] = deque()
+        self._queued = trio.lowlevel.ParkingLot()
+        self._queue_bytes = 0
+        self._replays_in, self._replays_out = trio.open_memory_channel[tuple[bytes, Replay]](REPLAYS)
+        self._expected: OrderedDict[bytes, int] = OrderedDict()
+        self._published = log.last
+        self._recent = Recent(log.last)
+        self._epoch = time.time_ns()
+        self._beats = 0
+        self._trouble = ""
+        if log.trouble:
+            self._note(log.trouble)
+        self.rejects = Rejects("event plane")
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_in)
+            nursery.start_soon(self._write)
+            nursery.start_soon(self._retain)
+            nursery.start_soon(self._replay)
+            nursery.start_soon(self._beat)
+            nursery.start_soon(self._take_subscriptions)
+
+    # --- intake
+
+    async def _take_in(self) -> None:
+        while True:
+            for user, (peer, *frames) in await self._ingress.receive_known():
+                try:
+                    self._take(user, peer, frames)
+                except WireError as error:
+                    self.rejects.count("what is not a request", error)
+                except Refused:  # noted by the gate
+                    self.rejects.count("a request of one who may not ask")
+
+    def _take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
+        if self._gate is not None:
+            self._gate.request(user)
+        request = decode_request(frames[0] if frames else b"")
+        match request:
+            case Publish():
+                self._publish(user, peer, request, frames[1:])
+            case Replay():
+                try:
+                    self._admit_prefixes(user, request.prefixes)
+                except Refused as refused:
+                    self._answer(peer, ReplayFailed(request.request, str(refused)))
+                    return
+                if len(request.prefixes) > MAX_PREFIXES or any(not p.isascii() for p in request.prefixes):
+                    self._answer(
+                        peer, ReplayFailed(request.request, f"more than {MAX_PREFIXES} prefixes, or not ASCII")
+                    )
+                    return
+                try:
+                    self._replays_in.send_nowait((peer, request))
+                except trio.WouldBlock:
+                    self.rejects.count("a replay request: too many at once")
+            case Ping():
+                self._admit_prefixes(user, [])
+                if self._log.identity:
+                    self._answer(peer, Pong(request.request, self._published, self._log.identity))
+
+    def _admit_prefixes(self, user: str, prefixes: Sequence[str]) -> None:
+        """May this user hear these? Refused otherwise, which is logged."""
+        if self._gate is not None:
+            self._gate.admit(user, lambda grant: policy.subscribe(grant, prefixes))
+
+    def _publish(self, user: str, peer: bytes, request: Publish, frames: list[bytes]) -> None:
+        try:
+            event = _checked(frames)
+            if self._gate is not None:
+                self._gate.admit(user, lambda grant: policy.publish(grant, event))
+        except (WireError, Refused) as error:
+            self.rejects.count("what is not an event, or its sender may not", error)
+            self._expect(peer, request, given_up=True)
+            kind: Why = "invalid" if isinstance(error, WireError) else "refused"
+            self._answer(peer, Nack(kind, str(error), _id_of(frames)))
+            return
+        if len(self._queue) >= QUEUE or self._queue_bytes >= QUEUE_BYTES:
+            self._answer(peer, Nack("log", "too many events wait for the disk", event.header.id))
+        elif not self._expect(peer, request):
+            self._answer(peer, Nack("order", "an earlier event is missing", event.header.id))
+        else:
+            self._queue.append(_Waiting(peer, request.n, Draft(event.topic, event.header, event.raw)))
+            self._queue_bytes += len(event.raw)
+            self._queued.unpark()
+
+    def _expect(self, peer: bytes, request: Publish, *, given_up: bool = False) -> bool:
+        """Whether everything that this connection sent before has arrived; and what is expected of it next."""
+        if not request.n:
+            return True
+        expected = max(self._expected.get(peer, request.oldest), request.oldest)
+        if request.n > expected and not given_up:
+            return False
+        self._expected[peer] = max(expected, request.n + 1) if request.n <= expected else expected
+        self._expected.move_to_end(peer)
+        while len(self._expected) > PEERS:
+            self._expected.popitem(last=False)
+        return True
+
+    def _answer(self, peer: bytes, answer: Answer, frames: Iterable[bytes] = ()) -> bool:
+        delivered = self._ingress.send_nowait([peer, wire.encode(answer), *frames])
+        if not delivered:
+            self.rejects.count("an answer whose asker is gone or does not read")
+        return delivered
+
+    # --- the writer
+
+    async def _write(self) -> None:
+        while True:
+            while not self._queue:
+                await self._queued.park()
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), COMMIT))]
+            drafts = [waiting.draft for waiting in batch]
+            self._queue_bytes -= sum(len(draft.body) for draft in drafts)
+            try:
+                async with self._disk:
+                    records = await trio.to_thread.run_sync(partial(self._log.append, drafts, now=time.time()))
+            except LogError as error:
+                self._refuse(batch, error)
+                continue
+            self._note("")
+            for record in records:
+                if record.fresh:
+                    self._publish_record(record)
+            for waiting, record in zip(batch, records, strict=True):
+                self._answer(waiting.peer, Ack(waiting.draft.header.id, record.header.seq))
+
+    def _refuse(self, batch: list[_Waiting], error: LogError) -> None:
+        self._note(str(error))
+        if self._log.last > self._published:  # the commit happened and then failed: subscribers learn from the beat
+            self._published = self._log.last
+            self._recent.skip(self._published)
+        for waiting in batch:
+            if waiting.n and waiting.peer in self._expected:  # what follows must not overtake it
+                self._expected[waiting.peer] = min(self._expected[waiting.peer], waiting.n)
+            self._answer(waiting.peer, Nack("log", str(error), waiting.draft.header.id))
+
+    def _note(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            if trouble:
+                _log.error("the event log refuses events: %s", trouble)
+            else:
+                _log.warning("the event log takes events again")
+            self._trouble = trouble
+
+    def _publish_record(self, record: Record) -> None:
+        header = record.header
+        since, recent = self._recent.trail()
+        live = LiveHeader(**msgspec.structs.asdict(header), since=since, recent=recent)
+        self._feed.send_nowait([record.topic.encode(), wire.encode(live), record.body])
+        self._recent.add(record.topic, header.seq)
+        self._published = header.seq
+
+    async def _retain(self) -> None:
+        """Drop what is old, a little at a time, as far as a snapshot stands for it."""
+        while True:
+            await trio.sleep(RETAIN_S)
+            before, size = time.time() - self._keep.keep_days * 86_400, int(self._keep.keep_mb * (1 << 20))
+            try:
+                dropped = 1
+                while dropped:
+                    async with self._disk:
+                        dropped = await trio.to_thread.run_sync(partial(self._log.prune, before=before, max_bytes=size))
+            except LogError as error:
+                self.rejects.count("(for now) old events that the log can't drop", error)
+
+    # --- replay
+
+    async def _replay(self) -> None:
+        async for peer, request in self._replays_out:
+            limit = max(1, min(request.limit, PAGE_EVENTS))
+            try:
+                excerpt = await trio.to_thread.run_sync(
+                    partial(self._log.read, request.after, request.prefixes, limit=limit, max_bytes=PAGE_BYTES)
+                )
+            except LogError as error:
+                self.rejects.count("a replay that the log refused", error)
+                self._answer(peer, ReplayFailed(request.request, str(error)))
+                continue
+            records = excerpt.records if excerpt.snapshot is None else [excerpt.snapshot, *excerpt.records]
+            for record in records:
+                frames = [record.topic.encode(), wire.encode(record.header), record.body]
+                if not self._answer(peer, ReplayEvent(request.request), frames):
+                    break  # it asks again when it is back
+            else:
+                end = Replayed(
+                    request.request,
+                    excerpt.through,
+                    excerpt.more,
+                    len(records),
+                    self._log.identity,
+                    excerpt.start,
+                    excerpt.snapshot is not None,
+                )
+                self._answer(peer, end)
+
+    # --- the feed
+
+    async def _beat(self) -> None:
+        while True:
+            self._beats += 1
+            since, topics = self._recent.beat()
+            beat = Beat(
+                beat=self._beats,
+                epoch=self._epoch,
+                seq=self._published,
+                since=since,
+                topics=topics,
+                log=self._log.identity,
+            )
+            if self._log.identity:  # without one, subscribers wait; they would take it for a new log
+                self._feed.send_nowait([BEAT_TOPIC.encode(), wire.encode(beat)])
+            await trio.sleep(BEAT_S)
+
+    async def _take_subscriptions(self) -> None:
+        if self._gate is not None:
+            await self._gate.grant_subscriptions(self._feed, self.rejects)
+        while True:
+            for frames in await self._feed.receive_batch():
+                if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):
+                    self.rejects.count("what is not a subscription", f"{len(frames)} frames")
+
+
+def _checked(frames: list[bytes]) -> wire.Event:
+    """The event, if it may stand in the log; WireError otherwise."""
+    event = wire.decode_event(frames)
+    if not event.topic.endswith("/") or not event.topic.isprintable() or event.topic.startswith(BEAT_TOPIC):
+        raise WireError(f"{event.topic!r} is not a topic of events", hint="each ends with a slash")
+    if not event.header.id or max(len(event.header.id), len(event.header.source)) > MAX_ID:
+        raise WireError("the event has no id, or one too long", hint=f"1 to {MAX_ID} characters, as for its source")
+    if not math.isfinite(event.header.time):
+        raise WireError("the event's time is no number")
+    return event
+
+
+def _id_of(frames: list[bytes]) -> str:
+    try:
+        return wire.decode_header(frames[1]).id
+    except (WireError, IndexError):
+        return ""
+
+
+async def serve_events(
+    config: BrokerConfig,
+    folder: Path,
+    *,
+    security: Security | None = None,
+    keep: LogConfig = KEEP,
+    task_status: trio.TaskStatus[BrokerConfig] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the event plane with its log in `folder` until cancelled; started with the real endpoints filled in.
+
+    security: None lets everybody do everything, and is for the loopback only.
+    A damaged log takes no events and is replayed as far as it can be read.
+    InUse if a port is taken, LogError if there is no log and none can be made.
+    """
+    log = await trio.to_thread.run_sync(open_log, folder / "events.sqlite")
+    try:
+        async with open_gated(security, "event plane") as (sockets, gate):
+            ingress = sockets.open(
+                "router", bind=config.events, mandatory=True, send_limit=PEER_QUEUE, label="event ingress"
+            )
+            feed = sockets.open(
+                "xpub", bind=config.feed, send_limit=PEER_QUEUE, manual=gate is not None, label="event feed"
+            )
+            if gate is not None:
+                gate.guard(ingress, feed)
+            plane = EventPlane(ingress, feed, log, gate, keep=keep)
+            task_status.started(msgspec.structs.replace(config, events=ingress.endpoint, feed=feed.endpoint))
+            _log.info("event plane at %s and %s, %d events in the log", ingress.endpoint, feed.endpoint, log.last)
+            await plane.run()
+    finally:
+        log.close()

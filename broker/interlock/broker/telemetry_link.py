@@ -1,0 +1,117 @@
+"""The one connection of a role to the telemetry plane's ingress: batches go out, what the plane remembers comes back.
+
+While there is no connection, batches wait in the backlog, and leave afterwards in their order, marked with how late
+they are. Nobody ever waits for them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import msgspec
+import trio
+
+from interlock.broker import wire
+from interlock.broker.backlog import MARK_LATE_S, Backlog, Counts, Entry
+from interlock.broker.errors import WireError
+from interlock.broker.rejects import Rejects
+from interlock.broker.samples import Batch
+from interlock.broker.sockets import Sockets
+from interlock.broker.telemetry_protocol import AskLast, Page, decode_page
+
+# Batches that the connection itself may hold. A publisher that sent fewer lately has not filled it: where it takes no
+# more, the connection is gone. 2 MB at most of a large host, for the 3 s that a half-open connection is believed in.
+LINK_QUEUE = 256
+
+_Answered = Callable[[list[list[bytes]], bool], None]  # batches as [topic, batch], and whether more follow
+
+
+class _Asked:
+    def __init__(self, answered: _Answered) -> None:
+        self.answered = answered
+        self.pages = 0
+
+
+class TelemetryLink:
+    """Owned by the bus of a role; `run` ends with it."""
+
+    def __init__(self, sockets: Sockets, endpoint: str, *, label: str) -> None:
+        self._socket = sockets.open(
+            "dealer", connect=endpoint, send_limit=LINK_QUEUE, immediate=True, label=f"{label} telemetry"
+        )
+        self._rejects = Rejects(f"{label} telemetry")
+        self._backlog = Backlog()
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, _Asked] = {}
+        self._stalled = trio.Event()
+        self._broken = False
+
+    @property
+    def waiting(self) -> int:
+        """Batches that wait for a connection."""
+        return len(self._backlog)
+
+    def put(self, topic: bytes, batch: Batch, counts: Counts) -> None:
+        """Send it now or as soon as possible."""
+        self._backlog.add(Entry(topic, batch, counts, trio.current_time()))
+        if not self._stalled.is_set():
+            self._send_waiting()
+
+    def ask(self, prefixes: Sequence[str], answered: _Answered) -> int:
+        """Ask what the plane remembers; `answered` gets page after page, and may never be called."""
+        number = next(self._numbers)
+        if self._socket.send_nowait([wire.encode(AskLast(number, list(prefixes)))]):
+            self._asked[number] = _Asked(answered)
+        return number
+
+    def forget(self, number: int) -> None:
+        self._asked.pop(number, None)
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receive)
+            nursery.start_soon(self._catch_up)
+
+    async def _receive(self) -> None:
+        while True:
+            for frames in await self._socket.receive_batch():
+                try:
+                    self._take(*decode_page(frames))
+                except WireError as error:
+                    self._rejects.count("what is no answer", error)
+
+    async def _catch_up(self) -> None:
+        """Once the connection takes no more: go on as soon as it does, or there is another."""
+        while True:
+            await self._stalled.wait()
+            await self._socket.until_writable()
+            self._stalled = trio.Event()
+            self._broken = False
+            self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        while True:
+            now = trio.current_time()
+            entry = self._backlog.next(now)
+            if entry is None:
+                return
+            batch, late = entry.batch, now - entry.taken
+            if late >= MARK_LATE_S:
+                batch = msgspec.structs.replace(batch, delay=batch.delay + late)
+            if not self._socket.send_nowait([entry.topic, wire.encode(batch)]):
+                if not self._broken and self._backlog.recently_sent < LINK_QUEUE:
+                    self._broken = True
+                    self._backlog.broken(now)
+                self._stalled.set()
+                return
+            self._backlog.sent(now)
+
+    def _take(self, page: Page, batches: list[list[bytes]]) -> None:
+        asked = self._asked.get(page.request)
+        if asked is None or page.page != asked.pages + 1:  # one was lost: whoever asked does so again
+            return
+        asked.pages += 1
+        if not page.more:
+            del self._asked[page.request]
+        asked.answered(batches, page.more)

@@ -1,0 +1,142 @@
+"""The trio adapter: nothing is lost under cancellation, nobody sleeps while a message waits."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from interlock.broker.errors import ConfigError, InUse
+from interlock.broker.sockets import Socket, open_sockets
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="il-") as name:
+        yield Path(name)
+
+
+async def test_messages_arrive_in_order_while_both_sides_are_busy() -> None:
+    count = 3000
+    with trio.fail_after(60):
+        async with open_sockets() as sockets, trio.open_nursery() as nursery:
+            router = sockets.open("router", bind="tcp://127.0.0.1:*", send_limit=0)
+            dealer = sockets.open("dealer", connect=router.endpoint)
+
+            async def echo() -> None:
+                while True:
+                    for frames in await router.receive_batch():
+                        await router.send(frames)
+
+            async def send() -> None:
+                for number in range(count):
+                    await dealer.send([b"%d" % number])
+
+            nursery.start_soon(echo)
+            nursery.start_soon(send)
+            got: list[bytes] = []
+            while len(got) < count:
+                got += [frames[0] for frames in await dealer.receive_batch()]
+            assert got == [b"%d" % number for number in range(count)]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_cancelled_receive_swallows_no_message() -> None:
+    count = 500
+    with trio.fail_after(60):
+        async with open_sockets() as sockets, trio.open_nursery() as nursery:
+            pull = sockets.open("pull", bind="tcp://127.0.0.1:*")
+            push = sockets.open("push", connect=pull.endpoint)
+
+            async def send() -> None:
+                for number in range(count):
+                    await push.send([b"%d" % number])
+                    await trio.sleep(0.0005)
+
+            nursery.start_soon(send)
+            got: list[bytes] = []
+            while len(got) < count:
+                with trio.move_on_after(0.0003):
+                    got.append((await pull.receive())[0])
+            assert got == [b"%d" % number for number in range(count)]
+
+
+async def test_two_tasks_that_receive_are_an_error_and_not_a_race() -> None:
+    async with open_sockets() as sockets, trio.open_nursery() as nursery:
+        pull = sockets.open("pull", bind="tcp://127.0.0.1:*")
+        nursery.start_soon(pull.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await pull.receive()
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_waits_on_a_socket_that_is_closed_learns_it() -> None:
+    with trio.fail_after(20):
+        async with open_sockets() as sockets:
+            pull = sockets.open("pull", bind="tcp://127.0.0.1:*")
+            raised: list[str] = []
+
+            async def wait(socket: Socket) -> None:
+                try:
+                    await socket.receive()
+                except trio.ClosedResourceError as error:
+                    raised.append(str(error))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait, pull)
+                await trio.testing.wait_all_tasks_blocked()
+                pull.close()
+            assert raised == ["pull tcp://127.0.0.1:*"]
+
+
+async def test_an_address_in_use_and_one_that_is_none_are_said_so() -> None:
+    async with open_sockets() as sockets:
+        first = sockets.open("router", bind="tcp://127.0.0.1:*")
+        with pytest.raises(InUse, match="in use"):
+            sockets.open("router", bind=first.endpoint)
+        with pytest.raises(ConfigError, match="can't bind"):
+            sockets.open("router", bind="tcp://256.0.0.1:1")
+        with pytest.raises(ConfigError, match="can't connect"):
+            sockets.open("dealer", connect="nonsense")
+
+
+async def test_a_subscription_outlives_a_restart_of_the_publisher_though_nobody_touches_the_socket(short: Path) -> None:
+    endpoint = f"ipc://{short}/feed"
+    with trio.fail_after(30):
+        async with open_sockets() as sockets:
+            subscriber = sockets.open("sub", connect=endpoint, subscribe=["t/"])
+            async with open_sockets() as first:
+                await _publish_until_heard(first.open("xpub", bind=endpoint), subscriber, b"one")
+            async with open_sockets() as second:
+                publisher = second.open("xpub", bind=endpoint)
+                assert (await publisher.receive())[0] == b"\x01t/"  # renewed without anybody receiving
+                await publisher.send([b"t/", b"two"])
+                while (await subscriber.receive())[1] != b"two":
+                    pass
+
+
+async def _publish_until_heard(publisher: Socket, subscriber: Socket, text: bytes) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def publish() -> None:
+            while True:
+                await publisher.send([b"t/", text])
+                await trio.sleep(0.01)
+
+        nursery.start_soon(publish)
+        while (await subscriber.receive())[1] != text:
+            pass
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_mandatory_router_says_when_nobody_is_there() -> None:
+    async with open_sockets() as sockets:
+        router = sockets.open("router", bind="tcp://127.0.0.1:*", mandatory=True)
+        assert not router.send_nowait([b"nobody", b"x"])
+        with pytest.raises(ConfigError, match="mandatory"):
+            await router.send([b"nobody", b"x"])
