@@ -1,0 +1,1 @@
+"""The eyes of Interlock: GPU, host and process telemetry."""

@@ -1,0 +1,39 @@
+"""`python -m interlock.monitors --fleet F --host HOST`: one host's monitor; with `--self-test` a look at the GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import trio
+
+from interlock.broker.config import load_fleet
+from interlock.broker.role import run_role
+from interlock.monitors.selftest import survey
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="interlock monitor", description="Sample GPUs, agents and the machine.")
+    parser.add_argument("--fleet", default=os.environ.get("INTERLOCK_FLEET", "fleet.toml"), help="the fleet file")
+    parser.add_argument("--host", help="which host of the fleet this machine is")
+    parser.add_argument("--self-test", action="store_true", help="print what NVML says of the GPUs as JSON, and end")
+    options = parser.parse_args(arguments)
+    if options.self_test:
+        print(json.dumps(trio.run(survey), indent=2))
+        return 0
+    if not options.host:
+        parser.error("--host is needed")
+
+    from interlock.monitors.service import run_monitor  # the self-test above needs no bus
+
+    async def serve(ready: Callable[[], None]) -> None:
+        await run_monitor(load_fleet(options.fleet), options.host, ready)
+
+    return run_role("monitor", serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
