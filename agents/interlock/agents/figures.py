@@ -1,0 +1,67 @@
+"""What a host says of its agents in telemetry, from the figures of their gateways. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from interlock.agents.latency import InstanceFigures, quantile
+from interlock.broker.facts import Role
+from interlock.broker.samples import Labels, labels
+
+BASELINE_QUANTILES = (0.5, 0.95, 0.99)
+MIN_BASELINE = 20  # answers; of fewer there is no baseline to compare with, which the evidence says
+
+
+@dataclass
+class InstanceView:
+    """One instance as telemetry sees it."""
+
+    revision: str
+    role: Role
+    up: bool = False
+    failures: int = 0  # health checks failed in a row
+    metrics: dict[str, float] = field(default_factory=dict)  # the agent's own
+
+
+def baseline(latencies: list[float]) -> dict[str, float] | None:
+    """Quantiles in seconds by their name; None if too few answers were seen."""
+    if len(latencies) < MIN_BASELINE:
+        return None
+    ordered = sorted(latencies)
+    return {str(q): quantile(ordered, q) for q in BASELINE_QUANTILES}
+
+
+def samples(
+    host: str,
+    agent: str,
+    views: Mapping[str, InstanceView],
+    figures: Mapping[str, InstanceFigures],
+    recorded: Mapping[str, float] | None,
+) -> dict[Labels, float]:
+    """All series of one agent at one moment. `recorded` is the baseline of a migration in flight."""
+    found: dict[Labels, float] = {}
+    for instance, view in views.items():
+        of = {"host": host, "agent": agent, "revision": view.revision, "role": view.role}
+        found[labels("agent_up", **of)] = float(view.up)
+        found[labels("agent_health_failures", **of)] = float(view.failures)
+        for name, value in view.metrics.items():
+            found[labels(f"agent_{name}", **of)] = value
+        seen = figures.get(instance)
+        if seen is None:
+            continue
+        found[labels("agent_requests_total", **of)] = float(seen.requests)
+        found[labels("agent_errors_total", **of)] = float(seen.errors)
+        found[labels("agent_in_flight", **of)] = float(seen.in_flight)
+        found[labels("agent_oldest_request_seconds", **of)] = seen.oldest_s
+        for quantile_name, latency in (("0.5", seen.p50), ("0.95", seen.p95), ("0.99", seen.p99)):
+            if latency is not None:
+                found[labels("agent_response_seconds", quantile=quantile_name, **of)] = latency
+        if seen.compared or seen.dropped:
+            found[labels("agent_shadow_compared_total", **of)] = float(seen.compared)
+            found[labels("agent_shadow_mismatches_total", **of)] = float(seen.mismatches)
+            found[labels("agent_shadow_dropped_total", **of)] = float(seen.dropped)
+    for quantile_name, latency in (recorded or {}).items():
+        key = labels("agent_response_baseline_seconds", host=host, agent=agent, quantile=quantile_name)
+        found[key] = latency
+    return found

@@ -1,0 +1,370 @@
+"""The host's front for one agent: it owns the public endpoint, so that clients see no gap while instances change.
+
+`Gateway` is what a host uses; `ZmqGateway` serves ZeroMQ clients (a plain REQ, or a DEALER with any envelope) and
+speaks to instances through a DEALER each, so that an unmodified REP program and a ROUTER-based class agent both fit.
+What goes where is decided in `routing.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import trio
+
+from interlock.agents.answers import error_answer, is_error
+from interlock.agents.compare import Pair, difference
+from interlock.agents.latency import InstanceFigures
+from interlock.agents.routing import Router
+from interlock.agents.routing_types import Answered, Compare, Fail, Gone, Reply, Send
+from interlock.broker.config import CompareConfig
+from interlock.broker.sockets import Socket, Sockets
+
+MAX_MESSAGE = 64 << 20  # bytes per frame: images and audio pass; a larger one disconnects its sender only
+MAX_FRAMES = 64  # of one request; nobody of ours sends more than a handful
+UNREAD_REPLIES = 4096  # to one client that doesn't read; beyond, its replies (and only its) are dropped
+LOST_GRACE_S = 0.01  # answers that a dead process gave just before are still on their way for so long
+COMPARISONS = 256  # pairs that wait to be compared; beyond, they are dropped
+LARGE_ANSWER = 1 << 15  # bytes: comparing two of these is moved to a thread, so that no client waits for it
+
+_Comparison = tuple[Compare[Any, Any], CompareConfig, Callable[[Pair], None] | None]
+
+log = logging.getLogger(__name__)
+
+
+class Gateway(Protocol):
+    """What a host needs of the front of an agent. Times are trio's (`trio.current_time()`), in seconds."""
+
+    endpoint: str
+
+    async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        """Bind and serve until cancelled; the status is the real endpoint. InUse or ConfigError if it can't bind."""
+
+    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
+        """An instance exists at `endpoint`; it gets no live requests yet. A second one of that name replaces it."""
+
+    def detach(self, instance: str) -> None:
+        """Forget the instance and its figures. What it still owed is handled as by `lost`."""
+
+    def route(self, shares: Mapping[str, float]) -> None:
+        """From now on live requests go to these instances by share; empty: they wait (up to `hold_s`)."""
+
+    def mirror(
+        self,
+        instance: str | None,
+        *,
+        compare: CompareConfig | None = None,
+        on_pair: Callable[[Pair], None] | None = None,
+    ) -> None:
+        """Give idempotent requests to this instance too, compare the answers, drop its own. None ends it."""
+
+    def lost(self, instance: str) -> None:
+        """Its process died: what it owed is retried elsewhere if idempotent, else answered with an error."""
+
+    def rescue(self, instance: str) -> None:
+        """Also give what it owes, if idempotent, to the routed instance; the first answer wins."""
+
+    def in_flight(self, instance: str) -> int:
+        """Requests whose client waits for this instance."""
+
+    async def drained(self, instance: str) -> None:
+        """Returns when nothing is in flight there."""
+
+    def snapshot(self, now: float) -> dict[str, InstanceFigures]:
+        """The figures of every attached instance."""
+
+    def latencies(self, instance: str, seconds: float, now: float) -> list[float]:
+        """Of the last `seconds`, newest first (bounded)."""
+
+    def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:
+        """Call once, with the time, at its first answer to a live request that it is given after now."""
+
+
+class RoutedGateway(ABC):
+    """What both shells share: a `Router`, its timer, the comparison of pairs, and the part of `Gateway` they answer."""
+
+    def __init__(self, agent: str, endpoint: str, *, request_timeout_s: float, hold_s: float) -> None:
+        self.agent = agent
+        self.endpoint = endpoint
+        self.router: Router[Any, Any, Any] = Router(request_timeout_s=request_timeout_s, hold_s=hold_s)
+        self._settled = trio.lowlevel.ParkingLot()
+        self._timer_at = float("inf")
+        self._timer_changed = trio.Event()
+        self._compare = CompareConfig()
+        self._on_pair: Callable[[Pair], None] | None = None
+        self._to_compare, self._comparisons = trio.open_memory_channel[_Comparison](COMPARISONS)
+
+    # --- Gateway
+
+    def detach(self, instance: str) -> None:
+        self._carry_out(self.router.detach(instance, trio.current_time()))
+
+    def route(self, shares: Mapping[str, float]) -> None:
+        now = trio.current_time()
+        left_out = self.router.route(shares, now)
+        if left_out:
+            log.warning("%s: can't route to %s: not attached, or dead", self.agent, ", ".join(left_out))
+        self._carry_out(self.router.settle(now))
+
+    def mirror(
+        self,
+        instance: str | None,
+        *,
+        compare: CompareConfig | None = None,
+        on_pair: Callable[[Pair], None] | None = None,
+    ) -> None:
+        self.router.mirror(instance)
+        self._compare = compare or CompareConfig()
+        self._on_pair = on_pair if instance is not None else None
+
+    def lost(self, instance: str) -> None:
+        self._carry_out(self.router.lost(instance, trio.current_time(), grace=LOST_GRACE_S))
+
+    def rescue(self, instance: str) -> None:
+        self._carry_out(self.router.rescue(instance, trio.current_time()))
+
+    def in_flight(self, instance: str) -> int:
+        return self.router.in_flight(instance)
+
+    async def drained(self, instance: str) -> None:
+        await trio.lowlevel.checkpoint()
+        while self.in_flight(instance):
+            await self._settled.park()
+
+    def snapshot(self, now: float) -> dict[str, InstanceFigures]:
+        return self.router.snapshot(now)
+
+    def latencies(self, instance: str, seconds: float, now: float) -> list[float]:
+        return self.router.latencies(instance, seconds, now)
+
+    def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:
+        self.router.watch(instance, callback)
+
+    # --- inside
+
+    def _carry_out(self, commands: list[Any]) -> None:
+        """Do what the core says, in order; what follows from a command that can't be done comes after."""
+        for command in commands:  # grows while a Send fails
+            if isinstance(command, Reply):
+                self._reply(command)
+            elif isinstance(command, Send):
+                if not self._send(command):
+                    now = trio.current_time()
+                    commands += self.router.failed(command.instance, command.copy, now, sent=False)
+            elif isinstance(command, Fail):
+                self._fail(command)
+            elif isinstance(command, Compare):
+                self._queue_comparison(command)
+            elif isinstance(command, Answered):
+                self._tell(command.tag, command.time)
+            elif isinstance(command, Gone):
+                self._gone(command.instance)
+        self._after()
+
+    def _after(self) -> None:
+        if self.router.next_deadline() < self._timer_at:
+            self._timer_changed.set()
+        if self._settled:
+            self._settled.unpark_all()
+
+    @abstractmethod
+    def _reply(self, command: Reply[Any, Any]) -> None: ...
+
+    @abstractmethod
+    def _send(self, command: Send[Any]) -> bool: ...
+
+    @abstractmethod
+    def _fail(self, command: Fail[Any, Any]) -> None: ...
+
+    @abstractmethod
+    def _gone(self, instance: str) -> None: ...
+
+    async def _run_timer(self) -> None:
+        while True:
+            self._timer_at = self.router.next_deadline()
+            self._timer_changed = trio.Event()
+            with trio.move_on_at(self._timer_at):
+                await self._timer_changed.wait()
+            now = trio.current_time()
+            if self.router.next_deadline() <= now:
+                self._carry_out(self.router.expire(now))
+
+    # --- comparing
+
+    def _queue_comparison(self, command: Compare[Any, Any]) -> None:
+        try:
+            self._to_compare.send_nowait((command, self._compare, self._on_pair))
+        except trio.WouldBlock:
+            self.router.dropped(command.instance)
+
+    async def _run_comparisons(self) -> None:
+        async for command, config, on_pair in self._comparisons:
+            pair = await self._pair(command, config)
+            self.router.compared(command.instance, pair.equal)
+            if on_pair is not None:
+                self._tell(on_pair, pair)
+
+    async def _pair(self, command: Compare[Any, Any], config: CompareConfig) -> Pair:
+        return await paired(command, command.body, command.old, command.new, config=config)
+
+    def _tell(self, callback: Callable[[Any], None], value: Any) -> None:
+        """Whoever watches the traffic can't stop it: a fault there is logged."""
+        try:
+            callback(value)
+        except Exception:
+            log.exception("%s: a watcher of the gateway failed", self.agent)
+
+
+async def paired(
+    command: Compare[Any, Any],
+    request: Sequence[bytes],
+    old: Sequence[bytes],
+    new: Sequence[bytes] | None,
+    *,
+    config: CompareConfig,
+    found: str = "",
+) -> Pair:
+    """The Pair of two answers; `found` is a difference known already."""
+    if not found:
+        if sum(map(len, old)) > LARGE_ANSWER:
+            found = await trio.to_thread.run_sync(difference, old, new, config)
+        else:
+            await trio.lowlevel.checkpoint()
+            found = difference(old, new, config)
+    return Pair(
+        request=b"".join(request),
+        old=b"".join(old),
+        new=b"".join(new) if new is not None else None,
+        old_latency=command.old_latency,
+        new_latency=command.new_latency,
+        equal=not found,
+        difference=found,
+    )
+
+
+class ZmqGateway(RoutedGateway):
+    """The front of an agent that answers ZeroMQ requests. `sockets` outlive `run`."""
+
+    def __init__(
+        self, agent: str, endpoint: str, sockets: Sockets, *, request_timeout_s: float = 30.0, hold_s: float = 10.0
+    ) -> None:
+        super().__init__(agent, endpoint, request_timeout_s=request_timeout_s, hold_s=hold_s)
+        self._sockets = sockets
+        self._front: Socket | None = None
+        self._backs: dict[str, Socket] = {}
+        self._nursery: trio.Nursery | None = None
+        self.malformed = 0  # messages, of clients and instances, that were dropped
+
+    async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        front = self._sockets.open(
+            "router",
+            bind=self.endpoint,
+            label=f"{self.agent} gateway",
+            max_message=MAX_MESSAGE,
+            send_limit=UNREAD_REPLIES,
+        )
+        self._front, self.endpoint = front, front.endpoint
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._run_timer)
+                nursery.start_soon(self._run_comparisons)
+                for name, back in self._backs.items():
+                    nursery.start_soon(self._receive_answers, name, back)
+                task_status.started(self.endpoint)
+                await self._receive_requests(front)
+        finally:
+            self._nursery = None
+            self._carry_out(self.router.close())
+            self._front = None
+            front.close()
+            for back in self._backs.values():
+                back.close(linger_ms=0)
+            self._backs.clear()
+
+    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
+        self.detach(instance)
+        # no heartbeats: a process that is stopped, not dead, must find its connection when it goes on
+        back = self._sockets.open(
+            "dealer",
+            connect=endpoint,
+            label=f"{self.agent} {instance}",
+            heartbeat=False,
+            max_message=MAX_MESSAGE,
+            receive_limit=0,
+            send_limit=0,
+        )
+        self.router.attach(instance, window=window, idempotent=guarded(idempotent, self.agent))
+        self._backs[instance] = back
+        if self._nursery is not None:
+            self._nursery.start_soon(self._receive_answers, instance, back)
+
+    def detach(self, instance: str) -> None:
+        super().detach(instance)
+        self._gone(instance)
+
+    # --- inside
+
+    async def _receive_requests(self, front: Socket) -> None:
+        request = self.router.request
+        while True:
+            for frames in await front.receive_batch():
+                # [peer, anything..., b"", body...]; a REQ sends nothing between peer and delimiter
+                try:
+                    start = 2 if frames[1] == b"" else frames.index(b"", 1) + 1
+                except (IndexError, ValueError):
+                    start = 0
+                if not 0 < start < len(frames) <= MAX_FRAMES:
+                    self.malformed += 1
+                    continue
+                body = frames[start:]
+                size = sum(map(len, body))
+                self._carry_out(request(frames[:start], frames[0], body, size, trio.current_time()))
+
+    async def _receive_answers(self, instance: str, back: Socket) -> None:
+        answer = self.router.answer
+        while not back.closed:
+            try:
+                batch = await back.receive_batch()
+            except trio.ClosedResourceError:
+                return
+            for frames in batch:
+                if len(frames) < 3 or len(frames[0]) != 8 or frames[1]:
+                    self.malformed += 1
+                    continue
+                body = frames[2:]
+                copy = int.from_bytes(frames[0], "big")
+                self._carry_out(answer(instance, copy, body, trio.current_time(), error=is_error(body)))
+
+    def _reply(self, command: Reply[Any, Any]) -> None:
+        if self._front is not None:
+            self._front.send_nowait([*command.client, *command.answer])
+
+    def _send(self, command: Send[Any]) -> bool:
+        back = self._backs.get(command.instance)
+        return back is not None and back.send_nowait([command.copy.to_bytes(8, "big"), b"", *command.body])
+
+    def _fail(self, command: Fail[Any, Any]) -> None:
+        if self._front is not None:
+            answer = error_answer(command.body, command.code, f"{self.agent}: {command.message}")
+            self._front.send_nowait([*command.client, answer])
+
+    def _gone(self, instance: str) -> None:
+        back = self._backs.pop(instance, None)
+        if back is not None:
+            back.close(linger_ms=0)  # what it did not read must not reach the next process at this address
+
+
+def guarded(idempotent: Callable[[bytes], bool], agent: str) -> Callable[[Sequence[bytes]], bool]:
+    """Asks about the first frame of a request. A request that breaks the question may not be repeated."""
+
+    def ask(body: Sequence[bytes]) -> bool:
+        try:
+            return bool(idempotent(body[0]))
+        except Exception as error:
+            log.warning("%s: whether a request is idempotent can't be told: %r", agent, error)
+            return False
+
+    return ask

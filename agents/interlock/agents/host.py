@@ -1,0 +1,307 @@
+"""A host: the process that supervises the agents of one machine (or part of one), and decides alone where it must.
+
+It needs the broker for telemetry and commands, but not to serve, to notice that a candidate died, or to roll back:
+those are decided here, and a rollback also arrives directly at the control endpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from interlock.agents.front import open_gateway
+from interlock.agents.journal import Journal
+from interlock.agents.launch import Place
+from interlock.agents.process import guarded, host_marker, kill_marked
+from interlock.agents.revisions import RevisionStore
+from interlock.agents.slot import Slot
+from interlock.agents.slot_io import Ask, AskRollBack, Renew, Row, State
+from interlock.agents.slot_shell import SlotShell, Surroundings
+from interlock.broker import commands, facts, signing, topics
+from interlock.broker.client import Bus, open_bus
+from interlock.broker.config import AgentConfig, FleetConfig, load_fleet, source_of
+from interlock.broker.direct import serve_direct
+from interlock.broker.errors import ConfigError, Refused
+from interlock.broker.facts import Fact
+from interlock.broker.gate import Gate
+from interlock.broker.role import held
+from interlock.broker.samples import Labels
+from interlock.broker.security import Security, load_security
+from interlock.broker.simgpu import create_cards
+from interlock.broker.sockets import open_sockets
+from interlock.broker.wire import Event, decode_body
+
+log = logging.getLogger("interlock.host")
+
+FIRST_NEWS_S = 15.0  # a host says ready once every agent is healthy or has failed to start, or this much later
+SETTLE_S = 5.0  # a command is marked as taken once its slot has written it, or this much later
+POSITION = "events"  # mark in the journal: up to where commands were taken
+
+
+class Host:
+    """The agents of one host, and what speaks to them."""
+
+    def __init__(
+        self, name: str, fleet: FleetConfig, bus: Bus, journal: Journal, security: Security | None = None
+    ) -> None:
+        self.name = name
+        self.fleet = fleet
+        self.bus = bus
+        self.journal = journal
+        self.security = security
+        self.gate = None if security is None else Gate(security, f"host {name}")
+        self.slots: dict[str, SlotShell] = {}
+
+    def publish(self, fact: Fact) -> None:
+        self.bus.post(topics.host_fact(self.name), fact)
+
+    # --- commands
+
+    async def follow_commands(self) -> None:
+        """Take commands and rollbacks from the log, each once, from where the last run of this host stopped."""
+        after = int(await trio.to_thread.run_sync(self.journal.mark, POSITION) or 0)
+        prefixes = [topics.command(self.name), topics.rollback(self.name)]
+        async with self.bus.events(prefixes, after=after) as feed:
+            async for event in feed:
+                await self._take(event)
+                slot = self.slots.get(getattr(event.body, "agent", ""))
+                if slot is not None:
+                    with trio.move_on_after(SETTLE_S):
+                        await slot.settled()
+                await trio.to_thread.run_sync(self.journal.set_mark, POSITION, event.header.seq)
+
+    def _check(self, event: Event) -> None:
+        """Whoever asked proves it to this host itself, not to the broker. Refused otherwise."""
+        if self.security is not None:
+            if event.topic not in (topics.command(self.name), topics.rollback(self.name)):
+                raise Refused(f"{event.topic} is not for host {self.name}")
+            signing.check(event, self.security.roll, now=time.time())
+
+    async def _take(self, event: Event) -> None:
+        try:
+            self._check(event)
+        except Refused as refused:
+            log.warning("refused event %d of the log, %s: %s", event.header.seq, type(event.body).__name__, refused)
+            return
+        body = event.body
+        slot = self.slots.get(getattr(body, "agent", ""))
+        match body:
+            case commands.RollBack() if slot is not None:
+                slot.give(AskRollBack(body))
+            case (
+                commands.Prepare()
+                | commands.StartCandidate()
+                | commands.Shadow()
+                | commands.CutOver()
+                | commands.Commit()
+            ):
+                done = await trio.to_thread.run_sync(self.journal.done, event.header.id)
+                if done is not None:
+                    self.bus.post(topics.host_fact(self.name), decode_body(done), id=f"{event.header.id}/done")
+                elif slot is None:
+                    self._refuse(body, event.header.id, f"there is no agent {body.agent!r} on host {self.name}")
+                else:
+                    slot.give(Ask(body, event.header.id))
+            case _:
+                log.warning("%s is no command for a host", type(body).__name__)
+
+    def _refuse(self, body: commands.HostCommand, asked: str, reason: str) -> None:
+        refused = facts.CommandRefused(
+            host=self.name, agent=body.agent, migration=body.migration, command=asked, reason=reason
+        )
+        self.publish(refused)
+
+    def accept(self, event: Event) -> None:
+        """What comes directly: rollbacks and leases, nothing else."""
+        self._check(event)
+        body = event.body
+        if not isinstance(body, commands.RollBack | commands.RenewLease):
+            raise Refused(f"{type(body).__name__} does not come this way", hint="publish it through the broker")
+        slot = self.slots.get(body.agent)
+        if slot is None:
+            raise Refused(f"there is no agent {body.agent!r} on host {self.name}")
+        slot.give(AskRollBack(body) if isinstance(body, commands.RollBack) else Renew(body))
+
+    # --- telemetry
+
+    async def report(self) -> None:
+        """Samples of all agents, faster while one of them is on trial."""
+        publisher = self.bus.telemetry(self.name, "host")
+        while True:
+            found: dict[Labels, float] = {}
+            ended: list[Labels] = []
+            for slot in self.slots.values():
+                some, gone = slot.samples()
+                found |= some
+                ended += gone
+            publisher.send(found, time=time.time(), ended=ended)
+            fast = any(slot.on_trial for slot in self.slots.values())
+            await trio.sleep(self.fleet.monitor.migrating_s if fast else self.fleet.monitor.idle_s)
+
+
+# --- start and end
+
+
+async def run_host(fleet: FleetConfig, name: str, ready: Callable[[], None]) -> None:
+    """Serve the agents of host `name` until cancelled. ConfigError or InUse if it can't begin."""
+    config = fleet.hosts.get(name)
+    if config is None:
+        known = ", ".join(sorted(fleet.hosts)) or "none"
+        raise ConfigError(f"there is no host {name!r}", where=fleet.path or "fleet", hint=f"known: {known}")
+    state = fleet.state_dir / f"host-{name}"
+    security = load_security(fleet, f"host/{name}")
+    with held(state / "lock", f"host {name}"):
+        marker = host_marker(state)
+        left = await kill_marked(marker)
+        if left:
+            log.warning("%d processes of an earlier run of this host were still there; they are ended now", left)
+        journal = await trio.to_thread.run_sync(Journal.open, state / "host.sqlite")
+        try:
+            with run_folder(state) as run_dir:
+                async with guarded(marker), open_sockets() as sockets:
+                    place = Place(
+                        sockets, marker, run_dir, state / "log", state / "data", fleet.folder, _environment(fleet)
+                    )
+                    outbox = state / "outbox"
+                    async with open_bus(fleet.broker, f"host/{name}", security=security, outbox=outbox) as bus:
+                        await _serve(Host(name, fleet, bus, journal, security), state, place, ready)
+        finally:
+            await trio.to_thread.run_sync(journal.close)
+
+
+async def _serve(host: Host, state: Path, place: Place, ready: Callable[[], None]) -> None:
+    """Gateways and instances outlive the cancellation that ends the rest: what is in flight is answered first."""
+    async with trio.open_nursery() as outer:
+        living: trio.Nursery = await outer.start(_shielded)
+        try:
+            around = _surroundings(host, state, place, living)
+            await trio.to_thread.run_sync(_collect_revisions, host, around.store)
+            for agent, config in sorted(host.fleet.agents_of(host.name).items()):
+                await _open_slot(host, around, agent, config)
+            async with trio.open_nursery() as nursery:
+                if host.gate is not None:
+                    await nursery.start(host.gate.serve, host.bus.sockets)
+                direct = partial(serve_direct, gate=host.gate)
+                control = await nursery.start(
+                    direct, host.bus.sockets, host.fleet.hosts[host.name].control, host.accept
+                )
+                host.publish(
+                    facts.HostUp(
+                        host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=sorted(host.slots)
+                    )
+                )
+                for slot in host.slots.values():
+                    nursery.start_soon(slot.run)
+                    slot.begin()
+                nursery.start_soon(host.follow_commands)
+                nursery.start_soon(host.report)
+                with trio.move_on_after(FIRST_NEWS_S):
+                    for slot in host.slots.values():
+                        await slot.first_news.wait()
+                ready()
+                up = [name for name, slot in sorted(host.slots.items()) if slot.slot.permanent_up]
+                log.info("host %s serves %s", host.name, ", ".join(up) or "no agent yet")
+        finally:
+            with trio.CancelScope(shield=True):
+                async with trio.open_nursery() as ending:
+                    for slot in host.slots.values():
+                        ending.start_soon(slot.end)
+                living.cancel_scope.cancel()
+            host.publish(facts.HostDown(host=host.name))
+
+
+async def _shielded(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.cancel_scope.shield = True
+        task_status.started(nursery)
+        await trio.sleep_forever()
+
+
+def _surroundings(host: Host, state: Path, place: Place, nursery: trio.Nursery) -> Surroundings:
+    numbers = itertools.count(1)
+    fleet = host.fleet
+    return Surroundings(
+        host=host.name,
+        place=place,
+        store=RevisionStore(state / "revisions"),
+        journal=host.journal,
+        publish=host.publish,
+        load=(lambda: load_fleet(fleet.path)) if fleet.path else (lambda: fleet),
+        backups=state / "backups",
+        next_number=lambda: next(numbers),
+        nursery=nursery,
+    )
+
+
+async def _open_slot(host: Host, around: Surroundings, agent: str, config: AgentConfig) -> None:
+    """The slot as the journal has it; a new agent's first revision is recorded. The gateway binds at once."""
+    row = await trio.to_thread.run_sync(host.journal.slot, agent)
+    if row is None:
+        row = await trio.to_thread.run_sync(_first_row, host, around.store, agent, config)
+    gateway = open_gateway(agent, config, around.place.sockets)
+    endpoint = await around.nursery.start(gateway.run)
+    host.slots[agent] = SlotShell(Slot(host.name, row, endpoint=endpoint), config, gateway, around)
+
+
+def _collect_revisions(host: Host, store: RevisionStore) -> None:
+    """Remove what was recorded for migrations that came to nothing; whatever was permanent once stays."""
+    keep: set[str] = set()
+    for agent, row in host.journal.slots().items():
+        keep |= {row.permanent_digest, row.candidate_digest or "", *host.journal.names(agent).values()}
+    for digest in store.collect(keep):
+        log.info("revision %s is removed: it was never permanent", digest[:12])
+
+
+def _first_row(host: Host, store: RevisionStore, agent: str, config: AgentConfig) -> Row:
+    revision = config.revisions[config.serve]
+    where = f"{host.fleet.path or 'fleet'}: agents.{agent}.revisions.{config.serve}"
+    source = source_of(host.fleet, revision, where=where) if revision.source else None
+    recorded = store.record(agent, config.serve, revision, source)
+    row = Row(agent, config.serve, recorded.digest, state=State.SERVING)
+    host.journal.save_slot(row, f"first revision {config.serve}")
+    return row
+
+
+def _environment(fleet: FleetConfig) -> dict[str, str]:
+    """What every instance finds in its environment besides its own: where the simulated GPUs are, if there are any."""
+    if fleet.monitor.gpu != "simulated":
+        return {}
+    folder = fleet.state_dir / "simgpu"
+    create_cards(folder, fleet.monitor.simulated)
+    return {"INTERLOCK_SIMGPU": str(folder)}
+
+
+class run_folder:
+    """A short, private folder for sockets, the same after each restart of the host; removed at the end."""
+
+    def __init__(self, state: Path) -> None:
+        digest = hashlib.sha256(str(state.resolve()).encode()).hexdigest()[:12]
+        self.path = Path(tempfile.gettempdir()) / f"interlock-{os.getuid()}-{digest}"
+
+    def __enter__(self) -> Path:
+        if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_uid != os.getuid()):
+            raise ConfigError("somebody else made this folder", where=str(self.path), hint="remove it, or set TMPDIR")
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(mode=0o700)
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def boot_id() -> str:
+    """Changes with each boot of the machine: monotonic times before and after it can't be compared."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return "unknown"

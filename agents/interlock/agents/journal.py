@@ -1,0 +1,266 @@
+"""The host's journal: the only module of the host that uses sqlite3.
+
+One file, written before the host acts: `synchronous=FULL` means that what a method wrote is on the disk when it
+returns. After a `kill -9` it holds the last transaction that was finished, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from interlock.agents.slot_io import Row, State
+from interlock.broker.errors import LogError, Refused
+
+FORMAT = 1  # user_version of the file
+DONE_KEPT = 10_000  # results of commands, the oldest go first; a command is not repeated after its deadline
+ENTRIES_KEPT = 50_000  # lines of the journal itself
+BUSY_MS = 5000  # a backup tool or a reader may hold the file for so long
+
+_SCHEMA = """
+CREATE TABLE slots (
+    agent TEXT PRIMARY KEY, permanent TEXT NOT NULL, permanent_digest TEXT NOT NULL,
+    candidate TEXT, candidate_digest TEXT, state TEXT NOT NULL, migration TEXT, epoch INTEGER NOT NULL
+) STRICT;
+CREATE TABLE names (agent TEXT NOT NULL, name TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (agent, name)) STRICT;
+CREATE TABLE done (number INTEGER PRIMARY KEY AUTOINCREMENT, command TEXT UNIQUE NOT NULL, result BLOB NOT NULL) STRICT;
+CREATE TABLE marks (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE journal (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, agent TEXT NOT NULL, entry TEXT NOT NULL
+) STRICT;
+CREATE INDEX journal_agent ON journal (agent, seq);
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal: what the host was about to do. `time` in seconds since 1970."""
+
+    seq: int
+    time: float
+    agent: str
+    entry: str
+
+
+class Journal:
+    """Methods block until the disk has it; each may be called from any thread. Made by `Journal.open`."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """Open or make the file. LogError if it is damaged, newer than this program, or can't be written."""
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=BUSY_MS / 1000)
+            try:
+                _prepare(path, connection)
+            except BaseException:
+                connection.close()
+                raise
+        return cls(path, connection)
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    # --- slots
+
+    def slot(self, agent: str) -> Row | None:
+        """The slot's row as last written; None if there never was one."""
+        with self._reading() as db:
+            found = db.execute(f"SELECT {_ROW} FROM slots WHERE agent = ?", (agent,)).fetchone()
+        return _row(found) if found else None
+
+    def slots(self) -> dict[str, Row]:
+        """All of them by agent."""
+        with self._reading() as db:
+            found = db.execute(f"SELECT {_ROW} FROM slots ORDER BY agent").fetchall()
+        return {values[0]: _row(values) for values in found}
+
+    def save_slot(
+        self, row: Row, entry: str, *, done: tuple[str, bytes] | None = None, at: float | None = None
+    ) -> None:
+        """Write a slot and why; with it `done`, a command's id and result, in one transaction.
+
+        The name of its permanent revision is bound to the digest for good: Refused, and nothing written, if it
+        was bound to another. `at` in seconds since 1970, now if left out.
+        """
+        with self._writing() as db:
+            bound = db.execute(
+                "SELECT digest FROM names WHERE agent = ? AND name = ?", (row.agent, row.permanent)
+            ).fetchone()
+            if bound and bound[0] != row.permanent_digest:
+                raise Refused(
+                    f"revision {row.permanent!r} of {row.agent} was committed before with other content",
+                    where=str(self.path),
+                    hint="give the changed code a new revision name",
+                )
+            db.execute("INSERT OR IGNORE INTO names VALUES (?, ?, ?)", (row.agent, row.permanent, row.permanent_digest))
+            db.execute(
+                f"INSERT OR REPLACE INTO slots ({_ROW}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    row.agent,
+                    row.permanent,
+                    row.permanent_digest,
+                    row.candidate,
+                    row.candidate_digest,
+                    row.state.value,
+                    row.migration,
+                    row.epoch,
+                ),
+            )
+            _write_entry(db, row.agent, entry, at)
+            if done is not None:
+                _write_done(db, *done)
+
+    def names(self, agent: str) -> dict[str, str]:
+        """The digest of each revision name that was ever permanent."""
+        with self._reading() as db:
+            return dict(db.execute("SELECT name, digest FROM names WHERE agent = ?", (agent,)).fetchall())
+
+    # --- commands, marks, entries
+
+    def remember_done(self, command: str, result: bytes) -> None:
+        """Keep a command's result, so that the same command is answered from here and not done again."""
+        with self._writing() as db:
+            _write_done(db, command, result)
+
+    def done(self, command: str) -> bytes | None:
+        """The result of a command that was done; None if it was not, or is older than the newest DONE_KEPT."""
+        with self._reading() as db:
+            found = db.execute("SELECT result FROM done WHERE command = ?", (command,)).fetchone()
+        return found[0] if found else None
+
+    def set_mark(self, key: str, value: str | int) -> None:
+        """Keep a value under a name, such as the position of an event feed."""
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (key, json.dumps(value)))
+
+    def mark(self, key: str) -> str | int | None:
+        with self._reading() as db:
+            found = db.execute("SELECT value FROM marks WHERE key = ?", (key,)).fetchone()
+        value: str | int | None = json.loads(found[0]) if found else None
+        return value
+
+    def note(self, agent: str, entry: str, *, at: float | None = None) -> None:
+        """Write a line that changes no slot."""
+        with self._writing() as db:
+            _write_entry(db, agent, entry, at)
+
+    def entries(self, agent: str, *, newest: int = 1000) -> list[Entry]:
+        """The newest lines about an agent, in the order they were written."""
+        with self._reading() as db:
+            found = db.execute(
+                "SELECT seq, time, agent, entry FROM journal WHERE agent = ? ORDER BY seq DESC LIMIT ?", (agent, newest)
+            ).fetchall()
+        return [Entry(*values) for values in reversed(found)]
+
+    def snapshot(self) -> bytes:
+        """The whole database at one moment, as the bytes of a file: for a backup."""
+        with self._lock, _explained(self.path):
+            copy = sqlite3.connect(":memory:")
+            try:
+                self._connection.backup(copy)
+                return bytes(copy.serialize())
+            finally:
+                copy.close()
+
+    # --- transactions
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _explained(self.path):
+            yield self._connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _explained(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+_ROW = "agent, permanent, permanent_digest, candidate, candidate_digest, state, migration, epoch"
+
+
+def _row(values: tuple[str, str, str, str | None, str | None, str, str | None, int]) -> Row:
+    agent, permanent, permanent_digest, candidate, candidate_digest, state, migration, epoch = values
+    try:
+        known = State(state)
+    except ValueError:
+        known = State.ROLLING_BACK  # of another version of this program: what nobody knows is undone
+    return Row(agent, permanent, permanent_digest, candidate, candidate_digest, known, migration, epoch)
+
+
+def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("BEGIN IMMEDIATE")  # says now, not at the first slot change, that the file can't be written
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
+    connection.execute("COMMIT")
+    if version > FORMAT:
+        raise LogError(
+            f"was written by a newer version of Interlock (format {version}, this one knows {FORMAT})",
+            where=str(path),
+            hint="start the newer version again",
+        )
+    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+
+
+def _write_entry(db: sqlite3.Connection, agent: str, entry: str, at: float | None) -> None:
+    moment = time.time() if at is None else at
+    number = db.execute("INSERT INTO journal (time, agent, entry) VALUES (?, ?, ?)", (moment, agent, entry)).lastrowid
+    db.execute("DELETE FROM journal WHERE seq <= ?", ((number or 0) - ENTRIES_KEPT,))
+
+
+def _write_done(db: sqlite3.Connection, command: str, result: bytes) -> None:
+    number = db.execute("INSERT OR REPLACE INTO done (command, result) VALUES (?, ?)", (command, result)).lastrowid
+    db.execute("DELETE FROM done WHERE number <= ?", ((number or 0) - DONE_KEPT,))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """SQLite's and the system's errors in an operator's words."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise LogError(
+            f"the host's journal can't be used: {error}",
+            where=str(path),
+            hint="check that the folder can be written, the disk is not full, and no other program holds the file",
+        ) from None
+    except sqlite3.DatabaseError as error:
+        raise LogError(
+            f"the host's journal is damaged: {' '.join(str(error).split())}",
+            where=str(path),
+            hint="move it and its -wal away; the host then begins with what `serve` names, see README.md",
+        ) from None
+    except sqlite3.Error as error:
+        raise LogError(f"the host's journal can't be used: {error}", where=str(path)) from None
+    except OSError as error:
+        raise LogError(
+            f"the host's journal can't be used: {error.strerror or error}",
+            where=str(error.filename or path),
+            hint="check the permissions and the free space",
+        ) from None

@@ -1,0 +1,199 @@
+"""What goes into a slot machine and what comes out of it; the machine itself is in `slot.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from interlock.broker import commands
+from interlock.broker.commands import Evidence, HostCommand, RollBack
+from interlock.broker.facts import Fact, Role
+
+
+class State(StrEnum):
+    SERVING = "serving"  # no migration here
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    STARTING = "starting"  # the candidate's process runs, it is not healthy yet
+    STANDBY = "standby"  # the candidate is healthy, without live requests
+    SHADOWING = "shadowing"
+    LIVE = "live"  # the candidate has a share of the live requests
+    ROLLING_BACK = "rolling-back"  # live requests go to the permanent revision; it is not verified yet
+
+
+class Moment(NamedTuple):
+    mono: float  # seconds of the monotonic clock: for leases and delays
+    wall: float  # seconds since 1970: for reports
+
+
+# --- what goes in
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A command of the coordinator; `id` is the event's."""
+
+    command: HostCommand
+    id: str
+
+
+@dataclass(frozen=True)
+class AskRollBack:
+    command: RollBack
+
+
+@dataclass(frozen=True)
+class Renew:
+    command: commands.RenewLease
+
+
+@dataclass(frozen=True)
+class PrepareEnded:
+    """`digest` of the recorded revision; a failed one names the check."""
+
+    migration: str
+    ok: bool
+    digest: str = ""
+    check: str = ""
+    reason: str = ""
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """An instance answered its first health check, and its contract covers what is needed."""
+
+    instance: str
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gone:
+    """An instance is no more, or never came to life; `by` is the check that says so."""
+
+    instance: str
+    by: str  # process-died, start-failed, health-failed
+    reason: str
+    sample_time: float  # wall clock, when it was seen
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShadowEnded:
+    migration: str
+    ok: bool
+    reason: str
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The permanent revision answered (a live request or a probe) after the route went back to it, or did not."""
+
+    migration: str
+    ok: bool
+    restored: float
+    routed: float
+    reason: str = ""
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tick:
+    pass
+
+
+Input = Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | Verified | Tick
+
+# --- what comes out
+
+
+@dataclass(frozen=True)
+class Persist:
+    """Write the slot's row before the actions that follow; `done` also remembers a command's result."""
+
+    row: Row
+    entry: str
+    done: tuple[str, Fact] | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """Live requests go to these instances by share from now on; an `urgent` one overtakes whatever is queued."""
+
+    shares: tuple[tuple[str, float], ...]
+    urgent: bool = False
+
+
+@dataclass(frozen=True)
+class BeginPrepare:
+    command: commands.Prepare
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start an instance of a revision; the shell answers Healthy or Gone."""
+
+    instance: str
+    revision: str
+    digest: str
+    role: Role
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Drain (as far as its time allows) and end an instance; the shell is silent about it afterwards."""
+
+    instance: str
+
+
+@dataclass(frozen=True)
+class BeginShadow:
+    command: commands.Shadow
+    candidate: str
+
+
+@dataclass(frozen=True)
+class EndShadow:
+    pass
+
+
+@dataclass(frozen=True)
+class Rescue:
+    """Send again, to where live requests go now, what the instance has in flight."""
+
+    instance: str
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Find out by an answer whether the permanent instance serves; the shell answers Verified."""
+
+    migration: str
+    instance: str
+
+
+@dataclass(frozen=True)
+class Publish:
+    fact: Fact
+
+
+Action = (
+    Persist | Route | BeginPrepare | Start | Stop | BeginShadow | EndShadow | Rescue | Verify | Publish
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the journal holds of a slot: enough to come back to after any crash."""
+
+    agent: str
+    permanent: str
+    permanent_digest: str
+    candidate: str | None = None
+    candidate_digest: str | None = None
+    state: State = State.SERVING
+    migration: str | None = None
+    epoch: int = 0  # the newest seen; older ones are refused

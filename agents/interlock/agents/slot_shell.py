@@ -1,0 +1,395 @@
+"""Carries out what a slot machine decides: one per agent, with the agent's gateway and instances.
+
+Actions are done in order by one task, since most of them wait (for the disk, for a process). A rollback doesn't queue:
+what comes before its journal entry (the route, the rescue of requests) is done at once, in the call that brought it,
+and whatever was queued to change the route is void from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from interlock.agents.compare import Pair
+from interlock.agents.figures import InstanceView, samples
+from interlock.agents.gateway import Gateway
+from interlock.agents.instance import HandlerContract
+from interlock.agents.journal import Journal
+from interlock.agents.launch import Instance, Place
+from interlock.agents.prepare import Preparation, prepare
+from interlock.agents.revisions import RevisionStore
+from interlock.agents.shadow import ShadowRun
+from interlock.agents.slot import Slot
+from interlock.agents.slot_io import (
+    Action,
+    BeginPrepare,
+    BeginShadow,
+    EndShadow,
+    Gone,
+    Healthy,
+    Input,
+    Moment,
+    Persist,
+    Publish,
+    Rescue,
+    Route,
+    ShadowEnded,
+    Start,
+    State,
+    Stop,
+    Tick,
+    Verified,
+    Verify,
+)
+from interlock.broker import commands, facts
+from interlock.broker.commands import Evidence
+from interlock.broker.config import AgentConfig, FleetConfig
+from interlock.broker.errors import InterlockError, LogError
+from interlock.broker.facts import Fact
+from interlock.broker.samples import Labels
+from interlock.broker.wire import encode
+
+log = logging.getLogger(__name__)
+
+VERIFY_S = 2.0  # an old revision that was warm and has not answered by then is not warm
+VERIFY_POLL_S = 0.002  # between probes of it: the promise is measured with this grain where no client asks
+SHADOW_POLL_S = 0.05
+JOURNAL_RETRY_S = 1.0  # between attempts to write to a disk that is full
+
+
+@dataclass
+class Surroundings:
+    """What the slots of a host share."""
+
+    host: str
+    place: Place
+    store: RevisionStore
+    journal: Journal
+    publish: Callable[[Fact], None]
+    load: Callable[[], FleetConfig]  # the fleet file as it is now
+    backups: Path
+    next_number: Callable[[], int]
+    nursery: trio.Nursery  # owns the instances; lives as long as the host
+
+
+@dataclass
+class FirstAnswer:
+    """When, and by whom, an instance was first seen to answer. `at`: seconds since 1970."""
+
+    came: trio.Event = field(default_factory=trio.Event)
+    at: float = 0.0
+    by: str = ""
+
+    def note(self, by: str) -> None:
+        if not self.came.is_set():
+            self.at, self.by = time.time(), by
+            self.came.set()
+
+
+@dataclass
+class SlotShell:
+    """One agent on this host. `give` takes an input from any task, at any time."""
+
+    slot: Slot
+    config: AgentConfig
+    gateway: Gateway
+    around: Surroundings
+    instances: dict[str, Instance] = field(default_factory=dict)
+    baseline: dict[str, float] | None = None
+    routed_at: float = 0.0
+    first_news: trio.Event = field(default_factory=trio.Event)  # an instance became healthy, or did not
+    _queue: deque[tuple[int, Action]] = field(default_factory=deque)
+    _more: trio.Event = field(default_factory=trio.Event)
+    _generation: int = 0
+    _busy: bool = False
+    _settled: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    _shadow: ShadowRun | None = None
+    _reported: set[Labels] = field(default_factory=set)
+
+    @property
+    def agent(self) -> str:
+        return self.slot.row.agent
+
+    # --- in
+
+    def give(self, given: Input) -> None:
+        """Let the machine decide, do what is urgent now, queue the rest."""
+        if isinstance(given, Healthy | Gone):
+            self.first_news.set()
+        self.carry_out(self.slot.handle(given, moment()))
+
+    def begin(self) -> None:
+        self.carry_out(self.slot.begin(moment()))
+
+    def carry_out(self, actions: list[Action]) -> None:
+        urgent = bool(actions) and isinstance(actions[0], Route) and actions[0].urgent
+        if urgent:
+            self._generation += 1
+        for action in actions:
+            if urgent and isinstance(action, Route | EndShadow | Rescue | Verify):
+                self._do_now(action)
+            else:
+                urgent = False
+                self._queue.append((self._generation, action))
+        self._more.set()
+
+    # --- doing
+
+    async def run(self) -> None:
+        """Carry out what is queued, and wake the machine at its deadlines. Runs until cancelled."""
+        while True:
+            while self._queue:
+                generation, action = self._queue.popleft()
+                if generation < self._generation and isinstance(action, Route | BeginShadow):
+                    continue  # a rollback has overtaken it
+                self._busy = True
+                await self._do(action)
+                self._busy = False
+            self._settled.unpark_all()
+            self._more = trio.Event()
+            deadline = self.slot.next_deadline()
+            with trio.move_on_at(deadline if deadline is not None else float("inf")) as scope:
+                await self._more.wait()
+            if scope.cancelled_caught:
+                self.give(Tick())
+
+    async def _do(self, action: Action) -> None:
+        match action:
+            case Persist():
+                await self._persist(action)
+            case Publish(fact):
+                self.around.publish(fact)
+            case BeginPrepare(command):
+                self.around.nursery.start_soon(self._prepare, command)
+            case Start():
+                self.around.nursery.start_soon(self._live, action)
+            case Stop(instance):
+                self.around.nursery.start_soon(self._stop, instance)
+            case BeginShadow(command, candidate):
+                self._begin_shadow(command, candidate)
+            case _:
+                self._do_now(action)
+
+    async def _persist(self, action: Persist) -> None:
+        """Write, or wait until it can be written: nothing that follows is done before. Rollbacks don't wait for it."""
+        done = None if action.done is None else (action.done[0], encode(action.done[1]))
+        while True:
+            try:
+                await trio.to_thread.run_sync(
+                    partial(self.around.journal.save_slot, action.row, action.entry, done=done)
+                )
+            except LogError as error:
+                log.error("%s waits, nothing is changed meanwhile: %s", self.agent, error)
+                await trio.sleep(JOURNAL_RETRY_S)
+            else:
+                return
+
+    async def settled(self) -> None:
+        """Returns when all that was given so far is written and begun."""
+        while self._queue or self._busy:
+            await self._settled.park()
+
+    async def end(self) -> None:
+        """The host ends: what is in flight is answered, then every instance is stopped."""
+        self.gateway.route({})
+        async with trio.open_nursery() as nursery:
+            for name in list(self.instances):
+                nursery.start_soon(self._stop, name)
+
+    def _do_now(self, action: Action) -> None:
+        match action:
+            case Route(shares):
+                self.gateway.route(dict(shares))
+                self.routed_at = time.time()
+            case Rescue(instance):
+                self.gateway.rescue(instance)
+            case EndShadow():
+                self.gateway.mirror(None)
+                self._shadow = None
+            case Verify(migration, instance):
+                answer = FirstAnswer()
+                self.gateway.on_answer(instance, lambda _: answer.note("a client's request"))
+                self.around.nursery.start_soon(self._verify, migration, instance, self.routed_at, answer)
+
+    # --- preparing
+
+    async def _prepare(self, command: commands.Prepare) -> None:
+        around = self.around
+        permanent = self.instances.get(self.slot.permanent or "")
+        preparation = Preparation(
+            host=around.host, command=command, row=self.slot.row, permanent=permanent,
+            gateway=self.gateway, store=around.store, journal=around.journal, backups=around.backups,
+            place=around.place, load=around.load,
+        )  # fmt: skip
+        ended = await prepare(preparation)
+        self.baseline = preparation.baseline
+        if ended.ok and preparation.config is not None:
+            self.config = preparation.config
+        self.give(ended)
+
+    # --- instances
+
+    async def _live(self, start: Start) -> None:
+        """An instance from start to end."""
+        await trio.sleep(start.delay_s)
+        if start.instance not in (self.slot.permanent, self.slot.candidate):
+            return  # nobody wants it any more
+        around = self.around
+        try:
+            revision = await trio.to_thread.run_sync(around.store.get, self.agent, start.revision, start.digest)
+            instance = Instance(
+                name=start.instance,
+                agent=self.agent,
+                config=self.config,
+                recorded=revision,
+                place=around.place,
+                view=InstanceView(start.revision, start.role),
+            )
+            await instance.start(around.nursery, around.next_number())
+        except InterlockError as error:
+            log.error("%s can't be started: %s", start.instance, error)
+            self.give(Gone(start.instance, "start-failed", str(error), time.time()))
+            return
+        self.instances[start.instance] = instance
+        assert instance.process is not None
+        self._publish_started(instance)
+        if start.instance not in (self.slot.permanent, self.slot.candidate):  # it was called off while it started
+            await self._stop(start.instance)
+            return
+        around.nursery.start_soon(self._watch_end, instance)
+
+        def report(given: Healthy | Gone) -> None:
+            if isinstance(given, Healthy):
+                self.gateway.attach(
+                    instance.name, instance.requests, window=instance.window, idempotent=instance.idempotent
+                )
+            elif not instance.stopping:
+                log.warning("%s: %s", given.instance, given.reason)
+            if not instance.stopping:
+                self.give(given)
+
+        await instance.watch(start, self._needed(start), report)
+        if not instance.stopping and instance.process.returncode is not None:
+            await self._stop(instance.name)
+
+    async def _watch_end(self, instance: Instance) -> None:
+        """Whatever it still owed goes elsewhere at once, also if it ends while it is being stopped."""
+        assert instance.process is not None
+        await instance.process.exited()
+        self.gateway.lost(instance.name)
+
+    def _needed(self, start: Start) -> dict[str, HandlerContract]:
+        """What a candidate must handle: all that the permanent instance does."""
+        permanent = self.instances.get(self.slot.permanent or "")
+        return permanent.handlers if permanent is not None and start.role == "candidate" else {}
+
+    async def _stop(self, name: str) -> None:
+        """Drain and end an instance, and forget it."""
+        instance = self.instances.get(name)
+        if instance is None or instance.stopping:
+            return
+        instance.stopping = True
+        expected = instance.process is None or instance.process.returncode is None
+        if expected:
+            with trio.move_on_after(instance.revision.stop_timeout_s):
+                await self.gateway.drained(name)
+        code = await instance.end()
+        self.gateway.detach(name)
+        self.instances.pop(name, None)
+        view = instance.view
+        self.around.publish(
+            facts.InstanceStopped(
+                host=self.around.host, agent=self.agent, instance=name, revision=view.revision,
+                role=view.role, returncode=code if code is not None else 0, expected=expected,
+            )
+        )  # fmt: skip
+
+    def _publish_started(self, instance: Instance) -> None:
+        assert instance.process is not None
+        self.around.publish(
+            facts.InstanceStarted(
+                host=self.around.host, agent=self.agent, instance=instance.name, revision=instance.view.revision,
+                role=instance.view.role, pid=instance.process.pid,
+                started=instance.process.started,
+            )
+        )  # fmt: skip
+
+    # --- shadow
+
+    def _begin_shadow(self, command: commands.Shadow, candidate: str) -> None:
+        run = ShadowRun(command, time.time())
+        self._shadow = run
+        self.gateway.mirror(candidate, compare=self.config.compare, on_pair=lambda pair: self._compared(run, pair))
+        self.around.nursery.start_soon(self._time_shadow, run)
+
+    def _compared(self, run: ShadowRun, pair: Pair) -> None:
+        if self._shadow is run:
+            run.add(pair, time.time())
+            self._judge_shadow(run)
+
+    async def _time_shadow(self, run: ShadowRun) -> None:
+        while self._shadow is run:
+            self._judge_shadow(run)
+            await trio.sleep(SHADOW_POLL_S)
+
+    def _judge_shadow(self, run: ShadowRun) -> None:
+        verdict = run.verdict(time.time())
+        if verdict is None:
+            return
+        self._shadow = None
+        self.gateway.mirror(None)
+        evidence = run.evidence() | {"verdict": verdict}
+        self.give(ShadowEnded(run.command.migration, verdict == "passed", run.reason(verdict), evidence))
+
+    # --- rolling back
+
+    async def _verify(self, migration: str, name: str, routed: float, answer: FirstAnswer) -> None:
+        """The first answer of the permanent instance after the route: a client's, or a probe's if none asks."""
+        with trio.move_on_after(VERIFY_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._probe_until, name, answer)
+                await answer.came.wait()
+                nursery.cancel_scope.cancel()
+        reason = f"revision {self.slot.row.permanent} did not answer within {VERIFY_S:g} s"
+        evidence: Evidence = {"verified_by": answer.by}
+        self.give(Verified(migration, answer.came.is_set(), answer.at, routed, reason, evidence))
+
+    async def _probe_until(self, name: str, answer: FirstAnswer) -> None:
+        while True:
+            instance = self.instances.get(name)
+            if instance is not None and (await instance.check()).ok:
+                answer.note("a probe")
+                return
+            await trio.sleep(VERIFY_POLL_S)
+
+    # --- telemetry
+
+    def samples(self) -> tuple[dict[Labels, float], list[Labels]]:
+        """(samples now, series that ended since the last call)."""
+        if self.slot.permanent in self.instances:  # it was the candidate before the commit
+            self.instances[self.slot.permanent].view.role = "permanent"
+        baseline = self.baseline if self.slot.row.state is not State.SERVING else None
+        views = {
+            name: instance.view
+            for name, instance in self.instances.items()
+            if name in (self.slot.permanent, self.slot.candidate)
+        }
+        found = samples(self.around.host, self.agent, views, self.gateway.snapshot(trio.current_time()), baseline)
+        ended = [key for key in self._reported if key not in found]
+        self._reported = set(found)
+        return found, ended
+
+    @property
+    def on_trial(self) -> bool:
+        return self.slot.row.state is not State.SERVING
+
+
+def moment() -> Moment:
+    return Moment(trio.current_time(), time.time())
