@@ -1,0 +1,1 @@
+"""The rule engine: Prometheus alerting rules, evaluated when a sample arrives."""

@@ -1,0 +1,156 @@
+"""The tree of an expression, as the engine sees it: small, typed, and without anything that isn't supported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from interlock.broker.samples import NAME, Labels
+
+MatchOp = Literal["=", "!=", "=~", "!~"]
+Cardinality = Literal["one-to-one", "many-to-one", "one-to-many", "many-to-many"]
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """One condition of a selector. A label that a series lacks counts as empty, as in Prometheus."""
+
+    label: str
+    op: MatchOp
+    value: str
+    _test: Callable[[str], object] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.op in ("=", "!="):
+            test: Callable[[str], object] = self.value.__eq__
+        else:
+            test = re.compile(python_pattern(self.value), re.DOTALL).fullmatch
+        object.__setattr__(self, "_test", test)
+
+    def matches(self, value: str) -> bool:
+        return bool(self._test(value)) is (self.op in ("=", "=~"))
+
+
+def python_pattern(pattern: str) -> str:
+    """A pattern of RE2 for Python's `re`: a flag group such as `(?i)` inside holds up to the end of its group.
+
+    ValueError for what Python would read differently without saying so.
+    """
+    if re.search(r"\[\[:|&&|~~|\(\?[imsU]*U", pattern):
+        raise ValueError("named classes, set operations and the U flag of a regular expression are not supported")
+    out: list[str] = []
+    opened = [0]  # flag groups opened inside each open group, to close with it
+    at, in_class = 0, False
+    while at < len(pattern):
+        char = pattern[at]
+        flags = re.compile(r"\(\?([a-zA-Z-]+)\)").match(pattern, at) if char == "(" and not in_class else None
+        if char == "\\":
+            out.append(pattern[at : at + 2])
+            at += 2
+            continue
+        if flags is not None:
+            out.append(f"(?{flags[1]}:")
+            opened[-1] += 1
+            at = flags.end()
+            continue
+        if in_class:
+            in_class = char != "]"
+        elif char == "[":
+            in_class = True
+        elif char == "(":
+            opened.append(0)
+        elif char == ")":
+            out.append(")" * (opened.pop() if len(opened) > 1 else 0))
+        out.append(char)
+        at += 1
+    return "".join(out) + ")" * opened[0]
+
+
+@dataclass(frozen=True)
+class Number:
+    value: float
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Series by their labels; the newest sample of each. The metric's name is a matcher on `__name__`."""
+
+    matchers: tuple[Matcher, ...]
+
+    def matches(self, labels: Labels) -> bool:
+        found = dict(labels)
+        return all(matcher.matches(found.get(matcher.label, "")) for matcher in self.matchers)
+
+    @property
+    def metric(self) -> str | None:
+        """The metric's name, where the selector asks for exactly one."""
+        return next((m.value for m in self.matchers if m.label == NAME and m.op == "="), None)
+
+
+@dataclass(frozen=True)
+class Window:
+    """All samples of a selector's series in the last `seconds`; the oldest moment itself is outside."""
+
+    selector: Selector
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Negate:
+    operand: Expression
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which elements of two vectors belong together; `include`: labels copied from the one side of many-to-one."""
+
+    cardinality: Cardinality = "one-to-one"
+    on: bool = False
+    labels: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Binary:
+    op: str
+    left: Expression
+    right: Expression
+    matching: Matching = Matching()
+    bool: bool = False
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    op: str
+    operand: Expression
+    labels: tuple[str, ...] = ()
+    without: bool = False
+    parameter: Expression | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    function: str
+    arguments: tuple[Expression, ...] = ()
+
+
+Expression = Number | Selector | Window | Negate | Binary | Aggregate | Call
+
+SCALAR_FUNCTIONS = ("time", "scalar")
+
+
+def is_scalar(expression: Expression) -> bool:
+    """Whether it gives a single number; a vector otherwise."""
+    match expression:
+        case Number():
+            return True
+        case Negate(operand):
+            return is_scalar(operand)
+        case Binary(left=left, right=right):
+            return is_scalar(left) and is_scalar(right)
+        case Call(function=function):
+            return function in SCALAR_FUNCTIONS
+        case _:
+            return False

@@ -1,0 +1,200 @@
+"""The rule engine's role on a real bus: telemetry in, rollbacks on both ways, alerts in the log."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from interlock.broker import topics
+from interlock.broker.client import Bus, open_bus
+from interlock.broker.commands import RollBack
+from interlock.broker.config import BrokerConfig, FleetConfig, HostConfig, RulesConfig, SecurityConfig
+from interlock.broker.direct import serve_direct
+from interlock.broker.errors import ConfigError, InUse
+from interlock.broker.facts import AlertFiring, AlertResolved, HostUp, MigrationStarted
+from interlock.broker.planes import serve_planes
+from interlock.broker.samples import labels
+from interlock.broker.wire import Event
+from interlock.coordinator.rules.service import run_rules
+
+PATIENCE_S = 30
+ANY = BrokerConfig(
+    events="tcp://127.0.0.1:*",
+    feed="tcp://127.0.0.1:*",
+    telemetry_in="tcp://127.0.0.1:*",
+    telemetry_out="tcp://127.0.0.1:*",
+)
+RULES = """
+groups:
+- name: g
+  rules:
+  - {alert: gpu-memory, expr: gpu_memory_used_ratio > 0.95, x_action: rollback}
+"""
+BAD = labels("gpu_memory_used_ratio", host="alpha", gpu="0")
+
+
+class Stage:
+    """A broker, a rule engine, a host's control endpoint, and a bus of our own that sees everything."""
+
+    def __init__(self, bus: Bus, fleet: FleetConfig, nursery: trio.Nursery) -> None:
+        self.bus = bus
+        self.fleet = fleet
+        self.nursery = nursery
+        self.direct: list[Event] = []
+        self.logged: list[Event] = []
+        self.rules = trio.CancelScope()
+        self.rules_ended = trio.Event()
+        self.control = ""
+        self._news = trio.Condition()
+
+    async def start_rules(self) -> None:
+        self.rules, self.rules_ended = trio.CancelScope(), trio.Event()
+        up = trio.Event()
+
+        async def run() -> None:
+            with self.rules:
+                await run_rules(self.fleet, up.set)
+            self.rules_ended.set()
+
+        self.nursery.start_soon(run)
+        await up.wait()
+
+    async def watch(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async with self.bus.events(["fact/alert/", "rollback/"], after=0) as feed:
+            task_status.started()
+            async for event in feed:
+                self.logged.append(event)
+                await self._told()
+
+    async def serve_host(self, *, task_status: trio.TaskStatus[str]) -> None:
+        await serve_direct(self.bus.sockets, "tcp://127.0.0.1:*", self._accept, task_status=task_status)
+
+    def _accept(self, event: Event) -> None:
+        self.direct.append(event)
+        self.nursery.start_soon(self._told)
+
+    async def _told(self) -> None:
+        async with self._news:
+            self._news.notify_all()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with self._news:
+            while not condition():
+                await self._news.wait()
+
+    async def sample(self, value: float, condition: Callable[[], bool]) -> None:
+        """Send the sample, as a monitor does, again and again until the condition holds."""
+        publisher = self.bus.telemetry("alpha", "monitor")
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                while True:
+                    publisher.send({BAD: value}, time=time.time())
+                    await trio.sleep(0.05)
+
+            nursery.start_soon(send)
+            await self.until(condition)
+            nursery.cancel_scope.cancel()
+
+    def of(self, kind: type) -> list[Event]:
+        return [event for event in self.logged if isinstance(event.body, kind)]
+
+
+@asynccontextmanager
+async def staged() -> AsyncIterator[Stage]:
+    with tempfile.TemporaryDirectory() as name, trio.fail_after(PATIENCE_S):
+        folder = Path(name)
+        (folder / "rules.yml").write_text(RULES)
+        async with trio.open_nursery() as planes:
+            config = await planes.start(serve_planes, ANY, folder / "broker")
+            fleet = FleetConfig(
+                broker=config,
+                rules=RulesConfig(files=["rules.yml"]),
+                hosts={"alpha": HostConfig(control="tcp://127.0.0.1:*")},
+                path=str(folder / "fleet.toml"),
+                security=SecurityConfig(mode="insecure"),
+            )
+            async with open_bus(config, "test") as bus, trio.open_nursery() as nursery:
+                stage = Stage(bus, fleet, nursery)
+                stage.control = await nursery.start(stage.serve_host)
+                await nursery.start(stage.watch)
+                yield stage
+                nursery.cancel_scope.cancel()
+            planes.cancel_scope.cancel()
+
+
+async def migrate(stage: Stage) -> None:
+    up = HostUp(host="alpha", control=stage.control, pid=1, boot="b")
+    await stage.bus.publish(topics.host_fact("alpha"), up)
+    begun = MigrationStarted(
+        migration="m1", epoch=1, agent="chat", host="alpha", previous="v1", to="v2", strategy="rapid", request="r"
+    )
+    await stage.bus.publish(topics.migration_fact("chat"), begun)
+
+
+async def test_a_bad_sample_rolls_the_migration_back_on_both_ways_with_one_id() -> None:
+    async with staged() as stage:
+        await stage.start_rules()
+        await migrate(stage)
+        await stage.sample(0.5, lambda: True)
+        await stage.sample(0.97, lambda: bool(stage.direct and stage.of(AlertFiring)))
+        (direct,), (logged,), (alert,) = stage.direct, stage.of(RollBack), stage.of(AlertFiring)
+        assert direct.header.id == logged.header.id == "m1/1/rules"
+        assert direct.body == logged.body
+        assert direct.topic == logged.topic == "rollback/alpha/"
+        assert isinstance(alert.body, AlertFiring)
+        assert alert.body.migrations == ["m1"]
+        assert logged.header.seq < alert.header.seq
+        await stage.sample(0.5, lambda: bool(stage.of(AlertResolved)))
+
+
+async def test_a_rule_engine_that_was_restarted_neither_forgets_an_alert_nor_tells_it_twice() -> None:
+    async with staged() as stage:
+        await stage.start_rules()
+        await stage.sample(0.97, lambda: bool(stage.of(AlertFiring)))
+        stage.rules.cancel()
+        await stage.rules_ended.wait()
+        await migrate(stage)
+        await stage.start_rules()
+        await stage.sample(0.99, lambda: True)
+        await stage.sample(0.5, lambda: bool(stage.of(AlertResolved)))
+        assert len(stage.of(AlertFiring)) == 1
+        assert stage.of(RollBack) == []
+
+
+async def test_it_reports_its_own_figures() -> None:
+    async with staged() as stage:
+        await stage.start_rules()
+        seen: set[str] = set()
+        async with stage.bus.samples(["telemetry/fleet/rules/"]) as feed:
+            async for batches in feed:
+                seen |= {announced.labels["__name__"] for batch in batches for announced in batch.series}
+                if seen:
+                    break
+        assert {"rules_samples_total", "rules_evaluations_total", "rules_unresolved_total"} <= seen
+
+
+async def test_a_second_rule_engine_on_the_same_state_is_refused() -> None:
+    async with staged() as stage:
+        await stage.start_rules()
+        with pytest.raises(InUse, match="rules"):
+            await run_rules(stage.fleet, lambda: None)
+
+
+async def test_a_bad_rule_file_ends_it_before_anything_is_started() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "rules.yml").write_text(RULES.replace("x_action", "x_acton"))
+        fleet = FleetConfig(rules=RulesConfig(files=["rules.yml"]), path=f"{name}/fleet.toml")
+        with pytest.raises(ConfigError, match="did you mean 'x_action'"):
+            await run_rules(fleet, lambda: None)
+        assert not fleet.state_dir.exists()
+        missing = msgspec.structs.replace(fleet, rules=RulesConfig(files=["other.yml"]))
+        with pytest.raises(ConfigError, match="no such file"):
+            await run_rules(missing, lambda: None)
