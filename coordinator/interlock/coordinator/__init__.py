@@ -1,0 +1,1 @@
+"""What decides and what operators use: migrations, rules, the coordinator, the command line."""

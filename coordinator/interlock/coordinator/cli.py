@@ -1,0 +1,453 @@
+"""The command `interlock`.
+
+Exit codes: 0 done (of migrate: committed), 10 rolled back, 11 held, 12 refused, 13 failed, 2 a wrong option or fleet
+file, 3 no answer from the broker, the coordinator or a host, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+import trio
+
+from interlock.broker.config import FleetConfig, load_fleet
+from interlock.broker.errors import ConfigError, InterlockError, Refused, Unreachable
+from interlock.broker.role import log_to_stderr, run_role
+
+if TYPE_CHECKING:  # a verb imports what it needs when it runs, so that `--version` and `--help` answer at once
+    from interlock.broker.bus import Bus
+    from interlock.broker.wire import Event
+    from interlock.coordinator.verbs import Report
+
+FLEET = "INTERLOCK_FLEET"  # the environment variable that names the fleet file
+DEFAULT_FLEET = "fleet.toml"
+TIMEOUT_S = 10.0  # for an answer of the broker or the coordinator; both answer within milliseconds when they are well
+MAX_TIMEOUT_S = 86_400.0  # a day: a longer wait is a slip of the finger
+EXIT_USAGE, EXIT_SILENT, EXIT_REFUSED, EXIT_INTERRUPTED = 2, 3, 12, 130
+
+# Roles that live in other packages, which the coordinator doesn't import: verb -> (module, what it is).
+ELSEWHERE = {
+    "broker": ("interlock.broker", "the broker"),
+    "host": ("interlock.agents", "a host: agents and their gateways (--name HOST)"),
+    "monitor": ("interlock.monitors", "a monitor of a host (--host HOST)"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Suggests the nearest verb."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if found:
+            near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1)
+            message = f"{found[1]!r} is none of: {found[2]}" + (f"; did you mean {near[0]!r}?" if near else "")
+        super().error(message)
+
+
+def parser() -> Parser:
+    # suppressed defaults: an option before the verb is not overwritten by its absence after it
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument(
+        "--fleet", type=Path, metavar="FILE", help=f"the fleet file (default ${FLEET} or {DEFAULT_FLEET})"
+    )
+    common.add_argument("--json", action="store_true", help="the result as one JSON object (watch: one a line)")
+    common.add_argument(
+        "--timeout", type=_seconds, metavar="S", help=f"for an answer, in seconds (default {TIMEOUT_S:g})"
+    )
+    common.add_argument(
+        "--insecure", action="store_true", help="without keys: anybody on this machine may command (loopback only)"
+    )
+    top = Parser(
+        prog="interlock",
+        description="Moves live AI agents to new revisions, and rolls a bad one back by itself.",
+        parents=[common],
+        epilog="exit codes: 0 done or committed, 10 rolled back, 11 held, 12 refused, 13 failed, 2 wrong usage or "
+        "fleet file, 3 no answer, 130 interrupted",
+    )
+    top.add_argument("--version", action="version", version=f"interlock {version('interlock')}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser, required=True)
+
+    def verb(name: str, help: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=help, description=help, parents=[common])
+
+    migrate = verb("migrate", "move an agent to another revision, and follow it to its outcome")
+    migrate.add_argument("agent", metavar="AGENT")
+    migrate.add_argument("--to", required=True, metavar="REVISION")
+    migrate.add_argument("--strategy", choices=["rapid", "staged"], help="instead of the agent's own")
+    migrate.add_argument("--detach", action="store_true", help="return as soon as it has begun")
+    rollback = verb("rollback", "undo an agent's migration in flight")
+    rollback.add_argument("agent", metavar="AGENT")
+    rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
+    verb("status", "hosts, agents, migrations in flight and firing alerts")
+    watch = verb("watch", "follow what happens on the bus")
+    watch.add_argument("--events", action="store_true", help="only what happens")
+    watch.add_argument("--telemetry", action="store_true", help="only measurements")
+    watch.add_argument("--after", type=int, metavar="N", help="events from number N of the log on (0: all)")
+    watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
+    _log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
+    _keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
+    verb("shell", "a prompt with these verbs")
+    up = verb("up", "run every role of a fleet on this machine")
+    up.add_argument("path", nargs="?", type=Path, metavar="FLEET.TOML")
+    up.add_argument("--ready-file", type=Path, metavar="PATH", help="written when all roles are ready, for scripts")
+    demo = verb("demo", "watch a migration succeed, and a bad one roll itself back")
+    demo.add_argument("--report", type=Path, metavar="FILE", help="what was measured, as JSON")
+    demo.add_argument("--keep", action="store_true", help="leave the demo's folder in place")
+    verb("coordinator", "run the coordinator in this process")
+    verb("rules", "run the rule engine in this process")
+    for name, (_, help) in ELSEWHERE.items():
+        verbs.add_parser(name, help=f"run {help} in this process", add_help=False)
+    return top
+
+
+def _log_options(log: argparse.ArgumentParser) -> None:
+    log.add_argument(
+        "act", nargs="?", choices=["list", "follow", "export", "verify"], default="list",
+        help="list: the newest; follow: all and what comes; export: all as JSON lines; verify: its hash chain",
+    )  # fmt: skip
+    log.add_argument("--file", type=Path, metavar="PATH", help="a log file instead of the fleet's broker; only read")
+    log.add_argument("--topic", action="append", default=[], metavar="PREFIX", help="only topics that start with it")
+    log.add_argument("--type", action="append", default=[], metavar="NAME", help="only this type, such as rolled-back")
+    log.add_argument("--agent", default="", metavar="AGENT", help="only what concerns this agent")
+    log.add_argument("--since", metavar="TIME", help="logged since: 10m (ago), 2026-01-31T12:00, seconds since 1970")
+    log.add_argument("--until", metavar="TIME", help="logged until")
+    log.add_argument("--after", type=int, default=0, metavar="N", help="only numbers above N")
+    log.add_argument("--limit", type=int, metavar="N", help="list: at most so many, the newest (default 50)")
+    log.add_argument("--expect", default="", metavar="N:HASH", help="verify: a head that was printed earlier")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds above 0, at most {MAX_TIMEOUT_S:g}")
+    return seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code. Returns from everything but a role of another package, which takes this process over."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ELSEWHERE:
+        _become(arguments[0], arguments[1:])
+    options = parser()
+    try:
+        chosen, rest = options.parse_known_args(arguments)
+        if rest and chosen.verb not in ELSEWHERE:
+            options.error(f"unrecognized arguments: {' '.join(rest)}")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else EXIT_USAGE
+    chosen.json = getattr(chosen, "json", False)
+    if getattr(chosen, "insecure", False):
+        os.environ["INTERLOCK_INSECURE"] = "1"  # for the roles that are started from here, too
+    chosen.timeout = getattr(chosen, "timeout", TIMEOUT_S)
+    chosen.fleet = getattr(chosen, "fleet", None) or Path(os.environ.get(FLEET) or DEFAULT_FLEET)
+    if chosen.verb in ELSEWHERE:  # an option stood before the verb
+        _become(chosen.verb, [*rest, "--fleet", os.fspath(chosen.fleet)])
+    return _run(chosen)
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    code = 0
+    try:
+        code = VERBS[chosen.verb](chosen)
+        sys.stdout.flush()
+    except* InterlockError as group:
+        code = _complain(_first(group), as_json=chosen.json)
+    except* KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except* BrokenPipeError:
+        _mute()  # the reader has seen enough
+    return code
+
+
+def _become(verb: str, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by `python -m` of the role's own package. -P: the working directory is not searched."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", ELSEWHERE[verb][0], *_with_fleet(arguments)])
+
+
+def _with_fleet(arguments: Sequence[str]) -> list[str]:
+    named = any(a == "--fleet" or a.startswith("--fleet=") for a in arguments)
+    asked = {"-h", "--help"} & set(arguments)
+    return [*arguments, *([] if named or asked else ["--fleet", os.environ.get(FLEET) or DEFAULT_FLEET])]
+
+
+def _complain(error: InterlockError, *, as_json: bool) -> int:
+    if isinstance(error, Unreachable):
+        outcome, code = "unreachable", EXIT_SILENT
+    elif isinstance(error, Refused):
+        outcome, code = "refused", EXIT_REFUSED
+    else:
+        outcome, code = "error", EXIT_USAGE
+    print(f"interlock: {error}", file=sys.stderr, flush=True)
+    if as_json:
+        _say_json({"outcome": outcome, "reason": error.what, "where": error.where, "hint": error.hint})
+    return code
+
+
+def _first(group: BaseExceptionGroup[InterlockError]) -> InterlockError:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def _say_json(tree: Any) -> None:
+    print(msgspec.json.encode(tree).decode(), flush=True)
+
+
+def _mute() -> None:
+    """Standard output leads nowhere from here on; nothing more can fail on it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _note(text: str) -> None:
+    print(f"interlock: {text}", file=sys.stderr, flush=True)
+
+
+def _on_bus(
+    chosen: argparse.Namespace, verb: Callable[[Bus, FleetConfig], Awaitable[int]], *, on_interrupt: Callable[[], None]
+) -> int:
+    """Run a verb on the bus of the fleet until it ends or is interrupted (Interrupted)."""
+    from interlock.broker.client import open_bus
+    from interlock.broker.security import load_operator
+
+    fleet = load_fleet(chosen.fleet)
+    _log_quietly()
+    security = load_operator(fleet)
+
+    async def run() -> int:
+        code = EXIT_INTERRUPTED
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+
+                async def stop_on_signal() -> None:
+                    async for _ in signals:
+                        on_interrupt()
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(stop_on_signal)
+                async with open_bus(fleet.broker, f"cli/{os.getpid()}", security=security) as bus:
+                    code = await verb(bus, fleet)
+                nursery.cancel_scope.cancel()
+        return code
+
+    return trio.run(run)
+
+
+def _log_quietly() -> None:
+    """The verbs say themselves what concerns an operator; the library's log is shown when INTERLOCK_LOG asks for it."""
+    if os.environ.get("INTERLOCK_LOG"):
+        log_to_stderr()
+    elif not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.NullHandler())
+
+
+class _Output:
+    """Where a migration is told. A reader that went away does not end it: the exit code still tells the outcome."""
+
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        from interlock.coordinator.screen import Screen
+
+        self.screen = Screen(sys.stdout)
+        self._json = chosen.json
+
+    def tell(self, event: Event) -> None:
+        if not self._json:
+            self._safely(lambda: self.screen.event(event))
+
+    def end(self, report: Report) -> None:
+        self._safely(lambda: _say_json(report.to_json()) if self._json else self.screen.report(report))
+
+    @staticmethod
+    def _safely(say: Callable[[], None]) -> None:
+        try:
+            say()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _mute()
+
+
+def _migrate(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import verbs
+
+    output = _Output(chosen)
+    started: list[str] = []
+
+    async def run(bus: Bus, fleet: FleetConfig) -> int:
+        report = await verbs.migrate(
+            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, timeout=chosen.timeout,
+            detach=chosen.detach, tell=output.tell, note=_note, begun=started.append,
+        )  # fmt: skip
+        output.end(report)
+        return report.exit_code
+
+    def interrupted() -> None:
+        if started:
+            _note(f"migration {started[0]} goes on without you; to undo it: interlock rollback {chosen.agent}")
+        else:
+            _note("interrupted before an answer came; look with: interlock status")
+
+    return _on_bus(chosen, run, on_interrupt=interrupted)
+
+
+def _rollback(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import verbs
+
+    output = _Output(chosen)
+
+    async def run(bus: Bus, fleet: FleetConfig) -> int:
+        report = await verbs.roll_back(
+            bus, fleet, chosen.agent, reason=chosen.reason, timeout=chosen.timeout, tell=output.tell, note=_note
+        )
+        output.end(report)
+        return 0 if report.outcome == "rolled-back" else report.exit_code
+
+    return _on_bus(
+        chosen, run, on_interrupt=lambda: _note("the rollback goes on without you; look with: interlock status")
+    )
+
+
+def _status(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import verbs
+    from interlock.coordinator.screen import Screen
+
+    async def run(bus: Bus, fleet: FleetConfig) -> int:
+        status = await verbs.status(bus, fleet, timeout=chosen.timeout)
+        if chosen.json:
+            _say_json(status.to_json())
+        else:
+            Screen(sys.stdout).status(status)
+        return 0
+
+    return _on_bus(chosen, run, on_interrupt=lambda: None)
+
+
+def _watch(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.screen import Screen
+    from interlock.coordinator.watch import planes, watch
+
+    events, telemetry = planes(chosen.prefix, events=chosen.events, telemetry=chosen.telemetry)
+    if not events and not telemetry:
+        raise ConfigError(
+            f"no topic starts with {' or '.join(chosen.prefix)}",
+            where="interlock watch",
+            hint="topics start with command/, rollback/, fact/ or telemetry/",
+        )
+
+    async def run(bus: Bus, fleet: FleetConfig) -> int:
+        await watch(
+            bus, fleet, events, telemetry, after=chosen.after, timeout=chosen.timeout, as_json=chosen.json,
+            screen=Screen(sys.stdout), note=_note,
+        )  # fmt: skip
+        return 0
+
+    return _on_bus(chosen, run, on_interrupt=lambda: None)
+
+
+def _log(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import log_verb
+
+    def on_bus(run: Callable[[Bus, FleetConfig], Awaitable[int]]) -> int:
+        return _on_bus(chosen, run, on_interrupt=lambda: None)
+
+    return log_verb.run(chosen, lambda: load_fleet(chosen.fleet), on_bus)
+
+
+def _shell(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.shell import Shell
+
+    Shell(load_fleet(chosen.fleet), chosen.fleet, main).cmdloop()
+    return 0
+
+
+def _keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=help, description=help, parents=[common])
+
+    action("init", "make the authority, and keys for everybody whom the fleet file names")
+    issue = action("issue", "keys for one more: broker, coordinator, rules, host, monitor, operator or subscriber")
+    issue.add_argument("role", metavar="ROLE")
+    issue.add_argument("name", metavar="NAME", nargs="?", default="")
+    issue.add_argument("--topic", action="append", default=[], metavar="PREFIX", help="what a subscriber may hear")
+    action("list", "everybody who belongs, or did")
+    revoke = action("revoke", "end the keys of one: at once, on open connections too")
+    rotate = action("rotate", "new keys for one; the old ones end at once")
+    for one in (revoke, rotate):
+        one.add_argument("identity", metavar="NAME", help="for example host/alpha, or alpha if only one is called so")
+    for one in (issue, rotate):
+        one.add_argument("--out", type=Path, metavar="FILE", help="an enrolment file to carry to where it runs")
+    install = action("install", "take over an enrolment file that was made where the authority is")
+    install.add_argument("file", type=Path, metavar="FILE")
+
+
+def _keys(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import keys_verb
+
+    tree, lines = keys_verb.run(load_fleet(chosen.fleet), chosen)
+    if chosen.json:
+        _say_json(tree)
+    else:
+        print("\n".join(lines), flush=True)
+    return 0
+
+
+def _up(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.up import up
+
+    return up(chosen.path or chosen.fleet, as_json=chosen.json, ready_file=chosen.ready_file)
+
+
+def _demo(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.demo.play import main as demo_main
+
+    return demo_main(chosen.report, chosen.keep)
+
+
+def _coordinator(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.service import run_coordinator
+
+    return _here("coordinator", chosen.fleet, run_coordinator)
+
+
+def _rules(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.rules.service import run_rules
+
+    return _here("rules", chosen.fleet, run_rules)
+
+
+def _here(name: str, path: Path, run: Callable[[FleetConfig, Callable[[], None]], Awaitable[None]]) -> int:
+    async def role(ready: Callable[[], None]) -> None:
+        await run(load_fleet(path), ready)
+
+    return run_role(name, role)
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "migrate": _migrate,
+    "rollback": _rollback,
+    "status": _status,
+    "watch": _watch,
+    "log": _log,
+    "keys": _keys,
+    "shell": _shell,
+    "up": _up,
+    "demo": _demo,
+    "coordinator": _coordinator,
+    "rules": _rules,
+}

@@ -1,0 +1,342 @@
+"""The fleet as the event log tells it: a fold over facts. Pure: the same events give the same state.
+
+What an event mentions and nobody announced (a log that was cut, a host that never said it is up) is made up as far as
+the event tells; an event that comes late changes nothing that a newer state has settled.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgspec
+
+from interlock.broker import facts
+from interlock.broker.commands import Breach, Evidence
+from interlock.broker.wire import Event
+
+SNAPSHOT_BYTES = 900_000  # of a packed fleet: it travels in one event, of 1 MiB at most
+STATE_BYTES = 64 << 20  # of an unpacked one: whoever sends more is none of ours
+KEPT_MIGRATIONS = 1000  # ended ones that stay in memory; a coordinator folds for months
+
+_log = logging.getLogger(__name__)
+
+AlertKey = tuple[str, tuple[tuple[str, str], ...]]
+
+
+@dataclass
+class Host:
+    """`up`: it said so and did not say goodbye. A host that was killed can't: see whether it still sends telemetry."""
+
+    name: str
+    up: bool = False
+    control: str = ""
+    pid: int = 0
+    boot: str = ""
+    since: float = 0.0
+    agents: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Instance:
+    id: str
+    revision: str
+    role: str
+    pid: int
+    started: float
+
+
+@dataclass
+class Agent:
+    """An agent's slot as its host last told it. `migration`: the last one that touched it, in flight or not."""
+
+    name: str
+    host: str = ""
+    state: str = "unknown"
+    permanent: str = ""
+    candidate: str | None = None
+    share: float = 0.0
+    endpoint: str = ""
+    epoch: int = 0
+    migration: str | None = None
+    instances: dict[str, Instance] = field(default_factory=dict)
+
+
+@dataclass
+class Migration:
+    """`outcome` is empty while nothing is settled; `ended`: the coordinator closed it (a host may settle it before).
+
+    times: seconds since 1970 of "started", each stage by its name, "held", "rolled-back" and "ended".
+    """
+
+    id: str
+    agent: str = ""
+    host: str = ""
+    epoch: int = 0
+    previous: str = ""
+    to: str = ""
+    strategy: str = ""
+    request: str = ""
+    stage: str = ""
+    note: str = ""
+    outcome: str = ""
+    ended: bool = False
+    decided_by: str = ""
+    reason: str = ""
+    evidence: Evidence = field(default_factory=dict)
+    rollback: dict[str, Any] | None = None
+    times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> bool:
+        """Nothing settled it yet, or it is held: it can still be rolled back."""
+        return self.outcome in ("", "held")
+
+
+@dataclass
+class Alert:
+    rule: str
+    labels: dict[str, str]
+    value: float
+    action: str
+    summary: str
+    dry_run: bool
+    since: float
+    migrations: list[str] = field(default_factory=list)
+    sample_time: float = 0.0
+
+
+class _State(msgspec.Struct):
+    hosts: list[Host]
+    agents: list[Agent]
+    migrations: list[Migration]
+    alerts: list[Alert]
+
+
+_states = msgspec.msgpack.Decoder(_State)
+
+
+class Fleet:
+    """`apply` takes any event; what is no fact about hosts, agents, migrations or alerts is passed over."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[str, Host] = {}
+        self.agents: dict[str, Agent] = {}
+        self.migrations: dict[str, Migration] = {}
+        self.alerts: dict[AlertKey, Alert] = {}
+        self.position = 0  # the largest sequence number seen
+        self._restored = 0  # what a snapshot stood for
+
+    def apply(self, event: Event) -> None:
+        if isinstance(event.body, facts.FleetSnapshot):
+            self._restore(event.body)
+            return
+        if 0 < event.header.seq <= self._restored:
+            return  # the snapshot stands for it
+        self.position = max(self.position, event.header.seq)
+        body, time = event.body, event.header.time
+        match body:
+            case facts.HostUp() | facts.HostDown():
+                self._host_changed(body, time)
+            case facts.InstanceStarted() | facts.InstanceStopped():
+                self._instance_changed(body)
+            case facts.SlotChanged():
+                self._slot_changed(body)
+            case facts.MigrationStarted() | facts.StageEntered():
+                self._advanced(body, time)
+            case facts.MigrationHeld() | facts.MigrationEnded():
+                self._decided(body, time)
+            case facts.StepDone():
+                self._step_done(body, time)
+            case facts.RolledBack() | facts.RollBackFailed():
+                self._rolled_back(body, time)
+            case facts.AlertFiring() | facts.AlertResolved():
+                self._alert_changed(body, time)
+
+    def in_flight(self, agent: str | None = None) -> list[Migration]:
+        """Migrations that nothing settled yet, the oldest first; of one agent or of all."""
+        return [m for m in self.migrations.values() if m.in_flight and agent in (None, m.agent)]
+
+    def last_migration(self, agent: str) -> Migration | None:
+        return next((m for m in reversed(self.migrations.values()) if m.agent == agent), None)
+
+    def snapshot(self, start: int) -> facts.FleetSnapshot:
+        """All of this in one event. `start`: the number up to which nobody needs the events themselves any more.
+
+        The oldest ended migrations are left out where it would be too large.
+        """
+        ended = [number for number, migration in self.migrations.items() if migration.ended]
+        left_out: set[str] = set()
+        while True:
+            kept = [migration for number, migration in self.migrations.items() if number not in left_out]
+            state = _State(list(self.hosts.values()), list(self.agents.values()), kept, list(self.alerts.values()))
+            packed = zlib.compress(msgspec.msgpack.encode(state))
+            if len(packed) <= SNAPSHOT_BYTES or not ended:
+                return facts.FleetSnapshot(through=self.position, start=min(start, self.position), state=packed)
+            half = len(ended) // 2 + 1
+            left_out |= set(ended[:half])
+            ended = ended[half:]
+
+    def _restore(self, snapshot: facts.FleetSnapshot) -> None:
+        """Take over a snapshot that stands for events not seen; one that can't be read changes nothing."""
+        if snapshot.start <= self.position:
+            return
+        try:
+            state = _states.decode(zlib.decompressobj().decompress(snapshot.state, STATE_BYTES))
+        except (zlib.error, msgspec.DecodeError) as error:
+            _log.error("a snapshot of the fleet can't be read: %s", error)
+            return
+        self.hosts = {host.name: host for host in state.hosts}
+        self.agents = {agent.name: agent for agent in state.agents}
+        self.migrations = {migration.id: migration for migration in state.migrations}
+        self.alerts = {(alert.rule, tuple(sorted(alert.labels.items()))): alert for alert in state.alerts}
+        self.position = self._restored = snapshot.through
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, fit for `json.dumps`."""
+        return {
+            "position": self.position,
+            "hosts": {name: asdict(host) for name, host in sorted(self.hosts.items())},
+            "agents": {name: asdict(agent) for name, agent in sorted(self.agents.items())},
+            "migrations": {
+                name: asdict(migration) | {"in_flight": migration.in_flight}
+                for name, migration in self.migrations.items()
+            },
+            "alerts": [asdict(alert) for alert in self.alerts.values()],
+        }
+
+    # --- inside
+
+    def _host(self, name: str) -> Host:
+        return self.hosts.setdefault(name, Host(name))
+
+    def _agent(self, name: str, host: str = "") -> Agent:
+        agent = self.agents.setdefault(name, Agent(name))
+        agent.host = host or agent.host
+        return agent
+
+    def _migration(self, number: str, agent: str) -> Migration:
+        migration = self.migrations.get(number)
+        if migration is None:
+            migration = self.migrations[number] = Migration(number, agent)
+            self._forget()
+        migration.agent = migration.agent or agent
+        if agent:
+            self._agent(agent).migration = number
+        return migration
+
+    def _forget(self) -> None:
+        ended = [number for number, migration in self.migrations.items() if migration.ended]
+        for number in ended[: max(0, len(ended) - KEPT_MIGRATIONS)]:
+            del self.migrations[number]
+
+    def _host_changed(self, body: facts.HostUp | facts.HostDown, time: float) -> None:
+        host = self._host(body.host)
+        if isinstance(body, facts.HostUp):
+            if (body.pid, body.boot) != (host.pid, host.boot):
+                self._instances_gone(body.host)
+            host.up, host.control, host.pid, host.boot = True, body.control, body.pid, body.boot
+            host.agents = list(body.agents)
+            for name in body.agents:
+                self._agent(name, body.host)
+        else:
+            host.up = False
+            self._instances_gone(body.host)
+        host.since = time
+
+    def _instances_gone(self, host: str) -> None:
+        """Instances die with their host process."""
+        for agent in self.agents.values():
+            if agent.host == host:
+                agent.instances.clear()
+
+    def _instance_changed(self, body: facts.InstanceStarted | facts.InstanceStopped) -> None:
+        instances = self._agent(body.agent, body.host).instances
+        if isinstance(body, facts.InstanceStarted):
+            instances[body.instance] = Instance(body.instance, body.revision, body.role, body.pid, body.started)
+        else:
+            instances.pop(body.instance, None)
+
+    def _slot_changed(self, body: facts.SlotChanged) -> None:
+        agent = self._agent(body.agent, body.host)
+        if body.epoch < agent.epoch and body.migration is not None:
+            return  # of a migration that a newer one has followed
+        committed = agent.permanent not in ("", body.permanent)
+        agent.state, agent.permanent, agent.candidate = body.state, body.permanent, body.candidate
+        agent.share, agent.epoch = body.share, max(agent.epoch, body.epoch)
+        agent.endpoint = body.endpoint or agent.endpoint
+        if body.migration is not None:
+            self._migration(body.migration, body.agent).host = body.host
+        if committed and body.candidate is None:
+            for instance in agent.instances.values():
+                if instance.revision == body.permanent:
+                    instance.role = "permanent"
+
+    def _advanced(self, body: facts.MigrationStarted | facts.StageEntered, time: float) -> None:
+        migration = self._migration(body.migration, body.agent)
+        if isinstance(body, facts.MigrationStarted):
+            migration.host, migration.epoch, migration.strategy = body.host, body.epoch, body.strategy
+            migration.previous, migration.to, migration.request = body.previous, body.to, body.request
+            migration.times["started"] = time
+            self._agent(body.agent, body.host)
+            return
+        migration.times.setdefault(body.stage, time)
+        if migration.in_flight:
+            migration.stage, migration.note = body.stage, body.note
+
+    def _decided(self, body: facts.MigrationHeld | facts.MigrationEnded, time: float) -> None:
+        migration = self._migration(body.migration, body.agent)
+        if isinstance(body, facts.MigrationEnded):
+            migration.ended, migration.outcome = True, body.outcome
+            migration.epoch = body.epoch or migration.epoch
+            migration.decided_by, migration.reason, migration.evidence = body.decided_by, body.reason, body.evidence
+            migration.times["ended"] = time
+        elif migration.in_flight:
+            migration.outcome = "held"
+            self._blame(migration, body.breach)
+            migration.times["held"] = time
+
+    def _step_done(self, body: facts.StepDone, time: float) -> None:
+        """A commit settles it, whether or not a coordinator lives to say so."""
+        migration = self._migration(body.migration, body.agent)
+        migration.host = body.host
+        if body.step == "commit" and migration.in_flight:
+            migration.outcome = "committed"
+            migration.times["committed"] = time
+
+    def _rolled_back(self, body: facts.RolledBack | facts.RollBackFailed, time: float) -> None:
+        migration = self._migration(body.migration, body.agent)
+        migration.host = body.host
+        if isinstance(body, facts.RolledBack):
+            migration.rollback = msgspec.to_builtins(body)
+            migration.times["rolled-back"] = time
+        if migration.ended:
+            return
+        migration.outcome = "rolled-back" if isinstance(body, facts.RolledBack) else "failed"
+        self._blame(migration, body.breach)
+        if isinstance(body, facts.RollBackFailed):
+            migration.reason = f"the roll back failed: {body.reason} (it was to undo: {body.breach.reason})"
+
+    @staticmethod
+    def _blame(migration: Migration, breach: Breach) -> None:
+        migration.decided_by, migration.reason = breach.by, breach.reason
+
+    def _alert_changed(self, body: facts.AlertFiring | facts.AlertResolved, time: float) -> None:
+        key = (body.rule, tuple(sorted(body.labels.items())))
+        if isinstance(body, facts.AlertResolved):
+            self.alerts.pop(key, None)
+            return
+        before = self.alerts.get(key)
+        self.alerts[key] = Alert(
+            body.rule,
+            dict(body.labels),
+            body.value,
+            body.action,
+            body.summary,
+            body.dry_run,
+            before.since if before else time,
+            list(body.migrations),
+            body.sample_time,
+        )

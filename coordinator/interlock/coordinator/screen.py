@@ -1,0 +1,157 @@
+"""What an operator sees: coloured lines and tables on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from interlock.broker.wire import Event
+from interlock.coordinator.fleet import Fleet, Migration
+from interlock.coordinator.verbs import Report, Status
+from interlock.coordinator.wording import Tone, sentence, tone
+
+STYLES: dict[Tone, str] = {"plain": "", "good": "green", "warn": "yellow", "bad": "bold red", "dim": "dim"}
+OUTCOMES: dict[str, Tone] = {
+    "committed": "good",
+    "started": "plain",
+    "rolled-back": "warn",
+    "held": "warn",
+    "refused": "warn",
+    "failed": "bad",
+}
+CONDITIONS: dict[str, Tone] = {"up": "good", "silent": "bad", "down": "warn"}
+PIPE_WIDTH = 200  # columns where there is no terminal: a script wants the row on one line
+
+
+class _Console(Console):
+    """Leaves it to the verb what a reader who went away means."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704  (rich calls it while it handles the BrokenPipeError)
+
+
+class Screen:
+    """Lines and tables on one stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        terminal = stream.isatty()
+        self._console = _Console(file=stream, highlight=False, width=None if terminal else PIPE_WIDTH)
+
+    def line(self, text: str, tone: Tone = "plain") -> None:
+        self._console.print(escape(text), style=STYLES[tone] or None, soft_wrap=True)
+
+    def event(self, event: Event) -> None:
+        """Its local time and what it says."""
+        self.line(f"{clock(event.header.time)}  {sentence(event.body)}", tone(event.body))
+
+    def report(self, told: Report) -> None:
+        """The last line of a verb."""
+        self.line(closing(told), OUTCOMES[told.outcome])
+
+    def status(self, status: Status) -> None:
+        view = status.view
+        self._hosts(status)
+        self._agents(view)
+        flying = view.in_flight()
+        if flying:
+            self._table(
+                "Migrations in flight",
+                ["migration", "agent", "from", "to", "stage", "since", "state"],
+                [
+                    [m.id, m.agent, m.previous, m.to, m.stage, clock(m.times.get("started", 0.0)), _state(m)]
+                    for m in flying
+                ],
+            )
+        else:
+            self.line("No migration is in flight.", "dim")
+        if view.alerts:
+            self._table(
+                "Firing alerts",
+                ["rule", "action", "since", "value", "about"],
+                [
+                    [
+                        a.rule,
+                        a.action + " (dry run)" * a.dry_run,
+                        clock(a.since),
+                        f"{a.value:g}",
+                        a.summary or str(a.labels),
+                    ]
+                    for a in view.alerts.values()
+                ],
+                tone="bad",
+            )
+
+    # --- inside
+
+    def _hosts(self, status: Status) -> None:
+        if not status.view.hosts:
+            self.line("No host has reported to this broker yet.", "warn")
+            return
+        table = self._empty("Hosts", ["host", "condition", "since", "process", "agents"])
+        for host in sorted(status.view.hosts.values(), key=lambda host: host.name):
+            condition = status.condition(host)
+            row = [host.name, condition, clock(host.since), str(host.pid), str(len(host.agents))]
+            table.add_row(*map(escape, row), style=STYLES[CONDITIONS[condition]] if condition != "up" else None)
+        self._console.print(table)
+
+    def _agents(self, view: Fleet) -> None:
+        rows = []
+        for agent in sorted(view.agents.values(), key=lambda agent: agent.name):
+            trial = f"{agent.candidate} ({agent.share:.0%})" if agent.candidate else ""
+            last = view.last_migration(agent.name)
+            told = f"{last.outcome}: {last.to}" if last is not None and not last.in_flight else ""
+            rows.append([agent.name, agent.host, agent.state, agent.permanent, trial, agent.endpoint, told])
+        if rows:
+            self._table(
+                "Agents", ["agent", "host", "state", "revision", "on trial", "endpoint", "last migration"], rows
+            )
+
+    def _empty(self, title: str, columns: Sequence[str]) -> Table:
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, header_style="dim", overflow="fold")
+        return table
+
+    def _table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], tone: Tone = "plain") -> None:
+        table = self._empty(title, columns)
+        for row in rows:
+            table.add_row(*map(escape, row), style=STYLES[tone] or None)
+        self._console.print(table)
+
+
+def clock(moment: float) -> str:
+    """Local time of day with milliseconds; the date too where it is not today's."""
+    if not moment:
+        return "-"
+    local = time.localtime(moment)
+    day = "" if local[:3] == time.localtime()[:3] else time.strftime("%Y-%m-%d ", local)
+    return f"{day}{time.strftime('%H:%M:%S', local)}.{int(moment % 1 * 1000):03d}"
+
+
+def closing(told: Report) -> str:
+    """The outcome in one line."""
+    begun, ended = told.times.get("started"), told.times.get("ended")
+    took = f" after {ended - begun:.1f} s" if begun is not None and ended is not None else ""
+    why = f" (decided by {told.decided_by}: {told.reason})" if told.decided_by else ""
+    match told.outcome:
+        case "committed":
+            return f"COMMITTED{took}: {told.agent} runs {told.to}"
+        case "started":
+            return f"STARTED: {told.migration}; follow it with: interlock watch --events"
+        case "rolled-back":
+            return f"ROLLED BACK{took}: {told.agent} runs {told.previous or 'its old revision'} again{why}"
+        case "held":
+            return f"HELD: {told.agent} stays where it is until you decide{why}; undo: interlock rollback {told.agent}"
+        case "refused":
+            return f"REFUSED, nothing was changed: {told.reason}"
+        case _:
+            return f"FAILED: {told.agent}{why}"
+
+
+def _state(migration: Migration) -> str:
+    return f"held by {migration.decided_by}: {migration.reason}" if migration.outcome == "held" else migration.note

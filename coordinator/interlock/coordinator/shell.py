@@ -1,0 +1,92 @@
+"""`interlock shell`: a prompt with the verbs of the command line. An error or Ctrl-C ends a verb, not the shell."""
+
+from __future__ import annotations
+
+import cmd
+import difflib
+import os
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from interlock.broker.config import FleetConfig, load_fleet
+from interlock.broker.errors import ConfigError
+
+OFFERED = ("migrate", "rollback", "status", "watch", "log")
+LEAVING = ("exit", "quit", "EOF")
+
+
+class Shell(cmd.Cmd):
+    """Each line runs as its own command: what one leaves behind, no other meets."""
+
+    def __init__(self, fleet: FleetConfig, path: Path, run: Callable[[list[str]], int]) -> None:
+        super().__init__()
+        self.prompt = f"interlock {fleet.name}> "
+        self.intro = f"{fleet.name}: {', '.join(OFFERED)}; help, exit. Ctrl-C ends a verb."
+        self.code = 0  # of the last verb
+        self._path = path
+        self._fleet = fleet
+        self._run = run
+
+    def onecmd(self, line: str) -> bool:
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            self.stdout.write(f"{error}\n")
+            return False
+        if not words and line != "EOF":
+            return False
+        if words[0] in LEAVING:
+            return True
+        if words[0] in ("help", "?"):
+            self._help(words[1:])
+        elif words[0] in OFFERED:
+            self.code = self._run([words[0], "--fleet", os.fspath(self._path), *words[1:]])
+        else:
+            near = difflib.get_close_matches(words[0], [*OFFERED, "help", "exit"], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; try: help"
+            self.stdout.write(f"there is no verb {words[0]!r} here{hint}\n")
+        return False
+
+    def cmdloop(self, intro: str | None = None) -> None:
+        """Until exit or Ctrl-D. Ctrl-C at the prompt clears the line."""
+        while True:
+            try:
+                super().cmdloop(intro)
+                return
+            except KeyboardInterrupt:
+                self.stdout.write("\n")
+                intro = ""
+
+    def emptyline(self) -> bool:
+        return False
+
+    def completenames(self, text: str, *ignored: object) -> list[str]:
+        return [name for name in (*OFFERED, "help", "exit") if name.startswith(text)]
+
+    def completedefault(self, text: str, line: str, begidx: int, endidx: int) -> list[str]:
+        """An agent's name, or after --to a revision of the agent that stands in the line."""
+        with suppress(ConfigError):  # completion goes on with what was read last; the verb will say what is wrong
+            self._fleet = load_fleet(self._path)  # a revision may have been added meanwhile
+        before = line[:begidx].split()
+        if before[-1] == "--to":
+            agents = [self._fleet.agents[word] for word in before if word in self._fleet.agents]
+            names = [name for agent in agents for name in agent.revisions]
+        else:
+            names = list(self._fleet.agents)
+        return [name for name in names if name.startswith(text)]
+
+    def _help(self, words: list[str]) -> None:
+        if words and words[0] in OFFERED:
+            self._run([words[0], "--help"])
+        else:
+            self.stdout.write(
+                "migrate AGENT --to REVISION   move an agent, and follow it to its outcome\n"
+                "rollback AGENT                undo its migration in flight\n"
+                "status                        hosts, agents, migrations, alerts\n"
+                "watch [PREFIX]                what happens, until Ctrl-C\n"
+                "log [verify]                  what is in the event log; its hash chain\n"
+                "help VERB                     its options\n"
+                "exit                          or Ctrl-D\n"
+            )

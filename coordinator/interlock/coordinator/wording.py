@@ -1,0 +1,172 @@
+"""Events in words: one line each, for `watch`, `migrate` and the logs of the demo. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from interlock.broker import commands, facts
+from interlock.broker.wire import Body, Event
+
+Tone = Literal["plain", "good", "warn", "bad", "dim"]
+
+
+def sentence(body: Body) -> str:
+    """What the event says, as one line."""
+    match body:
+        case facts.HostUp() | facts.HostDown() | facts.InstanceStarted() | facts.InstanceStopped():
+            return _of_processes(body)
+        case facts.AlertFiring():
+            dry = ", a dry run" if body.dry_run else ""
+            about = body.summary or _labels(body.labels)
+            return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]"
+        case facts.FleetSnapshot():
+            return f"snapshot of the fleet as of event {body.through}"
+        case facts.AlertResolved():
+            return f"rule {body.rule} is over: {_labels(body.labels)}"
+        case (
+            facts.MigrationStarted()
+            | facts.MigrationRefused()
+            | facts.StageEntered()
+            | facts.MigrationHeld()
+            | facts.MigrationEnded()
+        ):
+            return _of_migration(body)
+        case (
+            facts.SlotChanged()
+            | facts.StepDone()
+            | facts.StepFailed()
+            | facts.CommandRefused()
+            | facts.RolledBack()
+            | facts.RollBackFailed()
+        ):
+            return _of_slot(body)
+        case _:
+            return _of_command(body)
+
+
+def _of_processes(body: facts.HostUp | facts.HostDown | facts.InstanceStarted | facts.InstanceStopped) -> str:
+    match body:
+        case facts.HostUp():
+            return f"host {body.host} is up (process {body.pid}, {_count(len(body.agents), 'agent')})"
+        case facts.HostDown():
+            return f"host {body.host} is going down"
+        case facts.InstanceStarted():
+            return f"{body.agent}: {body.role} {body.revision} started (process {body.pid})"
+        case facts.InstanceStopped():
+            how = "stopped" if body.expected else f"DIED ({_ending(body.returncode)})"
+            return f"{body.agent}: {body.role} {body.revision} {how}{_more(body.detail)}"
+
+
+def _of_migration(
+    body: facts.MigrationStarted
+    | facts.MigrationRefused
+    | facts.StageEntered
+    | facts.MigrationHeld
+    | facts.MigrationEnded,
+) -> str:
+    match body:
+        case facts.MigrationStarted():
+            route = f"{body.previous} -> {body.to}" if body.previous else f"to {body.to}"
+            return f"{body.agent}: migration {body.migration} started, {route}, {body.strategy}, on {body.host}"
+        case facts.MigrationRefused():
+            to = f" to {body.to}" if body.to else ""
+            return f"{body.agent}{to}: refused: {body.reason}"
+        case facts.StageEntered():
+            return f"{body.agent}: stage {body.stage}{_more(body.note)}"
+        case facts.MigrationHeld():
+            return f"{body.agent}: HELD by {body.breach.by}: {body.breach.reason}"
+        case facts.MigrationEnded():
+            return f"{body.agent}: {body.outcome.upper()}, decided by {body.decided_by}{_more(body.reason)}"
+
+
+def _of_slot(
+    body: facts.SlotChanged
+    | facts.StepDone
+    | facts.StepFailed
+    | facts.CommandRefused
+    | facts.RolledBack
+    | facts.RollBackFailed,
+) -> str:
+    match body:
+        case facts.SlotChanged():
+            trial = f", {body.candidate} on trial with {body.share:.0%} of the requests" if body.candidate else ""
+            return f"{body.agent}: {body.state} ({body.permanent} is permanent{trial})"
+        case facts.StepDone():
+            return f"{body.agent}: {body.step} done"
+        case facts.StepFailed():
+            return f"{body.agent}: {body.step} FAILED, check {body.check}: {body.reason}"
+        case facts.CommandRefused():
+            return f"{body.agent}: host {body.host} refused a command: {body.reason}"
+        case facts.RolledBack():
+            took = reaction(body)
+            since = f", {took:.2f} s after the sample that showed it" if took is not None else ""
+            return f"{body.agent}: {body.revision} serves again{since} ({body.breach.by}: {body.breach.reason})"
+        case facts.RollBackFailed():
+            return f"{body.agent}: the ROLL BACK FAILED on {body.host}: {body.reason}; a human must look"
+
+
+def _of_command(body: Body) -> str:
+    agent = getattr(body, "agent", "?")
+    match body:
+        case commands.Migrate():
+            return f"{agent}: asked to migrate to {body.to}"
+        case commands.RollBackAgent():
+            return f"{agent}: asked to roll back: {body.reason}"
+        case commands.RollBack():
+            return f"{agent}: roll back {body.migration} ({body.breach.by}: {body.breach.reason})"
+        case commands.CutOver():
+            return f"{agent}: cut over {body.share:.0%} of the requests"
+        case _:
+            return f"{agent}: {type(body).__name__}"
+
+
+def tone(body: Body) -> Tone:
+    """How much the line should stand out."""
+    match body:
+        case facts.MigrationEnded(outcome="committed") | facts.HostUp() | facts.AlertResolved():
+            return "good"
+        case facts.RollBackFailed() | facts.StepFailed() | facts.MigrationEnded(outcome="failed"):
+            return "bad"
+        case facts.InstanceStopped(expected=False) | facts.AlertFiring(action="rollback", dry_run=False):
+            return "bad"
+        case (
+            facts.RolledBack()
+            | facts.MigrationHeld()
+            | facts.MigrationRefused()
+            | facts.MigrationEnded()
+            | facts.AlertFiring()
+            | commands.RollBack()
+            | commands.RollBackAgent()
+        ):
+            return "warn"
+        case facts.StageEntered() | facts.MigrationStarted():
+            return "plain"
+        case _:
+            return "dim"
+
+
+def concerns(event: Event, migration: str) -> bool:
+    """The event belongs to this migration."""
+    body = event.body
+    return getattr(body, "migration", None) == migration or migration in getattr(body, "migrations", ())
+
+
+def reaction(body: facts.RolledBack) -> float | None:
+    """Seconds from the first sample that showed the breach until live requests went to the old revision."""
+    return None if body.breach.sample_time is None else max(0.0, body.routed - body.breach.sample_time)
+
+
+def _labels(labels: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(labels.items())) or "no labels"
+
+
+def _more(text: str) -> str:
+    return f": {text}" if text else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _ending(returncode: int) -> str:
+    return f"exit code {returncode}" if returncode >= 0 else f"signal {-returncode}"
