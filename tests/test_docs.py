@@ -1,0 +1,394 @@
+"""What docs/ says of the code is what the code says. `python tests/test_docs.py` writes the generated parts anew.
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+from interlock.agents.slot import ON_TRIAL, STEPS, Slot
+from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
+from interlock.broker import config
+from interlock.broker.config import RAPID, STAGED, StrategyConfig, parse_fleet
+from interlock.broker.errors import ConfigError
+from interlock.coordinator.demo.scenarios import SCENARIOS
+from interlock.coordinator.migration import TRANSITIONS, Phase, plan
+from interlock.coordinator.rules import language, operators, template
+from interlock.coordinator.rules.rule import Rule
+from interlock.coordinator.rules.rulefile import default_rules, parse_rules
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+PART = re.compile(r"(?s)<!-- generated: ([\w-]+) -->\n(.*?)<!-- end -->")
+
+# --- the fleet file
+
+
+# The tables of the fleet file in the order of the page: its heading, and the class that reads it.
+TABLES = {
+    "top level": "FleetConfig",
+    "[broker]": "BrokerConfig",
+    "[security]": "SecurityConfig",
+    "[log]": "LogConfig",
+    "[coordinator]": "CoordinatorConfig",
+    "[rules]": "RulesConfig",
+    "[monitor]": "MonitorConfig",
+    "[[monitor.simulated]]": "SimulatedGpu",
+    "[strategies.rapid] and [strategies.staged]": "StrategyConfig",
+    "[[strategies.NAME.canary]]": "CanaryStep",
+    "[hosts.NAME]": "HostConfig",
+    "[agents.NAME]": "AgentConfig",
+    "[agents.NAME.compare]": "CompareConfig",
+    "[agents.NAME.revisions.NAME]": "RevisionConfig",
+    "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
+}
+NOT_KEYS = {("FleetConfig", "path")}
+NESTED = {name: heading for heading, name in TABLES.items()}
+TYPES = {
+    "str": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+    "list[str]": "list of texts",
+    "list[str] | bool": "list of texts, or true or false",
+    "dict[str, Any]": "table",
+    "dict[str, str]": "table of texts",
+    "Level": '"low", "medium"',
+}
+
+
+def fleet_file() -> str:
+    """Every key of broker/config.py: its type, its default, and the comment beside it."""
+    source = inspect.getsource(config)
+    lines = source.splitlines()
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    parts = []
+    for heading, name in TABLES.items():
+        theory = ast.get_docstring(classes[name]) or ""
+        rows = [
+            _key_row(name, field, lines)
+            for field in _fields(classes[name])
+            if (name, field_name(field)) not in NOT_KEYS
+        ]
+        title = heading if heading == "top level" else f"`{heading}`"
+        table = ["| key | is | default | |", "|---|---|---|---|", *rows]
+        parts.append("\n".join([f"## {title}", "", *([theory, ""] if theory else []), *table, ""]))
+    return "\n".join(parts)
+
+
+def _fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
+    return [line for line in node.body if isinstance(line, ast.AnnAssign)]
+
+
+def field_name(field: ast.AnnAssign) -> str:
+    assert isinstance(field.target, ast.Name)
+    return field.target.id
+
+
+def _key_row(owner: str, field: ast.AnnAssign, lines: list[str]) -> str:
+    key = field_name(field)
+    assert field.end_lineno is not None
+    _, _, comment = lines[field.end_lineno - 1][field.end_col_offset or 0 :].partition("#")
+    above = lines[field.lineno - 2].strip()
+    if not comment and above.startswith("#"):
+        comment = above[1:]
+    assert comment.strip(), f"{owner}.{key} has no comment that says what it means"
+    cells = [f"`{key}`", _type(ast.unparse(field.annotation)), _default(owner, key), comment.strip()]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(annotation: str) -> str:
+    annotation = annotation.removesuffix(" | None")
+    if annotation in TYPES:
+        return TYPES[annotation]
+    if annotation.startswith("Literal["):
+        return ", ".join(f'"{choice}"' for choice in re.findall(r"'(.*?)'", annotation))
+    found = re.fullmatch(r"(list\[|dict\[str, )?(\w+)\]?", annotation)
+    assert found is not None, annotation
+    kind = {None: "table", "list[": "list of tables", "dict[str, ": "tables by name"}[found[1]]
+    return f"{kind}, see `{NESTED[found[2]]}`"
+
+
+def _default(owner: str, key: str) -> str:
+    field = {each.name: each for each in msgspec.structs.fields(getattr(config, owner))}[key]
+    if field.required:
+        return "*needed*"
+    value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    return "as below" if isinstance(value, msgspec.Struct) else _toml(value)
+
+
+def _toml(value: Any) -> str:
+    if value is None or value in ("", [], {}):
+        return "-"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, dict):
+        return "`{ " + ", ".join(f'{key} = "{text}"' for key, text in value.items()) + " }`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def strategies() -> str:
+    """The built-in strategies beside each other."""
+    rows = ["| key | rapid | staged |", "|---|---|---|"]
+    for key in StrategyConfig.__struct_fields__:
+        rows.append(f"| `{key}` | {_figure(getattr(RAPID, key))} | {_figure(getattr(STAGED, key))} |")
+    return "\n".join(rows) + "\n"
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"{step.share:.0%} for {step.seconds:g} s" for step in value) or "none: all at once"
+    return f"{value:g}"
+
+
+# --- migrations
+
+
+# What a host finds out by itself in a state, as an input of its machine. Where it leads is asked of the machine.
+FOUND: list[tuple[State, str, Input]] = [
+    (State.PREPARING, "every check passed", PrepareEnded("m", True, digest="d")),
+    (State.PREPARING, "a check failed", PrepareEnded("m", False, check="c", reason="r")),
+    (State.STARTING, "healthy, and its contract covers the old one's", Healthy("i")),
+    (State.SHADOWING, "enough compared, or the time is over", ShadowEnded("m", True, "")),
+    (State.ROLLING_BACK, "the old revision answered", Verified("m", True, 2.0, 1.0)),
+    (State.ROLLING_BACK, "no answer, so it is started again", Verified("m", False, 2.0, 1.0, "r")),
+]
+
+
+def slot_diagram() -> str:
+    """The slot machine: the table of steps, what the host finds out, and the way back from everywhere."""
+    lines = ["[*] --> serving"]
+    lines += [f"{_id(before)} --> {_id(after)}: {step}" for (before, step), after in STEPS.items()]
+    for before, what, given in FOUND:
+        slot = Slot("h", Row("a", "p", "d", candidate="c", state=before, migration="m", epoch=1))
+        slot.candidate = "i"
+        slot.handle(given, Moment(1.0, 1.0))
+        lines.append(f"{_id(before)} --> {_id(slot.row.state)}: {what}")
+    lines += [f"{_id(state)} --> rolling_back: roll back" for state in State if state in ON_TRIAL]
+    return _diagram(lines, State)
+
+
+def migration_diagram() -> str:
+    """The migration machine: its table."""
+    lines = ["[*] --> running", *(f"{_id(old)} --> {_id(new)}: {what}" for (old, what), new in TRANSITIONS.items())]
+    return _diagram([*lines, "ended --> [*]"], Phase)
+
+
+def _id(state: str) -> str:
+    return str(state).replace("-", "_")
+
+
+def _diagram(lines: list[str], names: Any) -> str:
+    renamed = [f'state "{name}" as {_id(name)}' for name in names if "-" in name]
+    return "\n".join(["```mermaid", "stateDiagram-v2", *(f"    {line}" for line in [*renamed, *lines]), "```", ""])
+
+
+def stages() -> str:
+    """The steps of both strategies, as the plan has them."""
+    rows = ["| stage | the host is asked to | rapid | staged |", "|---|---|---|---|"]
+    planned = {name: plan(each, start_timeout_s=30.0) for name, each in (("rapid", RAPID), ("staged", STAGED))}
+    for step in planned["staged"]:
+        same = [
+            one for one in planned["rapid"] if (one.stage, one.step, one.share) == (step.stage, step.step, step.share)
+        ]
+        words = f"`{step.step}`" + (f" {step.share:.0%}" if step.share else "")
+        rows.append(f"| {step.stage} | {words} | {_lasts(same[0]) if same else 'left out'} | {_lasts(step)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _lasts(step: Any) -> str:
+    return f"yes, then {step.dwell_s:g} s of watching" if step.dwell_s else "yes"
+
+
+# --- rules
+
+
+def rule_table() -> str:
+    """The default rules."""
+    rows = ["| rule | group | holds when | for | action |", "|---|---|---|---|---|"]
+    for rule in default_rules():
+        expr = " ".join(rule.text.split()).replace("|", "\\|")
+        lasts = f"{rule.for_s:g} s" if rule.for_s else ""
+        rows.append(f"| `{rule.name}` | {rule.group} | `{expr}` | {lasts} | {rule.action} |")
+    return "\n".join(rows) + "\n"
+
+
+def rule_language() -> str:
+    """What an expression may be made of."""
+    elementwise = [*operators.ELEMENTWISE, *language._OTHER_CALLS]
+    groups = {
+        "operators": [*operators.ARITHMETIC, *operators.COMPARISONS, *operators.SETS],
+        "aggregations, with `by` and `without`": operators.AGGREGATIONS,
+        "functions of a window, such as `rate(x[1m])`": operators.WINDOWED,
+        "other functions": elementwise,
+        "in texts: `{{ $value | NAME }}`": [*template._FUNCTIONS, "printf"],
+    }
+    rows = ["| | |", "|---|---|"]
+    rows += [f"| {what} | {', '.join(f'`{name}`' for name in names)} |" for what, names in groups.items()]
+    return "\n".join(rows) + "\n"
+
+
+# --- the demo
+
+
+def demo() -> str:
+    """docs/demo-report.json, which `interlock demo --report docs/demo-report.json` wrote."""
+    report = json.loads((DOCS / "demo-report.json").read_text("utf-8"))
+    rows = ["| move | outcome | decided by | reaction | restored | requests | failed | longest gap |"]
+    rows += ["|---|---|---|---|---|---|---|---|"]
+    for entry in report["scenarios"]:
+        cells = [
+            f"{entry['agent']} {entry['from']} to {entry['to']} ({entry['name']})",
+            entry["outcome"],
+            entry["decided_by"],
+            _ms(entry["breach_to_event_ms"]),
+            _ms(entry["breach_to_restored_ms"]),
+            str(entry["requests"]),
+            str(entry["failed_requests"]),
+            _ms(entry["longest_gap_ms"]),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    settings = report["settings"]
+    apart = " and ".join(f"{period:.0f} ms ({name})" for name, period in settings["client_period_ms"].items())
+    said = (
+        f"Sampled every {settings['sampling_period_ms']:g} ms. Each client asks every {apart}: no gap can be smaller."
+    )
+    return "\n".join([*rows, "", said, ""])
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "fleet-file": fleet_file,
+    "strategies": strategies,
+    "stages": stages,
+    "slot": slot_diagram,
+    "migration": migration_diagram,
+    "default-rules": rule_table,
+    "rule-language": rule_language,
+}
+
+
+def parts() -> Iterator[tuple[Path, str, str]]:
+    """(page, name, text) of each generated part."""
+    for page in PAGES:
+        for found in PART.finditer(page.read_text("utf-8")):
+            yield page, found[1], found[2]
+
+
+def write() -> None:
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        made = PART.sub(lambda found: f"<!-- generated: {found[1]} -->\n{PARTS[found[1]]()}<!-- end -->", text)
+        if made != text:
+            page.write_text(made, "utf-8")
+            print(f"written: {page.relative_to(ROOT)}")
+
+
+# --- the tests
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}[^\n]*\n(.*?)^```$", page.read_text("utf-8"))
+
+
+def test_each_generated_part_stands_in_one_place_and_is_what_the_code_says_now() -> None:
+    found = list(parts())
+    assert sorted(name for _, name, _ in found) == sorted(PARTS)
+    for page, name, text in found:
+        assert text == PARTS[name](), f"{page.name}: {name} is old; run: python tests/test_docs.py"
+
+
+def test_the_reference_has_a_table_for_every_class_of_the_fleet_file() -> None:
+    classes = {cls.__name__ for cls in config._Config.__subclasses__()}
+    assert set(TABLES.values()) == classes
+
+
+def test_every_toml_block_of_the_docs_is_part_of_a_fleet_file() -> None:
+    whole = {"hosts": {"alpha": {"control": "tcp://127.0.0.1:7180"}}}
+    for block in blocks(DOCS / "fleet-file.md", "toml"):
+        parse_fleet({**whole, **tomllib.loads(block)})
+
+
+def test_every_yaml_block_of_the_rules_page_is_a_rule_file() -> None:
+    found = blocks(DOCS / "rules.md", "yaml")
+    assert found
+    rules: list[Rule] = [rule for block in found for rule in parse_rules(block, file="docs/rules.md")]
+    assert {rule.action for rule in rules} == {"rollback", "hold", "notify"}
+
+
+def test_what_the_rules_page_calls_unsupported_is_refused() -> None:
+    text = (DOCS / "rules.md").read_text("utf-8")
+    expressions = re.findall(r"(?m)^- .*?: `(.+?)`$", text.split("## Not supported", 1)[1])
+    assert len(expressions) >= 5
+    for expression in expressions:
+        with pytest.raises(ConfigError, match="not supported"):
+            language.parse(expression)
+
+
+def test_the_report_of_the_demo_is_of_the_scenarios_that_it_plays() -> None:
+    report = json.loads((DOCS / "demo-report.json").read_text("utf-8"))
+    played = [(entry["name"], entry["outcome"], entry["failed_requests"]) for entry in report["scenarios"]]
+    assert played == [(scenario.name, scenario.expected, 0) for scenario in SCENARIOS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(there), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """As the usual renderers make them: lower case, punctuation dropped, spaces as dashes."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text("utf-8"))
+    titles = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_names_every_page() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert [page.name for page in DOCS.glob("*.md") if f"docs/{page.name}" not in text] == []
+
+
+def test_the_picture_is_well_formed_and_loads_nothing() -> None:
+    root = ElementTree.parse(DOCS / "architecture.svg").getroot()
+    assert root.tag.endswith("svg")
+    for element in root.iter():
+        for value in element.attrib.values():
+            assert "href" not in element.attrib
+            assert value.startswith("url(#") or "url(" not in value
+
+
+def test_no_page_names_a_place_of_one_machine() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
+    pages = {ROOT / name for name in listed.stdout.split()} | set(PAGES)
+    for page in pages:
+        assert not re.search(r"(?<![\w.])/(work|root|home)/", page.read_text("utf-8")), page.name
+
+
+if __name__ == "__main__":
+    write()
