@@ -203,9 +203,7 @@ class EventPlane:
                 self._refuse(batch, error)
                 continue
             self._note("")
-            for record in records:
-                if record.fresh:
-                    self._publish_record(record)
+            self._feed.send_burst([self._as_news(record) for record in records if record.fresh])
             for waiting, record in zip(batch, records, strict=True):
                 self._answer(waiting.peer, Ack(waiting.draft.header.id, record.header.seq))
 
@@ -227,13 +225,14 @@ class EventPlane:
                 _log.warning("the event log takes events again")
             self._trouble = trouble
 
-    def _publish_record(self, record: Record) -> None:
+    def _as_news(self, record: Record) -> list[bytes]:
+        """The frames of a fresh event, which is published in this order."""
         header = record.header
         since, recent = self._recent.trail()
         live = LiveHeader(**msgspec.structs.asdict(header), since=since, recent=recent)
-        self._feed.send_nowait([record.topic.encode(), wire.encode(live), record.body])
         self._recent.add(record.topic, header.seq)
         self._published = header.seq
+        return [record.topic.encode(), wire.encode(live), record.body]
 
     async def _retain(self) -> None:
         """Drop what is old, a little at a time, as far as a snapshot stands for it."""

@@ -78,8 +78,11 @@ async def serve_telemetry(
             nursery.start_soon(plane.report)
             nursery.start_soon(plane.answer)
             while True:
+                batches = []
                 for user, (peer, *frames) in await ingress.receive_known():
-                    plane.take(user, peer, frames)
+                    if plane.take(user, peer, frames):
+                        batches.append(frames)
+                plane.pass_on(batches)
 
 
 class _Plane:
@@ -97,11 +100,11 @@ class _Plane:
         self._asked = trio.Event()
         self._asks: OrderedDict[bytes, AskLast] = OrderedDict()
 
-    def take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
-        """One message of a peer: a batch to pass on, or a request."""
+    def take(self, user: str, peer: bytes, frames: list[bytes]) -> bool:
+        """One message of a peer: a request, or a batch. Whether it is one to pass on."""
         if len(frames) == 1:
             self._take_ask(user, peer, frames[0])
-            return
+            return False
         try:
             batch = wire.decode_batch(frames)
             topic = wire.decode_topic(frames[0])
@@ -116,16 +119,17 @@ class _Plane:
         except Refused as error:
             self._rejects.count("a batch whose sender may not", error)
         else:
-            self._pass_on(topic, batch, frames)
+            self._last.take(topic, batch, trio.current_time())
+            return True
+        return False
+
+    def pass_on(self, batches: list[list[bytes]]) -> None:
+        """Send what was taken to whoever listens."""
+        self._passed += self._feed.send_burst(batches)
 
     def subscribed(self) -> None:
         """Somebody subscribes."""
         self._subscribed.set()
-
-    def _pass_on(self, topic: str, batch: Batch, frames: list[bytes]) -> None:
-        self._last.take(topic, batch, trio.current_time())
-        self._feed.send_nowait(frames)
-        self._passed += 1
 
     def _take_ask(self, user: str, peer: bytes, frame: bytes) -> None:
         try:
@@ -177,7 +181,8 @@ class _Plane:
         while True:
             self._last.forget_silent(trio.current_time())
             batch = table.batch(self._figures(), time=time.time())
-            self._pass_on(topic, batch, [topic.encode(), wire.encode(batch)])
+            self._last.take(topic, batch, trio.current_time())
+            self.pass_on([[topic.encode(), wire.encode(batch)]])
             await trio.sleep(PULSE_S)
 
     def _figures(self) -> dict[Labels, float]:
