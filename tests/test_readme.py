@@ -73,6 +73,7 @@ VARYING = [
     (r"^\d+ (?=\d\d:)", "N "),
     (r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d\.\d{3}", "TIME"),
     (r"after \d+\.\d s", "after SOME s"),
+    (r"has it \d+\.\d ms", "has it SOME ms"),
     (r"migration (\w+)-\d+", r"migration \1-N"),
     (r"(up TIME) \d+", r"\1 PROCESS"),
     (r"keeps \d+ things( \[\d+\])?", "keeps MANY things"),

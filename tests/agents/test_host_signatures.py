@@ -15,7 +15,7 @@ from interlock.agents.journal import Journal
 from interlock.agents.slot_io import AskRollBack, Renew
 from interlock.broker import facts, keys, signing, topics, wire
 from interlock.broker.bus import new_event
-from interlock.broker.commands import Breach, Commit, RenewLease, RollBack
+from interlock.broker.commands import Breach, Commit, RenewLease, RollBack, RollCall
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import Refused
 from interlock.broker.keyring import Keyring
@@ -96,3 +96,26 @@ async def test_a_replayed_command_is_answered_and_not_done_again(stage: Stage) -
     await stage.host._take(commit)
     assert stage.slot.given == []
     assert stage.broker.log[-1].body == result
+
+
+async def test_a_roll_call_is_answered_and_what_is_forged_or_late_refused(stage: Stage) -> None:
+    async def answers(event: Event) -> dict[str, str]:
+        await stage.host._take(event)
+        async with stage.broker.bus("coordinator").receipts(event.header.id) as receipts:
+            return receipts.by
+
+    call = RollCall(deadline=time.time() + 60)
+    assert await answers(stage.signed("coordinator", topics.ALL_HOSTS, call, "all")) == {"host/alpha": ""}
+    assert await answers(stage.signed("coordinator", topics.command("alpha"), call, "one")) == {"host/alpha": ""}
+    late = await answers(stage.signed("coordinator", topics.ALL_HOSTS, RollCall(deadline=time.time() - 30), "late"))
+    assert "deadline passed" in late["host/alpha"]
+    forged = new_event(topics.ALL_HOSTS, call, source="coordinator", time=time.time(), id="forged")
+    assert "not signed" in (await answers(forged))["host/alpha"]
+    elsewhere = await answers(stage.signed("coordinator", topics.command("beta"), call, "elsewhere"))
+    assert "not for host alpha" in elsewhere["host/alpha"]
+    to_all = await answers(stage.signed("coordinator", topics.ALL_HOSTS, COMMIT, "commit-all"))
+    assert "not for host alpha" in to_all["host/alpha"]
+    assert stage.slot.given == []
+    done = await answers(stage.signed("coordinator", topics.command("alpha"), COMMIT, "commit"))
+    assert done == {"host/alpha": ""}
+    assert len(stage.slot.given) == 1

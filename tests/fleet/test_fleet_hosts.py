@@ -36,6 +36,26 @@ def test_a_migration_on_one_host_leaves_the_other_alone(fleet: Any, clients: Any
     assert status["agents"]["calc-b"]["host"] == "beta"
 
 
+def test_a_ping_reaches_every_host_and_names_one_that_is_frozen(fleet: Any) -> None:
+    done = fleet.cli("ping", "--json", "--timeout", "30")
+    assert done.code == 0, done
+    assert {answer["host"] for answer in done.json["answers"]} == {"alpha", "beta"}
+    assert done.json["silent"] == []
+    beta = fleet.role("agents", "beta")
+    beta.suspend()
+    try:
+        done = fleet.cli("ping", "--json", "--timeout", "3")
+        assert done.code == 3, done
+        assert [answer["host"] for answer in done.json["answers"]] == ["alpha"]
+        assert done.json["silent"] == ["beta"]
+    finally:
+        beta.resume()
+    done = fleet.cli("ping", "beta", "--timeout", "30")
+    assert done.code == 0, done
+    assert done.out.startswith("beta  has it")
+    assert fleet.cli("ping", "gamma").code == 2
+
+
 def test_both_hosts_migrate_at_once_and_one_is_killed(fleet: Any, clients: Any) -> None:
     fleet.calm()
     since = len(fleet.events.events)

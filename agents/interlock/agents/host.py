@@ -70,7 +70,7 @@ class Host:
     async def follow_commands(self) -> None:
         """Take commands and rollbacks from the log, each once, from where the last run of this host stopped."""
         after = int(await trio.to_thread.run_sync(self.journal.mark, POSITION) or 0)
-        prefixes = [topics.command(self.name), topics.rollback(self.name)]
+        prefixes = [topics.command(self.name), topics.rollback(self.name), topics.ALL_HOSTS]
         async with self.bus.events(prefixes, after=after) as feed:
             async for event in feed:
                 await self._take(event)
@@ -83,7 +83,8 @@ class Host:
     def _check(self, event: Event) -> None:
         """Whoever asked proves it to this host itself, not to the broker. Refused otherwise."""
         if self.security is not None:
-            if event.topic not in (topics.command(self.name), topics.rollback(self.name)):
+            own = event.topic in (topics.command(self.name), topics.rollback(self.name))
+            if not own and not (event.topic == topics.ALL_HOSTS and isinstance(event.body, commands.RollCall)):
                 raise Refused(f"{event.topic} is not for host {self.name}")
             signing.check(event, self.security.roll, now=time.time())
 
@@ -92,8 +93,14 @@ class Host:
             self._check(event)
         except Refused as refused:
             log.warning("refused event %d of the log, %s: %s", event.header.seq, type(event.body).__name__, refused)
+            self.bus.receipt(event, str(refused))
             return
         body = event.body
+        if isinstance(body, commands.RollCall):
+            late = time.time() - body.deadline
+            self.bus.receipt(event, f"its deadline passed {late:.0f} s ago" if late > 0 else "")
+            return
+        self.bus.receipt(event)
         slot = self.slots.get(getattr(body, "agent", ""))
         match body:
             case commands.RollBack() if slot is not None:

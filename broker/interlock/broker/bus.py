@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -206,6 +206,30 @@ class TelemetryPublisher:
         self._put(self._topic, self._table.batch(samples, time=time, ended=ended), self._counts)
 
 
+class Receipts:
+    """Who has taken a command so far: identity -> why not (empty: it has taken it)."""
+
+    def __init__(self) -> None:
+        self.by: dict[str, str] = {}
+        self._changed = trio.lowlevel.ParkingLot()
+
+    def add(self, by: dict[str, str]) -> None:
+        """For the transport: these have answered."""
+        self.by |= by
+        self._changed.unpark_all()
+
+    async def complete(self, identities: Iterable[str]) -> None:
+        """Wait until all of these have answered."""
+        wanted = set(identities)
+        await trio.lowlevel.checkpoint()
+        while not wanted <= self.by.keys():
+            await self._changed.park()
+
+    async def more(self) -> None:
+        """Wait until somebody else has answered."""
+        await self._changed.park()
+
+
 class Bus(Protocol):
     """What every role has of the bus. `source` names the role: "host/alpha", "rules", "cli/1234"."""
 
@@ -251,6 +275,13 @@ class Bus(Protocol):
         """
 
     def telemetry(self, host: str, publisher: str) -> TelemetryPublisher: ...
+
+    def receipt(self, event: Event, reason: str = "") -> None:
+        """Tell whoever watches the command that we have taken it; with a reason, that we won't. Sent once, not logged:
+        what was done with a command is a fact."""
+
+    def receipts(self, command: str) -> AbstractAsyncContextManager[Receipts]:
+        """Who takes the command with this id, of ours or, for operators and the coordinator, of anyone."""
 
     async def direct(
         self, endpoint: str, topic: str, body: Body, *, id: str | None = None, timeout: float = 1.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, closing, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, nullcontext
 from pathlib import Path
 
 import trio
 
 from interlock.broker import signing, wire
-from interlock.broker.bus import Bus, EventFeed, SampleFeed, TelemetryPublisher, new_event
+from interlock.broker.bus import Bus, EventFeed, Receipts, SampleFeed, TelemetryPublisher, new_event
 from interlock.broker.config import BrokerConfig
 from interlock.broker.direct import DirectLine
 from interlock.broker.errors import Refused, Unreachable
@@ -171,6 +171,12 @@ class ZmqBus:
         finally:
             self._pulse.feeds.remove(reader.feed)
             reader.close()
+
+    def receipt(self, event: Event, reason: str = "") -> None:
+        self._link.receipt(self.source, event.header.id, reason)
+
+    def receipts(self, command: str) -> AbstractAsyncContextManager[Receipts]:
+        return self._link.watching(command)
 
     def telemetry(self, host: str, publisher: str) -> TelemetryPublisher:
         made = TelemetryPublisher(host, publisher, self._telemetry_link().put)

@@ -102,6 +102,15 @@ class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
     deadline: float
 
 
+# operator, coordinator -> hosts, topic command/<host>/ or command/all/
+
+
+class RollCall(_Body, frozen=True, kw_only=True, tag="roll-call"):
+    """Say that you are there: the host's receipt is all that is asked for. Also to all hosts, topic command/all/."""
+
+    deadline: float
+
+
 # rule engine, coordinator, operator -> host, topic rollback/<host>/
 
 
@@ -129,7 +138,9 @@ class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
 
 Step = Literal["prepare", "start-candidate", "shadow", "cut-over", "commit"]
 
-Command = Migrate | RollBackAgent | Prepare | StartCandidate | Shadow | CutOver | Commit | RollBack | RenewLease
+Command = (
+    Migrate | RollBackAgent | RollCall | Prepare | StartCandidate | Shadow | CutOver | Commit | RollBack | RenewLease
+)
 HostCommand = Prepare | StartCandidate | Shadow | CutOver | Commit
 
 Evidence = dict[str, Any]  # figures and findings by name, as the host or a check measured them

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from interlock.broker.errors import ConfigError
-from interlock.broker.topics import check_name
+from interlock.broker.topics import RESERVED, check_name
 
 _ENDPOINT = re.compile(
     r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|http://[A-Za-z0-9._*-]+:\d{1,5})"
@@ -306,6 +306,8 @@ def _check(fleet: FleetConfig, where: str) -> None:
         endpoint(getattr(fleet.broker, name), f"broker.{name}")
     for name, host in fleet.hosts.items():
         check_name(name, where=f"{where}: hosts")
+        if name in RESERVED:
+            raise ConfigError(f"no host may be called {name!r}", where=f"{where}: hosts", hint="choose another name")
         endpoint(host.control, f"hosts.{name}.control")
     for name in fleet.strategies:
         if name not in ("rapid", "staged"):

@@ -11,9 +11,10 @@ import logging
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import trio
@@ -22,6 +23,7 @@ from interlock.broker import policy, wire
 from interlock.broker.config import BrokerConfig, LogConfig
 from interlock.broker.errors import LogError, Refused, WireError
 from interlock.broker.gate import Gate, open_gated
+from interlock.broker.keys import Grant
 from interlock.broker.log import Draft, EventLog, Record, open_log
 from interlock.broker.protocol import (
     BEAT_S,
@@ -37,15 +39,19 @@ from interlock.broker.protocol import (
     Ping,
     Pong,
     Publish,
+    Receipt,
     Replay,
     Replayed,
     ReplayEvent,
     ReplayFailed,
+    Watch,
     Why,
     decode_request,
 )
+from interlock.broker.receipts import Receipts
 from interlock.broker.rejects import Rejects
 from interlock.broker.security import Security
+from interlock.broker.signing import is_signed
 from interlock.broker.sockets import Socket
 from interlock.broker.trail import Recent
 
@@ -59,6 +65,8 @@ PEERS = 20_000  # connections whose order of publications is remembered: more th
 PEER_QUEUE = 4000  # messages that wait for one client: 8 pages of a replay
 
 KEEP = LogConfig()
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +96,7 @@ class EventPlane:
         self._expected: OrderedDict[bytes, int] = OrderedDict()
         self._published = log.last
         self._recent = Recent(log.last)
+        self._receipts = Receipts()
         self._epoch = time.time_ns()
         self._beats = 0
         self._trouble = ""
@@ -115,6 +124,7 @@ class EventPlane:
                     self.rejects.count("what is not a request", error)
                 except Refused:  # noted by the gate
                     self.rejects.count("a request of one who may not ask")
+            self._tell_watchers()
 
     def _take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
         if self._gate is not None:
@@ -138,15 +148,27 @@ class EventPlane:
                     self._replays_in.send_nowait((peer, request))
                 except trio.WouldBlock:
                     self.rejects.count("a replay request: too many at once")
+            case Receipt():
+                self._admit(user, lambda grant: self._receipts.take(grant, request))
+            case Watch():
+                answers = self._admit(user, lambda grant: self._receipts.watch(grant, peer, request))
+                self._ingress.send_burst([[peer, wire.encode(answer)] for answer in answers])
             case Ping():
                 self._admit_prefixes(user, [])
                 if self._log.identity:
                     self._answer(peer, Pong(request.request, self._published, self._log.identity))
 
+    def _admit(self, user: str, check: Callable[[Grant | None], T]) -> T:
+        """What `check` finds for this user's grant (None: there are no keys). Refused as it says, which is logged."""
+        if self._gate is None:
+            return check(None)
+        found: list[T] = []
+        self._gate.admit(user, lambda grant: found.append(check(grant)))
+        return found[0]
+
     def _admit_prefixes(self, user: str, prefixes: Sequence[str]) -> None:
-        """May this user hear these? Refused otherwise, which is logged."""
-        if self._gate is not None:
-            self._gate.admit(user, lambda grant: policy.subscribe(grant, prefixes))
+        """May this user hear these?"""
+        self._admit(user, lambda grant: None if grant is None else policy.subscribe(grant, prefixes))
 
     def _publish(self, user: str, peer: bytes, request: Publish, frames: list[bytes]) -> None:
         try:
@@ -187,6 +209,11 @@ class EventPlane:
             self.rejects.count("an answer whose asker is gone or does not read")
         return delivered
 
+    def _tell_watchers(self) -> None:
+        for peer, received in self._receipts.due():
+            if not self._answer(peer, received):
+                self._receipts.gone(received.command, peer)
+
     # --- the writer
 
     async def _write(self) -> None:
@@ -203,9 +230,17 @@ class EventPlane:
                 self._refuse(batch, error)
                 continue
             self._note("")
+            self._remember_commands(records)
             self._feed.send_burst([self._as_news(record) for record in records if record.fresh])
             for waiting, record in zip(batch, records, strict=True):
                 self._answer(waiting.peer, Ack(waiting.draft.header.id, record.header.seq))
+
+    def _remember_commands(self, records: list[Record]) -> None:
+        now = trio.current_time()
+        for record in records:
+            if is_signed(record.topic):
+                header = record.header
+                self._receipts.logged(header.id, topic=record.topic, source=header.source, seq=header.seq, now=now)
 
     def _refuse(self, batch: list[_Waiting], error: LogError) -> None:
         self._note(str(error))

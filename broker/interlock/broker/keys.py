@@ -19,7 +19,7 @@ import msgspec
 
 from interlock.broker import crypto
 from interlock.broker.errors import ConfigError
-from interlock.broker.topics import check_name
+from interlock.broker.topics import RESERVED, check_name
 
 FORMAT = 1  # of the files
 AUTHORITY = "authority.json"
@@ -118,6 +118,8 @@ def identity_of(role: str, name: str = "") -> str:
         if name and name != role:
             raise ConfigError(f"a fleet has one {role}, without a name", where="keys", hint=f"leave {name!r} out")
         return role
+    if role == "host" and name in RESERVED:
+        raise ConfigError(f"no host may be called {name!r}", where="keys", hint="choose another name")
     if role not in NAMED:
         raise ConfigError(f"unknown role {role!r}", where="keys", hint=f"one of {', '.join((*ALONE, *NAMED))}")
     return f"{role}/{check_name(name, where=f'keys of a {role}')}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
 from interlock.broker import wire
+from interlock.broker.bus import Receipts
 from interlock.broker.errors import WireError
 from interlock.broker.outbox import Entry, Outbox
 from interlock.broker.outbox_file import Keeper, OutboxFile
@@ -17,10 +19,13 @@ from interlock.broker.protocol import (
     Nack,
     Ping,
     Pong,
+    Receipt,
+    Received,
     Replay,
     Replayed,
     ReplayEvent,
     ReplayFailed,
+    Watch,
     decode_answer,
     decode_trail,
 )
@@ -28,6 +33,9 @@ from interlock.broker.rejects import Rejects
 from interlock.broker.sequence import Arrival, Page
 from interlock.broker.sockets import Sockets
 from interlock.broker.wire import Event
+
+WATCH_FIRST_S = 0.05  # a command that is just being logged is known after some milliseconds,
+WATCH_S = 1.0  # and what was lost is told again after this
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +60,7 @@ class Link:
         self._numbers = itertools.count(1)
         self._outcomes: dict[str, list[Callable[[int | str], None]]] = {}
         self._settled = trio.lowlevel.ParkingLot()
+        self._watched: dict[str, Receipts] = {}
         self._changed = trio.Event()
         self.outbox = Outbox()
         self._keeper = Keeper(file) if file is not None else None
@@ -112,6 +121,34 @@ class Link:
                 return
             self.outbox.sent(entry.id, now)
 
+    # --- receipts
+
+    def receipt(self, source: str, command: str, reason: str) -> None:
+        """Say once that a command was taken or refused."""
+        self._socket.send_nowait([wire.encode(Receipt(source, command, reason))])
+
+    @asynccontextmanager
+    async def watching(self, command: str) -> AsyncIterator[Receipts]:
+        """Ask who has taken a command, again and again: an answer may be lost, and the broker restarted."""
+        if command in self._watched:
+            raise RuntimeError(f"{command} is watched already")
+        receipts = self._watched[command] = Receipts()
+
+        async def ask() -> None:
+            pause = WATCH_FIRST_S
+            while True:
+                self._socket.send_nowait([wire.encode(Watch(command))])
+                await trio.sleep(pause)
+                pause = min(2 * pause, WATCH_S)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                yield receipts
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._watched[command]
+
     # --- replays
 
     def ask(self, after: int | None, prefixes: Sequence[str], answered: Answered) -> int:
@@ -170,6 +207,9 @@ class Link:
                     self._refuse_publications(answer)
             case ReplayEvent():
                 self._collect(answer, frames[1:])
+            case Received():
+                if (receipts := self._watched.get(answer.command)) is not None:
+                    receipts.add(answer.by)
             case Replayed() | Pong() | ReplayFailed():
                 self._close_page(answer)
 

@@ -14,7 +14,7 @@ import trio
 
 from interlock.broker import wire
 from interlock.broker.backlog import Counts
-from interlock.broker.bus import Bus, EventFeed, SampleFeed, TelemetryPublisher, new_event
+from interlock.broker.bus import Bus, EventFeed, Receipts, SampleFeed, TelemetryPublisher, new_event
 from interlock.broker.errors import ConfigError, Unreachable
 from interlock.broker.lastvalues import LastValues
 from interlock.broker.samples import Batch
@@ -40,6 +40,8 @@ class MemoryBroker:
         self._last = LastValues()
         self._direct: dict[str, Callable[[Event], None]] = {}
         self._waiting: list[Event] = []
+        self._receipts: dict[str, dict[str, str]] = {}
+        self._watching: dict[str, list[Receipts]] = {}
         self._up = True
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -149,6 +151,25 @@ class MemoryBus:
             yield feed
         finally:
             self._broker._samples.remove(entry)
+
+    def receipt(self, event: Event, reason: str = "") -> None:
+        id = event.header.id
+        by = self._broker._receipts.setdefault(id, {})
+        by.setdefault(self.source, reason)
+        for watching in self._broker._watching.get(id, ()):
+            watching.add(by)
+
+    @asynccontextmanager
+    async def receipts(self, command: str) -> AsyncIterator[Receipts]:
+        receipts = Receipts()
+        receipts.add(self._broker._receipts.get(command, {}))
+        watching = self._broker._watching.setdefault(command, [])
+        watching.append(receipts)
+        try:
+            await trio.lowlevel.checkpoint()
+            yield receipts
+        finally:
+            watching.remove(receipts)
 
     def telemetry(self, host: str, publisher: str) -> TelemetryPublisher:
         def put(topic: bytes, batch: Batch, counts: Counts) -> None:

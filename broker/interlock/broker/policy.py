@@ -47,8 +47,11 @@ def publish(grant: Grant, event: Event) -> None:
     match kind:
         case "command" if target == "coordinator":
             _only(grant, event.topic, role in ("operator", "coordinator"), isinstance(body, _ASKED_OF_COORDINATOR))
+        case "command" if isinstance(body, commands.RollCall):
+            _only(grant, event.topic, role in ("operator", "coordinator"), True)
         case "command":
-            _only(grant, event.topic, role == "coordinator", isinstance(body, _ASKED_OF_HOST))
+            fitting = isinstance(body, _ASKED_OF_HOST) and event.topic != topics.ALL_HOSTS
+            _only(grant, event.topic, role == "coordinator", fitting)
         case "rollback":
             may = role in ("rules", "coordinator", "operator") or (role == "host" and target == name)
             _only(grant, event.topic, may, isinstance(body, commands.RollBack))
@@ -93,6 +96,24 @@ def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
     _only(grant, topic, may, topic == f"telemetry/{batch.source}/")
 
 
+def receipt(grant: Grant, source: str, topic: str) -> None:
+    """May this one say that it has taken a command of this topic?"""
+    _source(grant, source)
+    match grant.role:
+        case "host":
+            may = topic in (topics.command(grant.name), topics.rollback(grant.name), topics.ALL_HOSTS)
+        case "coordinator":
+            may = topic == topics.COORDINATOR
+        case _:
+            may = False
+    _only(grant, topic, may, True)
+
+
+def watch(grant: Grant, source: str, topic: str) -> None:
+    """May this one know who has taken a command of this source?"""
+    _only(grant, topic, grant.identity == source or grant.role in ("coordinator", "operator"), True)
+
+
 def subscribe(grant: Grant, prefixes: Sequence[str]) -> None:
     """May this one hear everything under these prefixes?"""
     allowed = _hears(grant)
@@ -109,7 +130,8 @@ def _hears(grant: Grant) -> tuple[str, ...]:
         case "coordinator" | "rules" | "operator" | "broker":
             return EVERYTHING
         case "host":
-            return (topics.command(grant.name), topics.rollback(grant.name), topics.FACTS, BEATS)
+            own = (topics.command(grant.name), topics.rollback(grant.name))
+            return (*own, topics.ALL_HOSTS, topics.FACTS, BEATS)
         case "monitor":
             return (topics.FACTS, BEATS)
         case "subscriber":

@@ -51,6 +51,20 @@ class Ping(msgspec.Struct, frozen=True, tag_field="op", tag="ping"):
     request: int = 0
 
 
+class Receipt(msgspec.Struct, frozen=True, tag_field="op", tag="receipt"):
+    """`source` has taken the command with this id; with a reason it has refused it. Not logged, and not answered."""
+
+    source: str
+    command: str
+    reason: str = ""
+
+
+class Watch(msgspec.Struct, frozen=True, tag_field="op", tag="watch"):
+    """Tell me who has taken the command with this id. Asked again, all is told again."""
+
+    command: str
+
+
 class Ack(msgspec.Struct, frozen=True, tag_field="op", tag="ack"):
     """The event is on disk under this sequence number, now or since an earlier attempt."""
 
@@ -97,8 +111,18 @@ class Pong(msgspec.Struct, frozen=True, tag_field="op", tag="pong"):
     log: str
 
 
-Request = Publish | Replay | Ping
-Answer = Ack | Nack | Replayed | ReplayEvent | ReplayFailed | Pong
+class Received(msgspec.Struct, frozen=True, tag_field="op", tag="received"):
+    """Who has taken the command, each with an empty reason or why not. `seq` 0: the broker does not know the command,
+    which is not logged yet, or was before the broker's start.
+    """
+
+    command: str
+    seq: int = 0
+    by: dict[str, str] = {}
+
+
+Request = Publish | Replay | Ping | Receipt | Watch
+Answer = Ack | Nack | Replayed | ReplayEvent | ReplayFailed | Pong | Received
 
 
 class Trail(msgspec.Struct, frozen=True):

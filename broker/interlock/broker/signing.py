@@ -70,6 +70,8 @@ def _may(role: str, event: Event) -> bool:
             return event.topic.startswith(topics.ROLLBACKS) and role in ("rules", "coordinator", "operator")
         case commands.Migrate() | commands.RollBackAgent():
             return event.topic == topics.COORDINATOR and role in ("operator", "coordinator")
+        case commands.RollCall():
+            return event.topic.startswith(topics.COMMANDS) and role in ("operator", "coordinator")
         case commands.RenewLease():  # on whichever topic of the host the coordinator names it
             return role == "coordinator"
     return event.topic.startswith(topics.COMMANDS) and role == "coordinator"

@@ -1,6 +1,7 @@
 """Topic names. Each ends with a slash, so that the prefix of `alpha` never matches `alpha2`.
 
 command/coordinator/            operators ask the coordinator
+command/all/                    an operator or the coordinator asks every host
 command/<host>/                 the coordinator asks a host
 rollback/<host>/                anyone entitled asks a host to roll back
 fact/host/<host>/               what a host says happened there
@@ -20,6 +21,8 @@ MAX_NAME = 64  # characters: a name stands in topics, file names and socket path
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 COORDINATOR = "command/coordinator/"
+ALL_HOSTS = "command/all/"
+RESERVED = ("coordinator", "all")  # no host may be called so
 COMMANDS = "command/"
 ROLLBACKS = "rollback/"
 FACTS = "fact/"

@@ -89,6 +89,8 @@ def parser() -> Parser:
     rollback = verb("rollback", "undo an agent's migration in flight")
     rollback.add_argument("agent", metavar="AGENT")
     rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
+    ping = verb("ping", "ask hosts whether commands reach them, and how fast")
+    ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
     watch = verb("watch", "follow what happens on the bus")
     watch.add_argument("--events", action="store_true", help="only what happens")
@@ -321,6 +323,21 @@ def _rollback(chosen: argparse.Namespace) -> int:
     )
 
 
+def _ping(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.ping import ping
+    from interlock.coordinator.screen import Screen
+
+    async def run(bus: Bus, fleet: FleetConfig) -> int:
+        roll = await ping(bus, fleet, chosen.host, timeout=chosen.timeout)
+        if chosen.json:
+            _say_json(roll)
+        else:
+            Screen(sys.stdout).roll(roll)
+        return roll.exit_code
+
+    return _on_bus(chosen, run, on_interrupt=lambda: None)
+
+
 def _status(chosen: argparse.Namespace) -> int:
     from interlock.coordinator import verbs
     from interlock.coordinator.screen import Screen
@@ -441,6 +458,7 @@ def _here(name: str, path: Path, run: Callable[[FleetConfig, Callable[[], None]]
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "migrate": _migrate,
     "rollback": _rollback,
+    "ping": _ping,
     "status": _status,
     "watch": _watch,
     "log": _log,

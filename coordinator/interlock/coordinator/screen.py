@@ -12,6 +12,7 @@ from rich.table import Table
 
 from interlock.broker.wire import Event
 from interlock.coordinator.fleet import Fleet, Migration
+from interlock.coordinator.ping import Roll
 from interlock.coordinator.verbs import Report, Status
 from interlock.coordinator.wording import Tone, sentence, tone
 
@@ -52,6 +53,14 @@ class Screen:
     def report(self, told: Report) -> None:
         """The last line of a verb."""
         self.line(closing(told), OUTCOMES[told.outcome])
+
+    def roll(self, roll: Roll) -> None:
+        """Who answered a ping, how fast, and who did not."""
+        for answer in roll.answers:
+            what = f"refused: {answer.refused}" if answer.refused else "has it"
+            self.line(f"{answer.host}  {what}  {answer.ms:.1f} ms", "warn" if answer.refused else "good")
+        for host in roll.silent:
+            self.line(f"{host}  no answer: is it running? see: interlock status", "bad")
 
     def status(self, status: Status) -> None:
         view = status.view

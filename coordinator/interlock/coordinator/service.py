@@ -50,6 +50,11 @@ def is_genuine(event: Event, security: Security | None) -> bool:
     return True
 
 
+def _is_open(event: Event) -> bool:
+    """Whether it may still be done: at a start, the log tells of all that were ever asked for."""
+    return bool(getattr(event.body, "deadline", 0.0) > time.time())
+
+
 async def _serve(bus: Bus, core: Coordinator, ready: Callable[[], None], security: Security | None = None) -> None:
     changed = trio.Event()
     await bus.flushed()  # answers of an earlier life that are not in the log yet: nothing is to be decided twice
@@ -61,6 +66,8 @@ async def _serve(bus: Bus, core: Coordinator, ready: Callable[[], None], securit
             async for event in feed:
                 if is_genuine(event, security):
                     core.apply(event)
+                    if event.topic == topics.COORDINATOR and _is_open(event):
+                        bus.receipt(event)
                 changed.set()
 
         nursery.start_soon(follow)

@@ -13,7 +13,7 @@ from pathlib import Path
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
 
-OFFERED = ("migrate", "rollback", "status", "watch", "log")
+OFFERED = ("migrate", "rollback", "ping", "status", "watch", "log")
 LEAVING = ("exit", "quit", "EOF")
 
 

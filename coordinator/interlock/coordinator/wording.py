@@ -112,6 +112,8 @@ def _of_command(body: Body) -> str:
             return f"{agent}: asked to migrate to {body.to}"
         case commands.RollBackAgent():
             return f"{agent}: asked to roll back: {body.reason}"
+        case commands.RollCall():
+            return "hosts are asked whether they are there"
         case commands.RollBack():
             return f"{agent}: roll back {body.migration} ({body.breach.by}: {body.breach.reason})"
         case commands.CutOver():
