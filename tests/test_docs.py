@@ -50,6 +50,7 @@ TABLES = {
     "[[monitor.simulated]]": "SimulatedGpu",
     "[strategies.rapid] and [strategies.staged]": "StrategyConfig",
     "[[strategies.NAME.canary]]": "CanaryStep",
+    "[strategies.NAME.observe]": "ObserveConfig",
     "[hosts.NAME]": "HostConfig",
     "[agents.NAME]": "AgentConfig",
     "[agents.NAME.compare]": "CompareConfig",
@@ -152,6 +153,10 @@ def strategies() -> str:
 def _figure(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(f"{step.share:.0%} for {step.seconds:g} s" for step in value) or "none: all at once"
+    if isinstance(value, msgspec.Struct):
+        plain = type(value)()
+        changed = {key: new for key, new in msgspec.structs.asdict(value).items() if new != getattr(plain, key)}
+        return ", ".join(f"`{key}` {_figure(new)}" for key, new in changed.items()) or "as it is"
     return f"{value:g}"
 
 

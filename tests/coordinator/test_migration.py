@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from interlock.broker import commands, facts, topics, wire
 from interlock.broker.commands import Breach
-from interlock.broker.config import FleetConfig, parse_fleet
+from interlock.broker.config import FleetConfig, ObserveConfig, parse_fleet
 from interlock.broker.errors import ConfigError
+from interlock.broker.facts import Check
 from interlock.coordinator import decisions
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import ROLLBACK_ANSWER_S, TRANSITIONS, Emit, Phase
+from interlock.coordinator.migration import JUDGED_S, ROLLBACK_ANSWER_S, TRANSITIONS, Emit, Phase
+from interlock.coordinator.observation import PATIENCE_S, Measurement
 
 
 def fleet_file(**agent: Any) -> FleetConfig:
@@ -50,6 +53,7 @@ class Log:
         self.now = 1000.0
         self.config = fleet_file()
         self.direct: list[Emit] = []
+        self.verdict: facts.Verdict | None = "passed"
         self.restart()
 
     def restart(self) -> None:
@@ -73,13 +77,24 @@ class Log:
         """Let the coordinator decide until it has nothing more to say; what it logged."""
         before = len(self.events)
         while True:
-            emits = self.core.decide(self.now)
+            emits = self.core.decide(self.now) + self.measure()
             self.direct += [emit for emit in emits if emit.direct or emit.also_direct]
             logged = [emit for emit in emits if not emit.direct]
             if not logged:
                 return [event.body for event in self.events[before:]]
             for emit in logged:
                 self.say(emit.topic, emit.body, emit.id)
+
+    def measure(self) -> list[Emit]:
+        """What the observers do: each candidate with live requests is found to be as `verdict` says."""
+        emits = []
+        for migration in self.core.migrations.values():
+            watched = migration.watched(self.now)
+            if watched is not None and self.verdict is not None:
+                checks = [Check(check="latency", verdict=self.verdict, value=1.2, limit=1.05, reason="slower")]
+                found = Measurement(self.verdict, "latency: slower", checks, min(watched.share, 1.0))
+                emits += migration.observe(found, self.now)
+        return [emit for emit in emits if emit.id not in self.ids]
 
     def up(self) -> Log:
         self.say(topics.host_fact("alpha"), facts.HostUp(host="alpha", control="c", pid=1, boot="b", agents=["tutor"]))
@@ -156,11 +171,83 @@ def test_a_staged_migration_goes_through_its_stages_and_commits() -> None:
     assert names(log.later(1.9)) == []
     assert names(log.later(0.2)) == ["observation", "CutOver"]
     assert names(log.host_done()) == []
-    assert names(log.later(5.1)) == ["commit", "Commit"]
+    assert names(log.later(2.6)) == ["ChecksMeasured"]
+    assert names(log.later(2.5)) == ["ChecksMeasured", "commit", "Commit"]
     (ended,) = log.host_done()
     assert isinstance(ended, facts.MigrationEnded)
     assert (ended.outcome, ended.decided_by) == ("committed", "observation")
+    assert {"checks-0.52", "checks-1.00"} <= ended.evidence.keys()
     assert not log.core.migrations
+
+
+def observed(log: Log, verdict: facts.Verdict | None, **observe: Any) -> Log:
+    """A rapid migration whose candidate has all requests, and is found to be so."""
+    log.config = fleet_file()
+    log.config.strategies["rapid"] = msgspec.structs.replace(
+        log.config.strategies["rapid"], observe=ObserveConfig(**observe)
+    )
+    log.verdict = verdict
+    log.ask(strategy="rapid")
+    log.host_done()
+    log.host_done()
+    log.host_done()
+    return log
+
+
+def test_a_candidate_whose_checks_fail_is_rolled_back_before_the_time_is_over() -> None:
+    log = observed(Log().up(), None)
+    log.verdict = "failed"
+    measured, asked = log.later(0.5)
+    assert isinstance(measured, facts.ChecksMeasured)
+    assert measured.final
+    assert isinstance(asked, commands.RollBack)
+    assert (asked.breach.by, asked.breach.reason) == ("check latency", "latency: slower")
+
+
+def test_a_canary_step_can_fail_but_never_passes_early() -> None:
+    log = Log().up().to_shadow()
+    log.host_done(compared=10)
+    log.host_done()
+    assert names(log.later(0.5)) == []
+    log.verdict = "failed"
+    assert names(log.later(0.1)) == ["ChecksMeasured", "RollBack"]
+
+
+def test_enough_evidence_ends_the_observation_early_and_the_record_says_so() -> None:
+    log = observed(Log().up(), "inconclusive", min_s=1.0)
+    assert names(log.later(1.1)) == ["ChecksMeasured"]  # a quarter of the time
+    log.verdict = "passed"
+    measured, *rest = log.later(0.1)
+    assert isinstance(measured, facts.ChecksMeasured)
+    assert (measured.final, measured.reason.split(":")[0]) == (True, "observed after 1 s")
+    assert names(rest) == ["commit", "Commit"]
+
+
+@pytest.mark.parametrize("verdict", ["inconclusive", "error"])
+def test_what_is_not_passed_at_the_end_is_held_for_an_operator(verdict: facts.Verdict) -> None:
+    log = observed(Log().up(), verdict)
+    log.later(3.1)
+    log.later(PATIENCE_S + 1)
+    (held,) = [event.body for event in log.events if isinstance(event.body, facts.MigrationHeld)]
+    assert held.breach.by == "check latency"
+    (migration,) = log.core.migrations.values()
+    assert migration.phase is Phase.HELD
+
+
+def test_a_candidate_that_nobody_can_judge_is_held_never_committed() -> None:
+    log = observed(Log().up(), None)
+    assert names(log.later(3.1)) == []
+    assert names(log.later(JUDGED_S)) == ["MigrationHeld"]
+    assert log.core.next_deadline(log.now) > log.now
+
+
+def test_a_coordinator_killed_between_the_last_word_and_the_commit_goes_on() -> None:
+    log = observed(Log().up(), None)
+    log.now += 3.1
+    (emit,) = next(iter(log.core.migrations.values())).observe(Measurement("passed", "as good", [], 1.0), log.now)
+    log.say(emit.topic, emit.body, emit.id)
+    log.restart()
+    assert names(log.run()) == ["commit", "Commit"]
 
 
 def test_a_rapid_migration_cuts_over_at_once() -> None:

@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from interlock.agents.backup import Backup, make_backup
-from interlock.agents.figures import baseline
+from interlock.agents.figures import baseline, measured
 from interlock.agents.gateway import Gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
@@ -137,4 +137,4 @@ async def _measure(given: Preparation, evidence: Evidence) -> None:
     assert given.permanent is not None
     latencies = given.gateway.latencies(given.permanent.name, seconds, trio.current_time())
     given.baseline = baseline(latencies)
-    evidence["baseline"] = {"requests": len(latencies), "seconds": seconds, "response_s": given.baseline}
+    evidence["baseline"] = {"seconds": seconds, "response_s": given.baseline} | measured(latencies)

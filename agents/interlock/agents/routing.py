@@ -139,6 +139,11 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         if instance is not None:
             instance.watches.append((self._next_id, tag))
 
+    def begin_trial(self, slow_s: float) -> None:
+        """Count the live requests of every instance anew from here, those above `slow_s` seconds apart."""
+        for instance in self._instances.values():
+            instance.tally.begin_trial(slow_s)
+
     def compared(self, name: str, equal: bool) -> None:
         instance = self._instances.get(name)
         if instance is not None:

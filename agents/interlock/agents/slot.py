@@ -19,6 +19,7 @@ from interlock.agents.slot_io import (
     AskRollBack,
     BeginPrepare,
     BeginShadow,
+    BeginTrial,
     EndShadow,
     Gone,
     Healthy,
@@ -195,6 +196,7 @@ class Slot:
                 return self._commit(command, given.id)
 
     def _cut_over(self, command: commands.CutOver, asked: str, target: State, now: Moment) -> list[Action]:
+        first = self.row.state is not State.LIVE
         self._set(target)
         self._asked = ""
         self.share = min(max(command.share, 0.0), 1.0)
@@ -202,6 +204,7 @@ class Slot:
         done = self._done("cut-over", asked, {"share": self.share})
         return [
             Persist(self.row, f"cut over {self.share:.0%}", (asked, done)),
+            *([BeginTrial()] if first else []),
             Route(self._shares()),
             Publish(done),
             self._changed(),

@@ -127,6 +127,11 @@ class Route:
 
 
 @dataclass(frozen=True)
+class BeginTrial:
+    """The candidate gets its first live requests: from here on both instances are counted for the comparison."""
+
+
+@dataclass(frozen=True)
 class BeginPrepare:
     command: commands.Prepare
 
@@ -181,7 +186,7 @@ class Publish:
 
 
 Action = (
-    Persist | Route | BeginPrepare | Start | Stop | BeginShadow | EndShadow | Rescue | Verify | Publish
+    Persist | Route | BeginTrial | BeginPrepare | Start | Stop | BeginShadow | EndShadow | Rescue | Verify | Publish
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.figures import InstanceView, samples
+from interlock.agents.figures import InstanceView, samples, slow_threshold
 from interlock.agents.gateway import Gateway
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
@@ -31,6 +31,7 @@ from interlock.agents.slot_io import (
     Action,
     BeginPrepare,
     BeginShadow,
+    BeginTrial,
     EndShadow,
     Gone,
     Healthy,
@@ -208,6 +209,8 @@ class SlotShell:
             case Route(shares):
                 self.gateway.route(dict(shares))
                 self.routed_at = time.time()
+            case BeginTrial():
+                self.gateway.begin_trial(slow_threshold(self.baseline))
             case Rescue(instance):
                 self.gateway.rescue(instance)
             case EndShadow():
@@ -381,7 +384,9 @@ class SlotShell:
             for name, instance in self.instances.items()
             if name in (self.slot.permanent, self.slot.candidate)
         }
-        found = samples(self.around.host, self.agent, views, self.gateway.snapshot(trio.current_time()), baseline)
+        figures = self.gateway.snapshot(trio.current_time())
+        trial = self.slot.row.state is State.LIVE
+        found = samples(self.around.host, self.agent, views, figures, baseline, trial=trial)
         ended = [key for key in self._reported if key not in found]
         self._reported = set(found)
         return found, ended

@@ -164,6 +164,25 @@ class CanaryStep(_Config, frozen=True, kw_only=True):
     seconds: float  # that it stays at this share at least
 
 
+class ObserveConfig(_Config, frozen=True, kw_only=True):
+    """When a candidate with live requests counts as good as the old one. Ratios of 1.
+
+    Beyond *_failed for sure (with confidence 1 - alpha, however often one looks) it is rolled back; below *_passed it
+    passes; what stays between is left to an operator at the end.
+    """
+
+    min_s: float | None = None  # enough evidence ends the observation after so long; left out: it takes its full time
+    requests: int = 0  # that a candidate must have answered; fewer at the end: inconclusive. 0: judged where there are
+    alpha: float = 0.05  # the chance to condemn a candidate that is no worse
+    latency_passed: float = 0.05  # longer than the old one's answers, in the geometric mean
+    latency_failed: float = 0.15  # the same, for sure
+    errors_passed: float = 0.01  # share of requests
+    errors_failed: float = 0.05  # the same, for sure
+    slow_passed: float = 0.10  # share of answers slower than 19 of 20 were before: twice as many as then
+    slow_failed: float = 0.15  # the same, for sure: three times as many
+    memory_passed: float = 0.20  # more than the old one's, of RAM and of GPU memory
+
+
 class StrategyConfig(_Config, frozen=True, kw_only=True):
     """What a strategy does, and for how long."""
 
@@ -174,6 +193,7 @@ class StrategyConfig(_Config, frozen=True, kw_only=True):
     shadow_max_mismatches: int = 0  # one answer more that differs, and it is rolled back
     canary: list[CanaryStep] = []  # shares before all requests go over; none: all at once
     observation_s: float = 60.0  # with all requests and the old one still warm, before it is made permanent
+    observe: ObserveConfig = ObserveConfig()  # what is judged meanwhile
 
 
 RAPID = StrategyConfig(baseline_s=1.0, observation_s=60.0)
@@ -183,6 +203,7 @@ STAGED = StrategyConfig(
     shadow_s=60.0,
     canary=[CanaryStep(share=0.1, seconds=30.0), CanaryStep(share=0.5, seconds=30.0)],
     observation_s=600.0,
+    observe=ObserveConfig(requests=20),
 )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from interlock.broker.commands import Breach, Evidence, Step, _Body
 
 Role = Literal["permanent", "candidate"]  # of an instance: what serves by right, and what is on trial
 Outcome = Literal["committed", "rolled-back", "held", "refused", "failed"]
+Verdict = Literal["passed", "failed", "inconclusive", "error"]  # error: it could not be measured; no data is no pass
 
 # host, topic fact/host/<host>/
 
@@ -176,6 +179,32 @@ class MigrationHeld(_Body, frozen=True, kw_only=True, tag="migration-held"):
     breach: Breach
 
 
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was measured of a candidate. `value` None: there was nothing to measure; `limit` in its unit."""
+
+    check: str
+    verdict: Verdict
+    value: float | None
+    limit: float
+    reason: str
+
+
+class ChecksMeasured(_Body, frozen=True, kw_only=True, tag="checks-measured"):
+    """How a candidate with live requests does. `checkpoint`: the share of the planned time that was over.
+
+    final: it was the last measurement; its verdict decides how the observation ends, and `reason` says why then.
+    """
+
+    migration: str
+    agent: str
+    epoch: int
+    verdict: Verdict
+    reason: str
+    checkpoint: float
+    final: bool
+    checks: list[Check] = []
+
+
 class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
     migration: str
     agent: str
@@ -235,6 +264,7 @@ Fact = (
     | MigrationRefused
     | StageEntered
     | MigrationHeld
+    | ChecksMeasured
     | MigrationEnded
     | FleetSnapshot
     | AlertFiring

@@ -9,13 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach, Evidence, Step
 from interlock.broker.config import CoordinatorConfig, StrategyConfig
 from interlock.broker.facts import Outcome
 from interlock.broker.wire import Body, Event
+from interlock.coordinator.observation import CHECKPOINTS, Baseline, Measurement, Watched, is_due
 
 ROLLBACK_ANSWER_S = 60.0  # a host that reports no rollback for so long has failed it: the slowest level takes as long
+JUDGED_S = 15.0  # after an observation's time, for its last measurement; then nobody can judge, and it is held
 LEASE_RENEWALS = 3  # per lease: two may be lost
 
 
@@ -55,6 +59,15 @@ def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedSte
     return steps
 
 
+def _why(measured: Measurement, watched: Watched, final: bool) -> str:
+    """The words of the record: what was seen, and why it ended when it did."""
+    if not final or measured.verdict != "passed":
+        return measured.reason
+    early = watched.share < 1
+    end = f"after {watched.elapsed_s:.0f} s: the evidence is enough" if early else "after its full time"
+    return f"observed {end}; every stage passed and no rule fired ({measured.reason})"
+
+
 class Phase(StrEnum):
     RUNNING = "running"
     HELD = "held"
@@ -68,6 +81,7 @@ TRANSITIONS: dict[tuple[Phase, str], Phase] = {
     (Phase.RUNNING, "committed"): Phase.ENDED,
     (Phase.RUNNING, "not-prepared"): Phase.ENDED,
     (Phase.RUNNING, "step-failed"): Phase.ROLLING_BACK,
+    (Phase.RUNNING, "checks-failed"): Phase.ROLLING_BACK,
     (Phase.RUNNING, "refused"): Phase.ROLLING_BACK,
     (Phase.RUNNING, "held"): Phase.HELD,
     (Phase.RUNNING, "roll-back"): Phase.ROLLING_BACK,
@@ -75,6 +89,7 @@ TRANSITIONS: dict[tuple[Phase, str], Phase] = {
     (Phase.HELD, "roll-back"): Phase.ROLLING_BACK,
     (Phase.HELD, "rolled-back"): Phase.ENDED,
     (Phase.HELD, "step-failed"): Phase.ROLLING_BACK,
+    (Phase.HELD, "checks-failed"): Phase.ROLLING_BACK,
     (Phase.ROLLING_BACK, "rolled-back"): Phase.ENDED,
     (Phase.ROLLING_BACK, "committed"): Phase.ENDED,
     (Phase.ROLLING_BACK, "roll-back-failed"): Phase.ROLLING_BACK,
@@ -108,7 +123,7 @@ class Migration:
         self.index = 0
         self.outcome: Outcome | None = None
         self.closed = False
-        self._strategy = strategy
+        self.strategy = strategy
         self._config = config
         self._since = at  # seconds since 1970: when the step before this one was done
         self._sent_at: float | None = None  # when this step was asked for
@@ -118,6 +133,10 @@ class Migration:
         self._said_end = False
         self._renewed = float("-inf")
         self._evidence: Evidence = {}
+        self._told = 0.0  # the newest checkpoint of the observation that was measured
+        self._judged: facts.ChecksMeasured | None = None  # the last word about the candidate
+        self._said_held = False
+        self.baseline = Baseline()
 
     # --- folding
 
@@ -136,16 +155,12 @@ class Migration:
             case facts.CommandRefused():
                 if body.command == self._command_id():
                     self._refused(Breach(by=f"host {self.started.host}", reason=body.reason), at)
-            case commands.RollBack():
-                self._turn("roll-back", body.breach, at)
-                self._asked_rollback = True
-            case facts.RolledBack():
-                self._rolled_back(body, at)
-            case facts.RollBackFailed():
-                self._turn("roll-back-failed", body.breach, at)
-                self._evidence["roll_back_failed"] = body.reason
+            case commands.RollBack() | facts.RolledBack() | facts.RollBackFailed():
+                self._undone(body, at)
             case facts.MigrationHeld():
                 self._turn("held", body.breach, at)
+            case facts.ChecksMeasured():
+                self._measured(body, at)
             case facts.MigrationEnded():
                 self.phase, self.outcome, self.closed = Phase.ENDED, body.outcome, True
             case _ if event.header.id == self._command_id():
@@ -167,6 +182,8 @@ class Migration:
             return
         if body.evidence:
             self._evidence[f"{self.index}-{body.step}"] = body.evidence
+        if body.step == "prepare":
+            self.baseline = Baseline.from_evidence(body.evidence)
         if body.step == "commit":
             if self._turn("committed", None, at):
                 self.outcome = "committed"
@@ -187,11 +204,34 @@ class Migration:
         else:
             self._turn("step-failed", breach, at)
 
+    def _measured(self, body: facts.ChecksMeasured, at: float) -> None:
+        self._told = max(self._told, body.checkpoint)
+        self._evidence[f"checks-{body.checkpoint:.2f}"] = msgspec.to_builtins(body.checks)
+        if body.final:
+            self._judged = body
+            if body.verdict == "failed":
+                self._turn("checks-failed", self._condemned(body, at), at)
+
+    def _condemned(self, body: facts.ChecksMeasured, at: float) -> Breach:
+        guilty = [check.check for check in body.checks if check.verdict == body.verdict]
+        return Breach(by=f"check {', '.join(guilty) or 'observation'}", reason=body.reason, sample_time=at)
+
     def _refused(self, breach: Breach, at: float) -> None:
         if self.steps[self.index].step != "prepare":
             self._turn("refused", breach, at)
         elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
             self.outcome = "refused"
+
+    def _undone(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
+        match body:
+            case commands.RollBack():
+                self._turn("roll-back", body.breach, at)
+                self._asked_rollback = True
+            case facts.RolledBack():
+                self._rolled_back(body, at)
+            case facts.RollBackFailed():
+                self._turn("roll-back-failed", body.breach, at)
+                self._evidence["roll_back_failed"] = body.reason
 
     def _rolled_back(self, body: facts.RolledBack, at: float) -> None:
         if self._turn("rolled-back", None, at):
@@ -256,12 +296,38 @@ class Migration:
             return float("inf")
         times = [self._renewed + self._lease_s() / LEASE_RENEWALS] if self.live else []
         if self.phase is Phase.RUNNING:
-            times.append(self._due() if self._sent_at is None else self._sent_at + self._limit_s())
+            times.append(self._ready_at(now) if self._sent_at is None else self._sent_at + self._limit_s())
         elif self.phase is Phase.ROLLING_BACK:
             times.append(self._breached_at + ROLLBACK_ANSWER_S)
         elif self.phase is Phase.ENDED:
             times.append(now)
         return max(min(times, default=float("inf")), now)
+
+    def watched(self, now: float) -> Watched | None:
+        """How far the candidate's trial with live requests is; None while it has none, or nothing is to be judged."""
+        before = self.steps[self.index - 1] if self.index else None
+        judged = self._judged is not None or self._sent_at is not None
+        if self.phase is not Phase.RUNNING or before is None or before.step != "cut-over" or judged:
+            return None
+        elapsed = max(0.0, now - self._since)
+        share = elapsed / before.dwell_s if before.dwell_s > 0 else 1.0
+        return Watched(share, elapsed, max(0.0, elapsed - before.dwell_s), before.stage is Stage.OBSERVATION)
+
+    def observe(self, measured: Measurement, now: float) -> list[Emit]:
+        """What follows from a measurement: nothing, a checkpoint for the record, or the last word."""
+        watched = self.watched(now)
+        if watched is None:
+            return []
+        told, final = is_due(watched, measured, self.strategy.observe, told=self._told)
+        if not told:
+            return []
+        body = facts.ChecksMeasured(
+            migration=self.id, agent=self.started.agent, epoch=self.started.epoch, verdict=measured.verdict,
+            reason=_why(measured, watched, final), checkpoint=measured.checkpoint, final=final, checks=measured.checks,
+        )  # fmt: skip
+        point = max((one for one in CHECKPOINTS if one <= watched.share), default=0.0)
+        name = "final" if final else f"{point:g}"
+        return [Emit(topics.migration_fact(self.started.agent), body, f"{self.id}/checks/{name}")]
 
     def hold(self, breach: Breach) -> list[Emit]:
         """Stop where it is and leave it to an operator."""
@@ -288,8 +354,19 @@ class Migration:
         return self._config.lease_s
 
     def _due(self) -> float:
-        """When the next step may be asked for: the dwell of the one before is over."""
-        return self._since + (self.steps[self.index - 1].dwell_s if self.index else 0.0)
+        """When the next step may be asked for: the dwell of the one before is over, or evidence has ended it."""
+        return self._since + (self.steps[self.index - 1].dwell_s if self.index and not self._approved else 0.0)
+
+    def _ready_at(self, now: float) -> float:
+        """When there is something to do without an event: a commit also waits for the last word of the observation."""
+        due = self._due()
+        if self.steps[self.index].step != "commit" or self._approved or now < due:
+            return due
+        return float("inf") if self._said_held else due + (JUDGED_S if self._judged is None else 0.0)
+
+    @property
+    def _approved(self) -> bool:
+        return self._judged is not None and self._judged.verdict == "passed"
 
     def _limit_s(self) -> float:
         return self.steps[self.index].time_s + self._config.step_margin_s
@@ -304,12 +381,24 @@ class Migration:
             return self.roll_back(Breach(by="coordinator step-overdue", reason=reason, sample_time=now), now)
         if now < self._due():
             return []
+        if step.step == "commit" and not self._approved:
+            return self._unapproved(now)
         if not self.index or self.steps[self.index - 1].stage is not step.stage:
             entered = facts.StageEntered(migration=self.id, agent=self.started.agent, stage=step.stage)
             wanted.append(Emit(topics.migration_fact(self.started.agent), entered, f"{self.id}/stage/{step.stage}"))
         wanted.append(Emit(topics.command(self.started.host), self._command(step, now), self._command_id()))
         self._sent_at = now
         return wanted
+
+    def _unapproved(self, now: float) -> list[Emit]:
+        """The observation's time is over, and it has not been passed: it is left to an operator."""
+        if self._said_held or (self._judged is None and now < self._due() + JUDGED_S):
+            return []
+        self._said_held = True
+        if self._judged is not None:
+            return self.hold(self._condemned(self._judged, now))
+        reason = f"nobody has judged the candidate {JUDGED_S:.0f} s after the end of its time"
+        return self.hold(Breach(by="check observation", reason=reason, sample_time=now))
 
     def _undo(self, now: float) -> list[Emit]:
         breach = self._breach or Breach(by="coordinator", reason="unknown")
@@ -329,7 +418,8 @@ class Migration:
         self._said_end = True
         breach = self._breach
         if self.outcome == "committed":
-            decided, reason = "observation", "every stage passed and no rule fired"
+            decided = "observation"
+            reason = self._judged.reason if self._judged is not None else "every stage passed and no rule fired"
         elif breach is not None:
             decided, reason = breach.by, breach.reason
         else:
@@ -352,16 +442,16 @@ class Migration:
             case "prepare":
                 return commands.Prepare(
                     migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    to=self.started.to, baseline_s=self._strategy.baseline_s,
+                    to=self.started.to, baseline_s=self.strategy.baseline_s,
                 )  # fmt: skip
             case "start-candidate":
                 return commands.StartCandidate(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
             case "shadow":
                 return commands.Shadow(
                     migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    requests=self._strategy.shadow_requests, seconds=self._strategy.shadow_s,
-                    min_requests=self._strategy.shadow_min_requests,
-                    max_mismatches=self._strategy.shadow_max_mismatches,
+                    requests=self.strategy.shadow_requests, seconds=self.strategy.shadow_s,
+                    min_requests=self.strategy.shadow_min_requests,
+                    max_mismatches=self.strategy.shadow_max_mismatches,
                 )  # fmt: skip
             case "cut-over":
                 return commands.CutOver(

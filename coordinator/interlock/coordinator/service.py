@@ -18,6 +18,7 @@ from interlock.broker.security import Security, load_security
 from interlock.broker.wire import Event
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.migration import Emit
+from interlock.coordinator.observers import observe
 
 log = logging.getLogger("interlock.coordinator")
 
@@ -75,6 +76,7 @@ async def _serve(bus: Bus, core: Coordinator, ready: Callable[[], None], securit
         await feed.caught_up.wait()
         log.info("the log is read up to event %d; %d migrations in flight", feed.position, len(core.migrations))
         ready()
+        nursery.start_soon(observe, bus, core, lambda emit: _send(bus, core, nursery, emit))
         while True:
             changed = trio.Event()
             now = time.time()

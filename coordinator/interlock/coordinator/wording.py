@@ -28,6 +28,7 @@ def sentence(body: Body) -> str:
             | facts.MigrationRefused()
             | facts.StageEntered()
             | facts.MigrationHeld()
+            | facts.ChecksMeasured()
             | facts.MigrationEnded()
         ):
             return _of_migration(body)
@@ -62,6 +63,7 @@ def _of_migration(
     | facts.MigrationRefused
     | facts.StageEntered
     | facts.MigrationHeld
+    | facts.ChecksMeasured
     | facts.MigrationEnded,
 ) -> str:
     match body:
@@ -75,6 +77,9 @@ def _of_migration(
             return f"{body.agent}: stage {body.stage}{_more(body.note)}"
         case facts.MigrationHeld():
             return f"{body.agent}: HELD by {body.breach.by}: {body.breach.reason}"
+        case facts.ChecksMeasured():
+            when = "" if body.final else f" at {body.checkpoint:.0%} of the time"
+            return f"{body.agent}: checks {body.verdict}{when}: {body.reason}"
         case facts.MigrationEnded():
             return f"{body.agent}: {body.outcome.upper()}, decided by {body.decided_by}{_more(body.reason)}"
 
