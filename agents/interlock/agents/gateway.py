@@ -78,8 +78,11 @@ class Gateway(Protocol):
     def latencies(self, instance: str, seconds: float, now: float) -> list[float]:
         """Of the last `seconds`, newest first (bounded)."""
 
-    def begin_trial(self, slow_s: float) -> None:
-        """Count live requests anew from here for the comparison of instances, those above `slow_s` seconds apart."""
+    def begin_trial(self, slow_s: float | None) -> None:
+        """Count live requests anew from here for the comparison of instances, those above `slow_s` seconds apart.
+
+        None: don't, until told again.
+        """
 
     def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:
         """Call once, with the time, at its first answer to a live request that it is given after now."""
@@ -142,7 +145,7 @@ class RoutedGateway(ABC):
     def latencies(self, instance: str, seconds: float, now: float) -> list[float]:
         return self.router.latencies(instance, seconds, now)
 
-    def begin_trial(self, slow_s: float) -> None:
+    def begin_trial(self, slow_s: float | None) -> None:
         self.router.begin_trial(slow_s)
 
     def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:

@@ -71,12 +71,11 @@ class Tally:
         self.mismatches = 0
         self.dropped = 0
         self._ring: deque[tuple[float, float]] = deque(maxlen=RING)
-        self._on_trial = False
-        self.begin_trial(float("inf"), on=False)
+        self.begin_trial(None)
 
-    def begin_trial(self, slow_s: float, *, on: bool = True) -> None:
-        """Count live requests anew from here, those above `slow_s` seconds apart; or no longer."""
-        self._on_trial, self._slow_s = on, slow_s
+    def begin_trial(self, slow_s: float | None) -> None:
+        """Count live requests anew from here, those above `slow_s` seconds apart; None: no longer."""
+        self._on_trial, self._slow_s = slow_s is not None, slow_s or 0.0
         self._requests = self._errors = self._slow = 0
         self._log_sum = self._log_squares_sum = 0.0
 

@@ -139,8 +139,8 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         if instance is not None:
             instance.watches.append((self._next_id, tag))
 
-    def begin_trial(self, slow_s: float) -> None:
-        """Count the live requests of every instance anew from here, those above `slow_s` seconds apart."""
+    def begin_trial(self, slow_s: float | None) -> None:
+        """Count live requests of all instances anew from here, those above `slow_s` seconds apart; None: don't."""
         for instance in self._instances.values():
             instance.tally.begin_trial(slow_s)
 

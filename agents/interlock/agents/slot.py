@@ -204,7 +204,7 @@ class Slot:
         done = self._done("cut-over", asked, {"share": self.share})
         return [
             Persist(self.row, f"cut over {self.share:.0%}", (asked, done)),
-            *([BeginTrial()] if first else []),
+            *([BeginTrial(command.migration, command.warm_up_s)] if first else []),
             Route(self._shares()),
             Publish(done),
             self._changed(),

@@ -128,7 +128,10 @@ class Route:
 
 @dataclass(frozen=True)
 class BeginTrial:
-    """The candidate gets its first live requests: from here on both instances are counted for the comparison."""
+    """The candidate gets its first live requests: `warm_up_s` later both instances are counted for the comparison."""
+
+    migration: str
+    warm_up_s: float
 
 
 @dataclass(frozen=True)

@@ -209,8 +209,9 @@ class SlotShell:
             case Route(shares):
                 self.gateway.route(dict(shares))
                 self.routed_at = time.time()
-            case BeginTrial():
-                self.gateway.begin_trial(slow_threshold(self.baseline))
+            case BeginTrial(migration, warm_up_s):
+                self.gateway.begin_trial(None)
+                self.around.nursery.start_soon(self._begin_trial, migration, warm_up_s)
             case Rescue(instance):
                 self.gateway.rescue(instance)
             case EndShadow():
@@ -350,6 +351,11 @@ class SlotShell:
         self.gateway.mirror(None)
         evidence = run.evidence() | {"verdict": verdict}
         self.give(ShadowEnded(run.command.migration, verdict == "passed", run.reason(verdict), evidence))
+
+    async def _begin_trial(self, migration: str, warm_up_s: float) -> None:
+        await trio.sleep(warm_up_s)
+        if self.slot.row.migration == migration and self.slot.row.state is State.LIVE:
+            self.gateway.begin_trial(slow_threshold(self.baseline))
 
     # --- rolling back
 

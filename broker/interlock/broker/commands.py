@@ -83,7 +83,10 @@ class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
 
 
 class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
-    """Give the candidate this share (0 to 1) of the live requests; the host holds a lease of `lease_s` from then on."""
+    """Give the candidate this share (0 to 1) of the live requests; the host holds a lease of `lease_s` from then on.
+
+    warm_up_s: seconds after its first live request from which its answers count in the comparison.
+    """
 
     migration: str
     agent: str
@@ -91,6 +94,7 @@ class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
     deadline: float
     share: float
     lease_s: float
+    warm_up_s: float = 0.0
 
 
 class Commit(_Body, frozen=True, kw_only=True, tag="commit"):

@@ -172,6 +172,7 @@ class ObserveConfig(_Config, frozen=True, kw_only=True):
     """
 
     min_s: float | None = None  # enough evidence ends the observation after so long; left out: it takes its full time
+    warm_up_s: float = 5.0  # a fresh process answers slowly at first: that does not count (at most a quarter of a step)
     requests: int = 0  # that a candidate must have answered; fewer at the end: inconclusive. 0: judged where there are
     alpha: float = 0.05  # the chance to condemn a candidate that is no worse
     latency_passed: float = 0.05  # longer than the old one's answers, in the geometric mean

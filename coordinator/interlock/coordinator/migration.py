@@ -457,6 +457,7 @@ class Migration:
                 return commands.CutOver(
                     migration=migration, agent=agent, epoch=epoch, deadline=deadline,
                     share=step.share, lease_s=self._lease_s(),
+                    warm_up_s=min(self.strategy.observe.warm_up_s, step.dwell_s / 4),
                 )  # fmt: skip
             case "commit":
                 return commands.Commit(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
