@@ -241,8 +241,12 @@ def _on_bus(
                         on_interrupt()
                         nursery.cancel_scope.cancel()
 
+                async def end_without_a_common_version(bus: Bus) -> None:
+                    raise Refused(await bus.mismatch(), where=fleet.broker.events)
+
                 nursery.start_soon(stop_on_signal)
                 async with open_bus(fleet.broker, f"cli/{os.getpid()}", security=security) as bus:
+                    nursery.start_soon(end_without_a_common_version, bus)
                     code = await verb(bus, fleet)
                 nursery.cancel_scope.cancel()
         return code

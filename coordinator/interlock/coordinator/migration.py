@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from interlock.broker import commands, facts, topics
-from interlock.broker.commands import Breach, Evidence, Step
+from interlock.broker.commands import Breach, Step
 from interlock.broker.config import CoordinatorConfig, StrategyConfig
 from interlock.broker.facts import Outcome
+from interlock.broker.fields import Evidence
 from interlock.broker.wire import Body, Event
 
 ROLLBACK_ANSWER_S = 60.0  # a host that reports no rollback for so long has failed it: the slowest level takes as long

@@ -1,4 +1,4 @@
-"""The program in docs/wire-format.md runs as it stands there."""
+"""The program in docs/wire.md runs as it stands there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from interlock.broker import client, topics
 from interlock.broker.config import BrokerConfig
 from interlock.broker.facts import HostDown
 
-DOC = Path(__file__).parents[2] / "docs" / "wire-format.md"
+DOC = Path(__file__).parents[2] / "docs" / "wire.md"
 
 
 async def test_the_program_in_the_document_publishes_replays_and_subscribes(planes: BrokerConfig) -> None:
