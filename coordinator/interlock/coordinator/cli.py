@@ -99,6 +99,7 @@ def parser() -> Parser:
     watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
     _log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     _keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
+    verb("asyncapi", "print the AsyncAPI 3 document of the bus, for programs in other languages")
     verb("shell", "a prompt with these verbs")
     up = verb("up", "run every role of a fleet on this machine")
     up.add_argument("path", nargs="?", type=Path, metavar="FLEET.TOML")
@@ -388,6 +389,13 @@ def _log(chosen: argparse.Namespace) -> int:
     return log_verb.run(chosen, lambda: load_fleet(chosen.fleet), on_bus)
 
 
+def _asyncapi(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.asyncapi import rendered
+
+    sys.stdout.write(rendered())
+    return 0
+
+
 def _shell(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.shell import Shell
 
@@ -467,6 +475,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "watch": _watch,
     "log": _log,
     "keys": _keys,
+    "asyncapi": _asyncapi,
     "shell": _shell,
     "up": _up,
     "demo": _demo,
