@@ -41,7 +41,7 @@ class Breach(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Migrate(_Body, frozen=True, kw_only=True, tag="migrate"):
-    """Move an agent to a revision. `strategy`: None takes the agent's own."""
+    """Move an agent to a revision. Without `strategy` by the agent's own."""
 
     agent: AgentName
     to: RevisionName

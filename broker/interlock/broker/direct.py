@@ -16,6 +16,7 @@ from interlock.broker import policy, wire
 from interlock.broker.errors import Refused, UnknownVersion, Unreachable, WireError
 from interlock.broker.fields import says
 from interlock.broker.gate import Gate
+from interlock.broker.protocol import SEE_REFUSALS
 from interlock.broker.rejects import Rejects
 from interlock.broker.sockets import Socket, Sockets
 from interlock.broker.wire import Event
@@ -30,7 +31,7 @@ class Reply(msgspec.Struct, frozen=True):
     id: Annotated[str, says("the event's, where its header could be read")]
     ok: Annotated[bool, says("it was accepted")]
     reason: Annotated[str, says("why not, in one line for people")] = ""
-    kind: Annotated[Literal["", "invalid", "refused", "version"], says("why not: see the table of refusals")] = ""
+    kind: Annotated[Literal["", "invalid", "refused", "version"], says(SEE_REFUSALS)] = ""
 
 
 _replies = msgspec.msgpack.Decoder(Reply)

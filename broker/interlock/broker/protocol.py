@@ -33,7 +33,8 @@ REFUSALS: dict[Why, str] = {  # why something was not done -> what it means, and
     "order": "an earlier event of this connection has not arrived: repeat from the oldest unacknowledged one on",
     "log": "the log can't be written or read now (full disk, too much at once, damage): repeat later",
 }
-Kind = Annotated[Why, says("why not: see the table of refusals")]
+SEE_REFUSALS = "why not: see the table of refusals"
+Kind = Annotated[Why, says(SEE_REFUSALS)]
 
 
 LogIdentity = Annotated[str, says("the identity of the log; another one: it is gone, and numbers began anew")]
@@ -120,7 +121,7 @@ class ReplayFailed(msgspec.Struct, frozen=True, tag_field="op", tag="failed"):
 
     request: Number
     reason: Reason
-    kind: Kind = "log"
+    kind: Annotated[Literal["invalid", "refused", "version", "log"], says(SEE_REFUSALS)] = "log"
 
 
 class Pong(msgspec.Struct, frozen=True, tag_field="op", tag="pong"):

@@ -21,7 +21,6 @@ from interlock.broker.config import BrokerConfig
 from interlock.broker.errors import Refused, UnknownVersion, WireError
 from interlock.broker.gate import Gate, open_gated
 from interlock.broker.lastvalues import LastValues
-from interlock.broker.protocol import Why
 from interlock.broker.pulse import PULSE_S
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import Batch, Labels, SeriesTable, labels
@@ -37,6 +36,7 @@ from interlock.broker.telemetry_protocol import (
     AskLast,
     Beat,
     Page,
+    Why,
     decode_ask,
     number_of,
 )

@@ -7,14 +7,14 @@ topic, batch, ...]`, or one of `[failed]`. A beat is `[BEAT_TOPIC, beat]` on the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from interlock.broker import wire
 from interlock.broker.errors import WireError
 from interlock.broker.fields import Number, Prefixes, Reason, says
-from interlock.broker.protocol import Kind
+from interlock.broker.protocol import SEE_REFUSALS
 from interlock.broker.version import SPEAKS, WIRE_VERSION, Speaks, V, check, check_meets
 
 BEAT_TOPIC = "beat/"
@@ -24,6 +24,10 @@ BEAT_GAP_S = 0.01  # a beat comes at once for a new subscriber, but not more oft
 PAGE_BATCHES = 250  # of one page of an answer; building it takes some 10 ms
 PAGE_BYTES = 4 << 20  # of one page: 10,000 readers that ask at once can't take all memory
 MAX_PREFIXES = 64  # of one request
+
+
+Why = Literal["invalid", "refused", "version"]
+Unanswered = Annotated[Why, says(SEE_REFUSALS)]
 
 
 class AskLast(msgspec.Struct, frozen=True, tag_field="op", tag="last"):
@@ -47,7 +51,7 @@ class AskFailed(msgspec.Struct, frozen=True, tag_field="op", tag="failed"):
 
     request: Number
     reason: Reason
-    kind: Kind
+    kind: Unanswered
 
 
 class Beat(msgspec.Struct, frozen=True):
