@@ -52,7 +52,7 @@ LIMITS: list[tuple[str, ModuleType, str]] = [
     ("new connections of a key a second", gate, "NEW_LINES_PER_S"),
     ("requests of a key to `events` a second", gate, "EVENTS_PER_S"),
     ("subscriptions of a key", gate, "MAX_SUBSCRIPTIONS"),
-    ("refusals of a key", gate, "MAX_REFUSED"),
+    (f"refusals of a key in {gate.REFUSED_S:g} s", gate, "MAX_REFUSED"),
     ("being cut off", gate, "CUT_OFF_S"),
     ("events that wait for the broker's disk", event_plane, "QUEUE"),
     ("the same in bytes of bodies", event_plane, "QUEUE_BYTES"),

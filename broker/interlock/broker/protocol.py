@@ -160,7 +160,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     beat: Annotated[int, says("1, 2, 3, ...")]
     epoch: Annotated[int, says("the broker's start, nanoseconds since 1970")]
     seq: Annotated[int, says("the newest event's number")]
-    since: Seq
+    since: Annotated[int, says("`topics` tells of what is after this number")]
     topics: Annotated[dict[str, int], says("every topic with an event after `since`, with its last number")]
     log: LogIdentity
     speaks: Speaks = SPEAKS
@@ -217,7 +217,8 @@ def decode_beat(frame: bytes) -> Beat:
 class LiveHeader(wire.Header, frozen=True, kw_only=True):
     """A header as the feed sends it: the logged one, and the trail beside it."""
 
-    since: Seq
+    since: Annotated[int, says("on the feed only: `recent` tells of what is after this number")]
     recent: Annotated[
-        dict[str, int], says("every topic with an event after `since` and before this one, with its last number")
+        dict[str, int],
+        says("on the feed only: every topic with an event after `since` and before this one, with its last number"),
     ]
