@@ -144,7 +144,12 @@ def test_a_prefix_goes_to_the_plane_it_belongs_to(
 def every_body() -> list[Body]:
     """One message of each type there is, with some value in each field that needs one."""
     samples: dict[Any, Any] = {str: "alpha", int: 1, float: 1.5, bool: True, bytes: b""}
-    samples |= {list[str]: [], dict[str, str]: {"host": "alpha"}, Breach: {"by": "rule x", "reason": "too hot"}}
+    samples |= {
+        list[str]: [],
+        dict[str, str]: {"host": "alpha"},
+        dict[str, float]: {"1": 0.05},
+        Breach: {"by": "rule x", "reason": "too hot"},
+    }
     bodies = []
     for kind in (*get_args(commands.Command), *get_args(facts.Fact)):
         tree = {"type": kind.__struct_config__.tag}

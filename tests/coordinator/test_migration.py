@@ -299,7 +299,7 @@ def test_a_hold_rule_stops_it_until_an_operator_rolls_back() -> None:
         ("r2", "tutro", None, "did you mean 'tutor'"),
         ("r9", "tutor", None, "has no revision 'r9'"),
         ("r1", "tutor", None, "serves revision r1 already"),
-        ("r2", "tutor", "brave", "rapid or staged"),
+        ("r2", "tutor", "brave", "known: custom, framework, rapid, staged"),
     ],
 )
 def test_a_request_that_can_not_be_is_refused_with_the_reason(

@@ -30,12 +30,21 @@ class Breach(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Migrate(_Body, frozen=True, kw_only=True, tag="migrate"):
-    """Move an agent to a revision. `strategy`: None takes the agent's own."""
+    """Move an agent to a revision. `strategy` or `level`: None takes what is due to the agent.
+
+    because: why it may be less careful than is due, or happen in a freeze. host: where the candidate runs, None: where
+    the old one does. accept: the slowest class of rollback that will do ("": warm, "cold", "hand-over").
+    """
 
     agent: str
     to: str
     deadline: float
     strategy: str | None = None
+    level: str | None = None
+    because: str = ""
+    host: str | None = None
+    accept: str = ""
+    wave: str = ""
 
 
 class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
@@ -44,6 +53,18 @@ class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
     agent: str
     reason: str
     deadline: float
+
+
+SteerAction = Literal["approve", "pause", "resume", "hold", "abort", "commit"]
+
+
+class Steer(_Body, frozen=True, kw_only=True, tag="steer"):
+    """Lead the agent's migration in flight: approve its next stage, let it stand, let it go on, end it."""
+
+    agent: str
+    action: SteerAction
+    deadline: float
+    reason: str = ""
 
 
 # coordinator -> host, topic command/<host>/
@@ -58,6 +79,16 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     deadline: float
     to: str
     baseline_s: float
+
+
+class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
+    """Rehearse the rollback with the real processes, and measure it; within `promise_s` it is done, else failed."""
+
+    migration: str
+    agent: str
+    epoch: int
+    deadline: float
+    promise_s: float
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
@@ -136,11 +167,22 @@ class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
     lease_s: float
 
 
-Step = Literal["prepare", "start-candidate", "shadow", "cut-over", "commit"]
+Step = Literal["prepare", "drill", "start-candidate", "hand-over", "shadow", "cut-over", "commit"]
 
 Command = (
-    Migrate | RollBackAgent | RollCall | Prepare | StartCandidate | Shadow | CutOver | Commit | RollBack | RenewLease
+    Migrate
+    | RollBackAgent
+    | Steer
+    | RollCall
+    | Prepare
+    | Drill
+    | StartCandidate
+    | Shadow
+    | CutOver
+    | Commit
+    | RollBack
+    | RenewLease
 )
-HostCommand = Prepare | StartCandidate | Shadow | CutOver | Commit
+HostCommand = Prepare | Drill | StartCandidate | Shadow | CutOver | Commit
 
 Evidence = dict[str, Any]  # figures and findings by name, as the host or a check measured them

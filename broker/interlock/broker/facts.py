@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from interlock.broker.commands import Breach, Evidence, Step, _Body
+from interlock.broker.commands import Breach, Evidence, SteerAction, Step, _Body
 
 Role = Literal["permanent", "candidate"]  # of an instance: what serves by right, and what is on trial
 Outcome = Literal["committed", "rolled-back", "held", "refused", "failed"]
@@ -135,6 +135,16 @@ class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
     reason: str
 
 
+class DrillDone(_Body, frozen=True, kw_only=True, tag="drill-done"):
+    """A rollback was rehearsed. `seconds`: what each level ("1", "2") took; problems: what went wrong."""
+
+    host: str
+    agent: str
+    revision: str
+    seconds: dict[str, float]
+    problems: list[str] = []
+
+
 # coordinator, topic fact/migration/<agent>/
 
 
@@ -168,12 +178,48 @@ class StageEntered(_Body, frozen=True, kw_only=True, tag="stage-entered"):
     note: str = ""
 
 
+class MigrationWaiting(_Body, frozen=True, kw_only=True, tag="migration-waiting"):
+    """It waits for an operator to approve `stage`; at `until` (seconds since 1970) it is rolled back."""
+
+    migration: str
+    agent: str
+    stage: str
+    until: float
+
+
 class MigrationHeld(_Body, frozen=True, kw_only=True, tag="migration-held"):
-    """It stays where it is until an operator decides."""
+    """It stays where it is until an operator decides, or until `until` (seconds since 1970; 0: nobody said).
+
+    blame: whose fault it is, where it is not the candidate's: "host" or "permanent".
+    """
 
     migration: str
     agent: str
     breach: Breach
+    blame: str = ""
+    until: float = 0.0
+
+
+class Steered(_Body, frozen=True, kw_only=True, tag="steered"):
+    """What the operator `by` asked for with event `request` holds. until: as of MigrationHeld, after pause and hold."""
+
+    request: str
+    migration: str
+    agent: str
+    action: SteerAction
+    by: str
+    reason: str = ""
+    until: float = 0.0
+
+
+class Deviation(_Body, frozen=True, kw_only=True, tag="deviation"):
+    """An operator let a migration be less careful than is due, begin in a freeze, or commit early."""
+
+    migration: str
+    agent: str
+    what: str
+    because: str
+    by: str
 
 
 class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
@@ -231,10 +277,14 @@ Fact = (
     | CommandRefused
     | RolledBack
     | RollBackFailed
+    | DrillDone
     | MigrationStarted
     | MigrationRefused
     | StageEntered
+    | MigrationWaiting
     | MigrationHeld
+    | Steered
+    | Deviation
     | MigrationEnded
     | FleetSnapshot
     | AlertFiring

@@ -84,7 +84,9 @@ def parser() -> Parser:
     migrate = verb("migrate", "move an agent to another revision, and follow it to its outcome")
     migrate.add_argument("agent", metavar="AGENT")
     migrate.add_argument("--to", required=True, metavar="REVISION")
-    migrate.add_argument("--strategy", choices=["rapid", "staged"], help="instead of the agent's own")
+    migrate.add_argument(
+        "--strategy", choices=["rapid", "staged", "framework", "custom"], help="instead of the agent's own"
+    )
     migrate.add_argument("--detach", action="store_true", help="return as soon as it has begun")
     rollback = verb("rollback", "undo an agent's migration in flight")
     rollback.add_argument("agent", metavar="AGENT")

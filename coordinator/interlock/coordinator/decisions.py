@@ -10,7 +10,7 @@ import msgspec
 
 from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach
-from interlock.broker.config import AgentConfig, FleetConfig, StrategyConfig
+from interlock.broker.config import BUILT_IN, AgentConfig, FleetConfig, StrategyConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.wire import Event
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Alert, Fleet
@@ -165,8 +165,8 @@ class Coordinator:
         if revision is None:
             raise ConfigError(f"agent {body.agent} has no revision {body.to!r}", hint=near(body.to, agent.revisions))
         strategy = body.strategy or agent.strategy_name
-        if strategy not in ("rapid", "staged"):
-            raise ConfigError(f"there is no strategy {strategy!r}", hint="rapid or staged")
+        if strategy not in BUILT_IN:
+            raise ConfigError(f"there is no strategy {strategy!r}", hint=near(strategy, BUILT_IN))
         permanent = self._admit(body, agent)
         # A log that began anew numbers from 1: never an epoch, or a migration's name, that the host has seen before.
         epoch = max(event.header.seq, self.fleet.agents[body.agent].epoch + 1)

@@ -16,6 +16,7 @@ from interlock.broker.facts import Outcome
 from interlock.broker.wire import Body, Event
 
 ROLLBACK_ANSWER_S = 60.0  # a host that reports no rollback for so long has failed it: the slowest level takes as long
+DRILL_S = 60.0  # for a rehearsal, beside two starts: the slowest level of a rollback takes as long
 LEASE_RENEWALS = 3  # per lease: two may be lost
 
 
@@ -43,8 +44,10 @@ def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedSte
     """The steps of a strategy in order; the first stage a strategy leaves out is simply not there."""
     steps = [
         PlannedStep(Stage.PREPARE, "prepare", strategy.baseline_s + 60.0),
-        PlannedStep(Stage.INFRASTRUCTURE, "start-candidate", start_timeout_s),
     ]
+    if strategy.drill:
+        steps.append(PlannedStep(Stage.PREPARE, "drill", start_timeout_s * 2 + DRILL_S))
+    steps.append(PlannedStep(Stage.INFRASTRUCTURE, "start-candidate", start_timeout_s))
     if strategy.shadow_requests:
         steps.append(PlannedStep(Stage.CORE_LOGIC, "shadow", strategy.shadow_s))
     for canary in strategy.canary:
@@ -354,6 +357,11 @@ class Migration:
                     migration=migration, agent=agent, epoch=epoch, deadline=deadline,
                     to=self.started.to, baseline_s=self._strategy.baseline_s,
                 )  # fmt: skip
+            case "drill":
+                return commands.Drill(
+                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
+                    promise_s=self._strategy.promise_s,
+                )  # fmt: skip
             case "start-candidate":
                 return commands.StartCandidate(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
             case "shadow":
@@ -370,3 +378,5 @@ class Migration:
                 )  # fmt: skip
             case "commit":
                 return commands.Commit(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
+            case "hand-over":
+                raise AssertionError("no plan has this step")
