@@ -25,7 +25,8 @@ from interlock.broker import commands, config
 from interlock.broker.config import BUILT_IN, StrategyConfig, parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator.demo.scenarios import SCENARIOS
-from interlock.coordinator.migration import TRANSITIONS, Phase, Stage, plan
+from interlock.coordinator.migration import Stage, plan
+from interlock.coordinator.phases import EVENTS, TRANSITIONS, Phase
 from interlock.coordinator.rules import language, operators, template
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import default_rules, parse_rules
@@ -199,8 +200,25 @@ def slot_diagram() -> str:
 
 def migration_diagram() -> str:
     """The migration machine: its table."""
-    lines = ["[*] --> running", *(f"{_id(old)} --> {_id(new)}: {what}" for (old, what), new in TRANSITIONS.items())]
-    return _diagram([*lines, "ended --> [*]"], Phase)
+    arrows: dict[tuple[Phase, Phase], list[str]] = {}
+    for (old, what), new in TRANSITIONS.items():
+        if new is not None:
+            arrows.setdefault((old, new), []).append(what)
+    lines = [f"{_id(old)} --> {_id(new)}: {', '.join(arrows[old, new])}" for old, new in sorted(arrows)]
+    return _diagram(["[*] --> running", *lines, "ended --> [*]"], Phase)
+
+
+def migration_table() -> str:
+    """The same table, whole: every event in every phase."""
+    rows = [f"| event | {' | '.join(Phase)} |", "|---" * (len(Phase) + 1) + "|"]
+    for event in EVENTS:
+        cells = [_becomes(phase, TRANSITIONS[phase, event]) for phase in Phase]
+        rows.append(f"| {event} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _becomes(phase: Phase, to: Phase | None) -> str:
+    return "-" if to is None else "stays" if to is phase else to
 
 
 def _id(state: str) -> str:
@@ -302,6 +320,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "stages": stages,
     "slot": slot_diagram,
     "migration": migration_diagram,
+    "migration-table": migration_table,
     "default-rules": rule_table,
     "rule-language": rule_language,
 }

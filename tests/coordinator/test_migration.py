@@ -12,7 +12,8 @@ from interlock.broker.config import FleetConfig, parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator import decisions
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import ROLLBACK_ANSWER_S, TRANSITIONS, Emit, Phase
+from interlock.coordinator.migration import ROLLBACK_ANSWER_S, Emit
+from interlock.coordinator.phases import Phase
 
 
 def fleet_file(**agent: Any) -> FleetConfig:
@@ -165,7 +166,8 @@ def test_a_staged_migration_goes_through_its_stages_and_commits() -> None:
 
 def test_a_rapid_migration_cuts_over_at_once() -> None:
     log = Log().up()
-    log.ask(strategy="rapid")
+    log.config = fleet_file(level="low")
+    log.ask(strategy=None)
     log.host_done()
     assert names(log.host_done()) == ["observation", "CutOver"]
 
@@ -351,12 +353,6 @@ def test_an_operator_may_roll_back_only_what_is_in_flight() -> None:
     log.say(topics.COORDINATOR, commands.RollBackAgent(agent="tutor", reason="no", deadline=log.now + 5))
     (refused,) = log.run()
     assert "interlock migrate tutor --to" in refused.reason  # type: ignore[union-attr]
-
-
-def test_every_row_of_the_table_leads_somewhere_and_an_end_is_an_end() -> None:
-    assert all(phase is not Phase.ENDED for phase, _ in TRANSITIONS)
-    for phase in (Phase.RUNNING, Phase.HELD, Phase.ROLLING_BACK):
-        assert TRANSITIONS[phase, "rolled-back"] is Phase.ENDED
 
 
 def test_a_coordinator_that_joins_by_a_snapshot_goes_on_with_the_migration_in_flight(
