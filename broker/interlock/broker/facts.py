@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from interlock.broker.commands import Breach, Evidence, SteerAction, Step, _Body
 
 Role = Literal["permanent", "candidate"]  # of an instance: what serves by right, and what is on trial
@@ -250,6 +252,13 @@ class FleetSnapshot(_Body, frozen=True, kw_only=True, tag="fleet-snapshot"):
 # rule engine, topic fact/alert/<rule>/
 
 
+class Blame(msgspec.Struct, frozen=True, kw_only=True):
+    """A breach that is not held against a candidate: whose fault it is instead, and what says so."""
+
+    who: Literal["host", "permanent"]
+    why: str
+
+
 class AlertFiring(_Body, frozen=True, kw_only=True, tag="alert-firing"):
     rule: str
     labels: dict[str, str]
@@ -259,6 +268,7 @@ class AlertFiring(_Body, frozen=True, kw_only=True, tag="alert-firing"):
     summary: str = ""
     dry_run: bool = False
     migrations: list[str] = []  # in flight, and matched by the labels
+    blamed: dict[str, Blame] = {}  # by migration: those that it does not roll back, though it would
 
 
 class AlertResolved(_Body, frozen=True, kw_only=True, tag="alert-resolved"):

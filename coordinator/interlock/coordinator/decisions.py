@@ -52,7 +52,7 @@ class Coordinator:
                 self._begin(body, event)
             case facts.MigrationRefused() | facts.Steered():
                 self._answer_logged(body.request)
-            case facts.AlertFiring() if body.action == "hold" and not body.dry_run:
+            case facts.AlertFiring() if not body.dry_run and (body.action == "hold" or body.blamed):
                 self._hold(body, event.header.logged or event.header.time)
             case commands.RollBack():
                 for request, waiting in list(self._waiting.items()):
@@ -84,13 +84,15 @@ class Coordinator:
         )
 
     def _hold(self, body: facts.AlertFiring, at: float) -> None:
-        breach = Breach(
-            by=f"rule {body.rule}", reason=body.summary, labels=body.labels, value=body.value,
-            sample_time=body.sample_time,
-        )  # fmt: skip
-        for name in body.migrations:
-            if name in self.migrations:
-                self._holds += self.migrations[name].hold(breach, at)
+        for name in body.migrations if body.action == "hold" else body.blamed:
+            if name not in self.migrations:
+                continue
+            blame = body.blamed.get(name)
+            breach = Breach(
+                by=f"rule {body.rule}", reason=body.summary + (f"; {blame.why}" if blame else ""),
+                labels=body.labels, value=body.value, sample_time=body.sample_time,
+            )  # fmt: skip
+            self._holds += self.migrations[name].hold(breach, at, blame.who if blame else "")
 
     # --- deciding
 

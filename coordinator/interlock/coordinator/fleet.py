@@ -120,6 +120,7 @@ class Alert:
     since: float
     migrations: list[str] = field(default_factory=list)
     sample_time: float = 0.0
+    blamed: dict[str, facts.Blame] = field(default_factory=dict)
 
 
 class _State(msgspec.Struct):
@@ -232,7 +233,7 @@ class Fleet:
                 name: asdict(migration) | {"in_flight": migration.in_flight}
                 for name, migration in self.migrations.items()
             },
-            "alerts": [asdict(alert) for alert in self.alerts.values()],
+            "alerts": [msgspec.to_builtins(alert) for alert in self.alerts.values()],
         }
 
     # --- inside
@@ -387,4 +388,5 @@ class Fleet:
             before.since if before else time,
             list(body.migrations),
             body.sample_time,
+            dict(body.blamed),
         )

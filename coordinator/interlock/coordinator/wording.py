@@ -27,7 +27,8 @@ def sentence(body: Body) -> str:
         case facts.AlertFiring():
             dry = ", a dry run" if body.dry_run else ""
             about = body.summary or _labels(body.labels)
-            return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]"
+            fault = "".join(f"; held, the fault of the {each.who}: {each.why}" for each in body.blamed.values())
+            return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]{fault}"
         case facts.FleetSnapshot():
             return f"snapshot of the fleet as of event {body.through}"
         case facts.AlertResolved():

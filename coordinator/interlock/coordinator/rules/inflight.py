@@ -128,7 +128,7 @@ class InFlight:
             fired = AlertFiring(
                 rule=alert.rule, labels=alert.labels, value=alert.value, action=alert.action,
                 sample_time=alert.sample_time, summary=alert.summary, dry_run=alert.dry_run,
-                migrations=alert.migrations,
+                migrations=alert.migrations, blamed=alert.blamed,
             )  # fmt: skip
             self.firing[key] = before.get(key, Fired(fired, alert.since))
 
