@@ -241,3 +241,29 @@ def test_a_plan_names_the_risk_where_there_is_one(story: Any) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (90, "90 s"), (600, "10 min"), (86_400, "24.0 h")])
 def test_a_span_is_told_as_people_do(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+# --- the screen
+
+
+def test_status_tells_what_is_waited_for_how_long_and_whose_fault_a_hold_is(story: Any) -> None:
+    play = story(coordinator={"hold_s": 300.0})
+    play.migrate(strategy="rapid", because="it burns")
+    play.done()
+    play.done()
+    play.done()
+    alert = facts.AlertFiring(
+        rule="late", labels={"agent": "tutor"}, value=9.0, action="rollback", sample_time=1.0, summary="9 s",
+        migrations=list(play.core.migrations), blamed={play.migration.id: facts.Blame(who="host", why="so are others")},
+    )  # fmt: skip
+    play.say(topics.alert_fact("late"), alert)
+    play.run()
+    now = play.now + 60
+    standings = {name: verbs.standing(m, now) for name, m in play.core.migrations.items()}
+    stream = io.StringIO()
+    Screen(stream).status(verbs.Status(play.core.fleet, {}, now, standings))
+    text = stream.getvalue()
+    assert "an operator (resume, abort, commit)" in text
+    assert "4 min, then it is held on" in text
+    assert "tutor is held by rule late (the fault of the host): 9 s; so are others" in text
+    assert "tutor deviates: strategy rapid is less careful than staged" in text
