@@ -19,7 +19,7 @@ from interlock.broker.wire import Body, Event
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
 from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
-from interlock.coordinator.steps import PlannedStep, Stage
+from interlock.coordinator.steps import PlannedStep, Stage, command_of
 
 ROLLBACK_ANSWER_S = 60.0  # a host that reports no rollback for so long has failed it: the slowest level takes as long
 LEASE_RENEWALS = 3  # per lease: two may be lost
@@ -483,34 +483,4 @@ class Migration:
 
     def _command(self, step: PlannedStep, now: float) -> commands.HostCommand:
         deadline = now + self._limit_s()
-        migration, agent, epoch = self.id, self.started.agent, self.started.epoch
-        match step.step:
-            case "prepare":
-                return commands.Prepare(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    to=self.started.to, baseline_s=self.strategy.baseline_s,
-                )  # fmt: skip
-            case "drill":
-                return commands.Drill(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    promise_s=self.strategy.promise_s,
-                )  # fmt: skip
-            case "start-candidate":
-                return commands.StartCandidate(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
-            case "shadow":
-                return commands.Shadow(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    requests=self.strategy.shadow_requests, seconds=self.strategy.shadow_s,
-                    min_requests=self.strategy.shadow_min_requests,
-                    max_mismatches=self.strategy.shadow_max_mismatches,
-                )  # fmt: skip
-            case "cut-over":
-                return commands.CutOver(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    share=step.share, lease_s=self._lease_s(),
-                    warm_up_s=min(self.strategy.observe.warm_up_s, step.dwell_s / 4),
-                )  # fmt: skip
-            case "commit":
-                return commands.Commit(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
-            case "hand-over":
-                raise AssertionError("no plan has this step")
+        return command_of(step, self.started, self.strategy, deadline=deadline, lease_s=self._lease_s())

@@ -1,10 +1,11 @@
-"""The steps of a migration in order, as its strategy has them. Pure."""
+"""The steps of a migration in order, as its strategy has them, and what the host is asked for each. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from interlock.broker import commands, facts
 from interlock.broker.commands import Step
 from interlock.broker.config import StrategyConfig
 
@@ -52,3 +53,45 @@ def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedSte
         return steps
     stages = [Stage.PREPARE, *(step.stage for step in steps)]
     return [replace(step, gate=step.stage is not before) for step, before in zip(steps, stages, strict=False)]
+
+
+def command_of(
+    step: PlannedStep,
+    started: facts.MigrationStarted,
+    strategy: StrategyConfig,
+    *,
+    deadline: float,
+    lease_s: float,
+) -> commands.HostCommand:
+    """What the host is asked for a step. `deadline` in seconds since 1970."""
+    migration, agent, epoch = started.migration, started.agent, started.epoch
+    match step.step:
+        case "prepare":
+            return commands.Prepare(
+                migration=migration, agent=agent, epoch=epoch, deadline=deadline,
+                to=started.to, baseline_s=strategy.baseline_s,
+            )  # fmt: skip
+        case "drill":
+            return commands.Drill(
+                migration=migration, agent=agent, epoch=epoch, deadline=deadline,
+                promise_s=strategy.promise_s,
+            )  # fmt: skip
+        case "start-candidate":
+            return commands.StartCandidate(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
+        case "shadow":
+            return commands.Shadow(
+                migration=migration, agent=agent, epoch=epoch, deadline=deadline,
+                requests=strategy.shadow_requests, seconds=strategy.shadow_s,
+                min_requests=strategy.shadow_min_requests,
+                max_mismatches=strategy.shadow_max_mismatches,
+            )  # fmt: skip
+        case "cut-over":
+            return commands.CutOver(
+                migration=migration, agent=agent, epoch=epoch, deadline=deadline,
+                share=step.share, lease_s=lease_s,
+                warm_up_s=min(strategy.observe.warm_up_s, step.dwell_s / 4),
+            )  # fmt: skip
+        case "commit":
+            return commands.Commit(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
+        case "hand-over":
+            raise AssertionError("no plan has this step")
