@@ -7,9 +7,17 @@ gave to the request that began it: a host refuses a command of an older epoch th
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+
+MAX_EPOCH = 1 << 53  # what every language's numbers hold exactly; SQLite takes 2**63 - 1
+MAX_SPAN_S = 1e9  # 31 years; never NaN or infinity, at which clocks and timers break
+
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_EPOCH)]
+Span = Annotated[float, msgspec.Meta(ge=0, le=MAX_SPAN_S)]  # seconds
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -54,10 +62,10 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
 
     migration: str
     agent: str
-    epoch: int
+    epoch: Epoch
     deadline: float
     to: str
-    baseline_s: float
+    baseline_s: Span
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
@@ -65,7 +73,7 @@ class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
 
     migration: str
     agent: str
-    epoch: int
+    epoch: Epoch
     deadline: float
 
 
@@ -74,12 +82,12 @@ class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
 
     migration: str
     agent: str
-    epoch: int
+    epoch: Epoch
     deadline: float
-    requests: int
-    seconds: float
-    min_requests: int
-    max_mismatches: int
+    requests: Count
+    seconds: Span
+    min_requests: Count
+    max_mismatches: Count
 
 
 class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
@@ -87,10 +95,10 @@ class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
 
     migration: str
     agent: str
-    epoch: int
+    epoch: Epoch
     deadline: float
-    share: float
-    lease_s: float
+    share: Share
+    lease_s: Span
 
 
 class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
@@ -98,7 +106,7 @@ class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
 
     migration: str
     agent: str
-    epoch: int
+    epoch: Epoch
     deadline: float
 
 
@@ -119,7 +127,7 @@ class RollBack(_Body, frozen=True, kw_only=True, tag="roll-back"):
 
     migration: str
     agent: str
-    epoch: int
+    epoch: Epoch
     breach: Breach
     issued: float  # seconds since 1970, when it was decided
 
@@ -132,8 +140,8 @@ class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
 
     migration: str
     agent: str
-    epoch: int
-    lease_s: float
+    epoch: Epoch
+    lease_s: Span
 
 
 Step = Literal["prepare", "start-candidate", "shadow", "cut-over", "commit"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from interlock.broker.commands import Breach, Evidence, Step, _Body
+from interlock.broker.commands import Breach, Epoch, Evidence, Step, _Body
 
 Role = Literal["permanent", "candidate"]  # of an instance: what serves by right, and what is on trial
 Outcome = Literal["committed", "rolled-back", "held", "refused", "failed"]
@@ -63,7 +63,7 @@ class SlotChanged(_Body, frozen=True, kw_only=True, tag="slot-changed"):
     candidate: str | None = None
     share: float = 0.0
     migration: str | None = None
-    epoch: int = 0
+    epoch: Epoch = 0
     endpoint: str = ""
 
 
@@ -73,7 +73,7 @@ class StepDone(_Body, frozen=True, kw_only=True, tag="step-done"):
     host: str
     agent: str
     migration: str
-    epoch: int
+    epoch: Epoch
     step: Step
     command: str
     evidence: Evidence = {}
@@ -85,7 +85,7 @@ class StepFailed(_Body, frozen=True, kw_only=True, tag="step-failed"):
     host: str
     agent: str
     migration: str
-    epoch: int
+    epoch: Epoch
     step: Step
     command: str
     check: str
@@ -113,7 +113,7 @@ class RolledBack(_Body, frozen=True, kw_only=True, tag="rolled-back"):
     host: str
     agent: str
     migration: str
-    epoch: int
+    epoch: Epoch
     revision: str
     level: int
     breach: Breach
@@ -130,7 +130,7 @@ class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
     host: str
     agent: str
     migration: str
-    epoch: int
+    epoch: Epoch
     breach: Breach
     reason: str
 
@@ -142,7 +142,7 @@ class MigrationStarted(_Body, frozen=True, kw_only=True, tag="migration-started"
     """It has begun. `settings`: the strategy's figures as they were at that time; they hold to the end."""
 
     migration: str
-    epoch: int
+    epoch: Epoch
     agent: str
     host: str
     previous: str
@@ -179,7 +179,7 @@ class MigrationHeld(_Body, frozen=True, kw_only=True, tag="migration-held"):
 class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
     migration: str
     agent: str
-    epoch: int
+    epoch: Epoch
     outcome: Outcome
     decided_by: str
     reason: str

@@ -8,17 +8,18 @@ subscriber, so that they can be hashed and signed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
-from interlock.broker.commands import Command
+from interlock.broker.commands import Command, Evidence
 from interlock.broker.errors import WireError
 from interlock.broker.facts import Fact
 from interlock.broker.samples import Batch
 
 MAX_FRAME = 1 << 20  # bytes: the largest frame anyone of ours sends is a report of some 10 kB
 MAX_TOPIC = 256  # bytes
+MAX_NESTING = 16  # maps and lists inside each other in evidence; ours has 4, and what copies or prints it recurses
 
 Body = Command | Fact
 
@@ -55,6 +56,11 @@ _encoder = msgspec.msgpack.Encoder()
 _body_decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)
 _header_decoder = msgspec.msgpack.Decoder(Header)
 _batch_decoder = msgspec.msgpack.Decoder(Batch)
+_OPEN = {  # the fields in which a sender may say anything
+    kind: [field.name for field in msgspec.structs.fields(kind) if field.type == Evidence] for kind in get_args(Body)
+}
+
+_PLAIN = (str, int, float, type(None))  # bool is an int
 
 T = TypeVar("T")
 
@@ -75,7 +81,30 @@ def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T], *, what: str) -> T
 
 
 def decode_body(frame: bytes) -> Body:
-    return decode(frame, _body_decoder, what="event body")
+    body = decode(frame, _body_decoder, what="event body")
+    for name in _OPEN[type(body)]:
+        _check_plain(getattr(body, name), name)
+    return body
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """What JSON can say too, and not nested without end: evidence is folded, copied and printed wherever it comes."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise WireError(f"{name} is nested too deeply", hint=f"at most {MAX_NESTING} maps and lists")
+        below: list[Any] = []
+        for found in level:
+            if isinstance(found, dict):
+                if not all(type(key) is str for key in found):
+                    raise WireError(f"a key in {name} is no text")
+                below += found.values()
+            elif isinstance(found, list):
+                below += found
+            elif not isinstance(found, _PLAIN):
+                raise WireError(f"{name} has a {type(found).__name__}, which JSON can't say")
+        level = below
 
 
 def decode_header(frame: bytes) -> Header:
