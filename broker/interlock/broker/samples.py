@@ -6,12 +6,18 @@ repeated (see `SeriesTable`), since the telemetry plane may drop a batch and a c
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import msgspec
 
 NAME = "__name__"  # the label that holds the metric's name, as in Prometheus
 
 KEYFRAME_S = 1.0  # a batch with all announcements at least this often; what a late joiner waits at most
 LATE_S = 2.0  # a sample that waited longer on its way is history: nobody may take it for how things stand now
+MAX_LABELS = 64  # of a series; Prometheus' usual limit is 30
+MAX_LABELS_TEXT = 4096  # characters of all names and values: they come back in alerts, which must fit into a frame
+MAX_SERIES = 5_000  # of one source: 50 agents with 100 series each; what comes later is not resolved
+MAX_SOURCES = 20_000  # two roles on each of 10,000 hosts; the one heard of longest ago goes first
 ANNOUNCEMENTS = 3  # a new series is announced in so many batches in a row: one lost batch costs no second
 
 
@@ -44,6 +50,11 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     whole: bool = False
     delay: float = 0.0
     cached: bool = False
+
+
+def fits(labels: dict[str, str]) -> bool:
+    """Whether a series with these labels is one that anybody remembers."""
+    return len(labels) <= MAX_LABELS and sum(map(len, labels)) + sum(map(len, labels.values())) <= MAX_LABELS_TEXT
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -104,7 +115,7 @@ class SeriesReader:
 
     def __init__(self) -> None:
         self._epochs: dict[str, int] = {}
-        self._labels: dict[str, dict[int, Labels]] = {}
+        self._labels: OrderedDict[str, dict[int, Labels]] = OrderedDict()
         self.unresolved = 0  # samples whose announcement has not arrived (yet)
         self.outdated = 0  # batches of an epoch that is over
 
@@ -119,12 +130,17 @@ class SeriesReader:
             ended = list(self._labels.get(batch.source, {}).values())
             self._epochs[batch.source] = batch.epoch
             self._labels[batch.source] = {}
+            while len(self._labels) > MAX_SOURCES:
+                gone, _ = self._labels.popitem(last=False)
+                del self._epochs[gone]
+        self._labels.move_to_end(batch.source)
         table = self._labels[batch.source]
         if batch.whole:  # a series that it does not name has ended, though the batch that said so was lost
             live = {announced.id for announced in batch.series}
             ended += [table.pop(number) for number in [number for number in table if number not in live]]
         for announced in batch.series:
-            table[announced.id] = tuple(sorted(announced.labels.items()))
+            if announced.id in table or len(table) < MAX_SERIES:
+                table[announced.id] = tuple(sorted(announced.labels.items()))
         samples = []
         for number, value in zip(batch.ids, batch.values, strict=False):
             key = table.get(number)

@@ -20,7 +20,8 @@ from interlock.broker import policy, topics, wire
 from interlock.broker.config import BrokerConfig
 from interlock.broker.errors import Refused, WireError
 from interlock.broker.gate import Gate, open_gated
-from interlock.broker.lastvalues import LastValues
+from interlock.broker.keys import Grant
+from interlock.broker.lastvalues import MAX_HOST_SOURCES, LastValues
 from interlock.broker.pulse import PULSE_S
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import Batch, Labels, SeriesTable, labels
@@ -106,6 +107,8 @@ class _Plane:
             self._take_ask(user, peer, frames[0])
             return False
         try:
+            if self._gate is not None:
+                self._gate.batch(user, sum(map(len, frames)))
             batch = wire.decode_batch(frames)
             topic = wire.decode_topic(frames[0])
             if not topic.startswith(f"{topics.TELEMETRY}{batch.source}/") or not topic.endswith("/"):
@@ -113,15 +116,24 @@ class _Plane:
             if batch.cached:
                 raise WireError("only the broker says what it remembers", where=topic)
             if self._gate is not None:
-                self._gate.admit(user, lambda grant: policy.telemetry(grant, topic, batch))
+                self._gate.admit(user, lambda grant: self._may_send(grant, topic, batch))
         except WireError as error:
             self._rejects.count("what is not a telemetry batch", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
         except Refused as error:
             self._rejects.count("a batch whose sender may not", error)
         else:
             self._last.take(topic, batch, trio.current_time())
             return True
         return False
+
+    def _may_send(self, grant: Grant, topic: str, batch: Batch) -> None:
+        policy.telemetry(grant, topic, batch)
+        if not self._last.has_room(batch.source):
+            raise Refused(
+                f"sends as more than {MAX_HOST_SOURCES} sources at once", where=f"{grant.identity} on {topic}"
+            )
 
     def pass_on(self, batches: list[list[bytes]]) -> None:
         """Send what was taken to whoever listens."""
@@ -138,6 +150,8 @@ class _Plane:
                 self._gate.admit(user, lambda grant: policy.subscribe(grant, ask.prefixes))
         except WireError as error:
             self._rejects.count("what is not a request for last values", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
             return
         except Refused as error:
             self._rejects.count("a request whose sender may not", error)
