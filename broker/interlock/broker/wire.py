@@ -19,6 +19,7 @@ from interlock.broker.samples import Batch
 
 MAX_FRAME = 1 << 20  # bytes: the largest frame anyone of ours sends is a report of some 10 kB
 MAX_TOPIC = 256  # bytes
+MAX_WHY = 200  # characters of what is wrong with a frame: msgspec quotes it
 MAX_NESTING = 16  # maps and lists inside each other in evidence; ours has 4, and what copies or prints it recurses
 
 Body = Command | Fact
@@ -77,7 +78,12 @@ def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T], *, what: str) -> T
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise WireError(f"not a {what}: {error or type(error).__name__}") from error
+        raise WireError(f"not a {what}: {_line(str(error)) or type(error).__name__}") from error
+
+
+def _line(text: str) -> str:
+    """What a peer's bytes may say in a log or at a terminal: one line, and no control characters."""
+    return "".join(each if each.isprintable() else "?" for each in text[:MAX_WHY])
 
 
 def decode_body(frame: bytes) -> Body:
@@ -115,9 +121,12 @@ def decode_topic(frame: bytes) -> str:
     try:
         if len(frame) > MAX_TOPIC:
             raise WireError(f"topic of {len(frame)} bytes", hint=f"at most {MAX_TOPIC}")
-        return frame.decode("ascii")
+        topic = frame.decode("ascii")
     except UnicodeDecodeError as error:
         raise WireError("topic is not ASCII") from error
+    if not topic.isprintable():
+        raise WireError("topic has control characters")
+    return topic
 
 
 def decode_event(frames: Sequence[bytes]) -> Event:
