@@ -301,7 +301,7 @@ def test_a_seed_is_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_is_decoded_is_a_value_or_the_decoder_s_own_error(name: str, data: st.DataObject) -> None:
     decoder = DECODERS[name]

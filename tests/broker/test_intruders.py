@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -241,13 +241,78 @@ async def test_a_host_s_own_endpoint_takes_only_whom_it_may(fleet: Any, nursery:
     assert len(taken) == 3
 
 
-async def test_oversized_frames_cut_off_their_sender_only(fleet: Any) -> None:
-    async with fleet.sockets("host/beta") as sockets, fleet.bus("host/alpha") as honest:
+async def test_oversized_frames_cut_off_their_sender_only(fleet: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async with fleet.unnoticed(), fleet.sockets("host/beta") as sockets:
         dealer = sockets.open("dealer", connect=fleet.config.events)
         for size in (wire.MAX_FRAME + 1, 5 << 20):
             dealer.send_nowait([b"x" * size])
-        await honest.publish(topics.host_fact("alpha"), HostDown(host="alpha"), timeout=20)
+        await until(lambda: "refused host/beta: host/beta: sends what is no message" in caplog.text)
     await fleet.works()
+
+
+async def test_altered_bytes_end_the_connection_and_reach_nobody(fleet: Any, nursery: trio.Nursery) -> None:
+    """Somebody in between changes one byte of what passes once the connection is up."""
+    host, port = fleet.config.events.removeprefix("tcp://").split(":")
+    alters, ended = trio.Event(), trio.Event()
+
+    async def pass_on(source: trio.SocketStream, target: trio.SocketStream, *, upwards: bool) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for data in source:
+                if upwards and alters.is_set() and len(data) > 60:
+                    middle = len(data) // 2
+                    await target.send_all(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+                else:
+                    await target.send_all(data)
+            if alters.is_set():
+                ended.set()
+            await target.send_eof()
+
+    async def proxy(client_side: trio.SocketStream) -> None:
+        async with await trio.open_tcp_stream(host, int(port)) as server_side, trio.open_nursery() as both:
+            both.start_soon(partial(pass_on, client_side, server_side, upwards=True))
+            both.start_soon(partial(pass_on, server_side, client_side, upwards=False))
+
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, proxy, [listener])
+    between = f"tcp://127.0.0.1:{listener.socket.getsockname()[1]}"
+    async with fleet.unnoticed(), fleet.sockets("operator/local") as sockets:
+        dealer = sockets.open("dealer", connect=between)
+        event = new_event(topics.COORDINATOR, MIGRATE, source="operator/local", time=1.0, id="altered")
+        with trio.fail_after(25):
+            await dealer.send([wire.encode(Replay(1, 0, ["fact/none/"]))])
+            await dealer.receive()
+            alters.set()
+            dealer.send_nowait(publication(event))
+            await ended.wait()
+    async with fleet.bus("operator/local") as bus, bus.events(["command/"], after=0) as feed:
+        await bus.publish(topics.COORDINATOR, MIGRATE, timeout=20)
+        assert (await anext(feed)).header.id != "altered"
+    nursery.cancel_scope.cancel()
+
+
+async def test_hundreds_of_strangers_and_half_open_connections_disturb_nobody(
+    fleet: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The full number, 10,000, is measured by tests/benchmarks/bench_intruders.py."""
+    address = fleet.config.events.removeprefix("tcp://").split(":")
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(47)
+    async with fleet.unnoticed() as took, AsyncExitStack() as stack:
+        for n in range(300):  # silent, in the middle of a greeting, after it, and no ZeroMQ at all
+            stream = await trio.open_tcp_stream(address[0], int(address[1]))
+            stack.push_async_callback(trio.aclose_forcefully, stream)
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all((b"", greeting[: n % 64], greeting, b"GET / HTTP/1.1\r\n\r\n")[n % 4])
+        sockets = await stack.enter_async_context(open_sockets(fleet.stranger()))
+        strangers = [sockets.open("dealer", connect=fleet.config.events) for _ in range(100)]
+        for stranger in strangers:
+            stranger.send_nowait([wire.encode(Publish())])
+        await until(lambda: "refused a stranger at 127.0.0.1: its key is unknown" in caplog.text)
+        before = len(took)
+        await until(lambda: len(took) > before + 20)
+        assert not any(stranger.receive_nowait() for stranger in strangers)
+    assert max(took) < 15  # one that waited until the half-open ones ended would take longer than publishing may
+    lines = [line for line in caplog.messages if "a stranger at 127.0.0.1" in line]
+    assert len(lines) == 1  # said once a minute, however many come
 
 
 async def test_a_context_that_nobody_guards_can_t_be_a_server(fleet: Any) -> None:
