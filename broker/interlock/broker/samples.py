@@ -7,6 +7,7 @@ repeated (see `SeriesTable`), since the telemetry plane may drop a batch and a c
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Annotated
 
 import msgspec
 
@@ -17,11 +18,15 @@ LATE_S = 2.0  # a sample that waited longer on its way is history: nobody may ta
 MAX_LABELS = 64  # of a series; Prometheus' usual limit is 30
 MAX_LABELS_TEXT = 4096  # characters of all names and values: they come back in alerts, which must fit into a frame
 MAX_SERIES = 5_000  # of one source: 50 agents with 100 series each; what comes later is not resolved
+MAX_IN_BATCH = 20_000  # announcements, samples: four sources that are full; decoding so many takes some 15 ms
 MAX_SOURCES = 20_000  # two roles on each of 10,000 hosts; the one heard of longest ago goes first
 ANNOUNCEMENTS = 3  # a new series is announced in so many batches in a row: one lost batch costs no second
 
 
-class Announcement(msgspec.Struct, frozen=True, array_like=True):
+_Many = msgspec.Meta(max_length=MAX_IN_BATCH)  # msgspec looks at it before it decodes the first
+
+
+class Announcement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`[id, labels]`; labels hold the metric's name under `__name__`."""
 
     id: int
@@ -43,10 +48,10 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     seq: int
     time: float
-    series: list[Announcement] = []
-    ids: list[int] = []
-    values: list[float] = []
-    stale: list[int] = []
+    series: Annotated[list[Announcement], _Many] = []
+    ids: Annotated[list[int], _Many] = []
+    values: Annotated[list[float], _Many] = []
+    stale: Annotated[list[int], _Many] = []
     whole: bool = False
     delay: float = 0.0
     cached: bool = False
