@@ -125,7 +125,7 @@ def decode_topic(frame: bytes) -> str:
     except UnicodeDecodeError as error:
         raise WireError("topic is not ASCII") from error
     if not topic.isprintable():
-        raise WireError("topic has control characters")
+        raise WireError(f"{topic!r} is not a topic", hint="it has control characters")
     return topic
 
 
