@@ -53,6 +53,7 @@ TABLES = {
     "[hosts.NAME]": "HostConfig",
     "[agents.NAME]": "AgentConfig",
     "[agents.NAME.compare]": "CompareConfig",
+    "[agents.NAME.compare.handlers.NAME]": "HandlerCompare",
     "[agents.NAME.revisions.NAME]": "RevisionConfig",
     "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
 }

@@ -17,7 +17,7 @@ import trio
 
 from interlock.agents.compare import Pair
 from interlock.agents.http_gateway import BUFFERED_BODY, HttpGateway, forwarded
-from interlock.broker.config import CompareConfig
+from interlock.broker.config import CompareConfig, HandlerCompare
 from interlock.broker.errors import ConfigError, InUse
 
 # An agent as users have them. Paths: /who, /hang (if ?name matches), /die, /cut, /big, /stream, /echo, /early
@@ -351,6 +351,44 @@ async def test_gets_are_mirrored_and_compared_and_posts_are_not() -> None:
         await client.ask("/die?new")
         await until(lambda: len(pairs) == 3)
         assert pairs[2].difference == "no answer"
+
+
+async def test_a_declared_post_is_mirrored_and_a_get_with_side_effects_is_not() -> None:
+    pairs: list[Pair] = []
+    async with program("old") as old, program("new") as new, bench() as b:
+        for each in (old, new):
+            b.gateway.attach(
+                each.name,
+                each.endpoint,
+                window=4,
+                idempotent=lambda line: line == b"POST /ask?x",
+                mirrorable=lambda line: line != b"GET /leave",
+            )
+        b.gateway.route({"old": 1.0})
+        b.gateway.mirror("new", compare=CompareConfig(ignore=["by"]), on_pair=pairs.append)
+        client = b.client()
+        await client.ask("/leave")
+        await client.ask("/tell", "POST", b"x")
+        await client.ask("/ask?x", "POST", b"x")
+        await client.ask("/who")
+        await until(lambda: len(pairs) == 2)
+    assert [pair.request for pair in pairs] == [b"POST /ask?x", b"GET /who"]
+    assert all(pair.equal for pair in pairs)
+
+
+async def test_a_path_is_compared_in_its_own_way_and_a_status_is_always_compared() -> None:
+    pairs: list[Pair] = []
+    config = CompareConfig(ignore=["by"], handlers={"GET /exact": HandlerCompare(mode="exact")})
+    async with program("old") as old, program("new") as new, bench() as b:
+        b.attach(old, new)
+        b.gateway.route({"old": 1.0})
+        b.gateway.mirror("new", compare=config, on_pair=pairs.append)
+        client = b.client()
+        for n, path in enumerate(["/who", "/exact/below?query", "/exactly"]):
+            await client.ask(path)
+            await until(lambda n=n: len(pairs) == n + 1)
+    assert [pair.equal for pair in pairs] == [True, False, True]
+    assert pairs[1].difference.startswith("byte 8: b'old")
 
 
 async def test_an_answer_cut_off_in_the_middle_is_cut_off_for_the_client_too() -> None:

@@ -38,6 +38,7 @@ class RequestError(Exception):
 class HandlerMark:
     action: str
     idempotent: bool
+    side_effects: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ class ThreadMark:
     pass
 
 
-def handler(action: str = "", *, idempotent: bool = False) -> Callable[[F], F]:
+def handler(action: str = "", *, idempotent: bool = False, side_effects: bool = False) -> Callable[[F], F]:
     """The method answers requests whose "action" is `action` (by default its own name).
 
     idempotent: asking twice is as good as asking once, so a request whose answer was lost may be sent again.
+    side_effects: it does something outside, so a request is never mirrored to a candidate, idempotent or not.
     """
     if not isinstance(action, str):
         raise TypeError('write @handler("name") or @handler(), with parentheses')
@@ -61,7 +63,7 @@ def handler(action: str = "", *, idempotent: bool = False) -> Callable[[F], F]:
         raise ValueError(f"{action!r} can't be an action: use up to 64 letters, digits, dots, dashes or underscores")
 
     def mark(method: F) -> F:
-        setattr(method, MARK, HandlerMark(action or method.__name__, idempotent))
+        setattr(method, MARK, HandlerMark(action or method.__name__, idempotent, side_effects))
         return method
 
     return mark

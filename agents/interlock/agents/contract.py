@@ -44,6 +44,7 @@ class Action:
     name: str
     method: str
     idempotent: bool
+    side_effects: bool
     blocking: bool  # a plain `def`: called in a thread
     parameters: dict[str, Any]
     optional: frozenset[str]
@@ -56,7 +57,7 @@ class Action:
         }
         if self.open_ended:
             parameters["**"] = "Any"
-        return {"idempotent": self.idempotent, "parameters": parameters}
+        return {"idempotent": self.idempotent, "side_effects": self.side_effects, "parameters": parameters}
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def _action(name: str, method: Callable[..., Any], mark: HandlerMark) -> Action:
         name=mark.action,
         method=name,
         idempotent=mark.idempotent,
+        side_effects=mark.side_effects,
         blocking=not inspect.iscoroutinefunction(method),
         parameters=parameters,
         optional=frozenset(optional),

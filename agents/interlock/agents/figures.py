@@ -57,10 +57,11 @@ def samples(
         for quantile_name, latency in (("0.5", seen.p50), ("0.95", seen.p95), ("0.99", seen.p99)):
             if latency is not None:
                 found[labels("agent_response_seconds", quantile=quantile_name, **of)] = latency
-        if seen.compared or seen.dropped:
+        if seen.compared or seen.dropped or seen.unjudged:
             found[labels("agent_shadow_compared_total", **of)] = float(seen.compared)
             found[labels("agent_shadow_mismatches_total", **of)] = float(seen.mismatches)
             found[labels("agent_shadow_dropped_total", **of)] = float(seen.dropped)
+            found[labels("agent_shadow_errors_total", **of)] = float(seen.unjudged)
     for quantile_name, latency in (recorded or {}).items():
         key = labels("agent_response_baseline_seconds", host=host, agent=agent, quantile=quantile_name)
         found[key] = latency

@@ -50,6 +50,10 @@ class RequestHead(msgspec.Struct, frozen=True):
     chunked: bool
     upgrade: bytes
 
+    @property
+    def line(self) -> bytes:
+        return b"%s %s" % (self.method, self.target)
+
 
 class ResponseHead(msgspec.Struct, frozen=True):
     """`length` of the body in bytes, as announced; -1: it was not."""

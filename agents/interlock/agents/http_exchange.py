@@ -21,7 +21,7 @@ from interlock.agents.routing_types import Fail, Send
 from interlock.broker.errors import ConfigError
 
 REPEATABLE = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))  # idempotent by RFC 9110, 9.2.2
-MIRRORABLE = frozenset((b"GET", b"HEAD"))  # safe: asking has no effect
+SAFE = frozenset((b"GET", b"HEAD"))  # asking has no effect, as far as the method says
 BUFFERED_ANSWER = 1 << 20  # bytes of an answer that the client has not read yet; then the instance has to wait
 SHORT_ANSWER = 1 << 16  # bytes; such an answer to what may be asked twice goes to the client when all of it is here
 COMPARED_ANSWER = 1 << 20  # bytes; longer answers are not compared
@@ -106,12 +106,17 @@ class Exchange:
         self.attempts: list[Attempt] = []
 
     @property
-    def repeatable(self) -> bool:
-        return self.rest is None and self.head.method in REPEATABLE
+    def whole(self) -> bool:
+        """All of its body is here, so that it can be sent again."""
+        return self.rest is None
 
     @property
-    def mirrorable(self) -> bool:
-        return self.rest is None and self.head.method in MIRRORABLE
+    def repeatable(self) -> bool:
+        return self.whole and self.head.method in REPEATABLE
+
+    @property
+    def safe(self) -> bool:
+        return self.head.method in SAFE
 
 
 def address_of(endpoint: str) -> tuple[str, int]:

@@ -14,7 +14,8 @@ import msgspec
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.gateway import RoutedGateway, paired
+from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
+from interlock.agents.gateway import RoutedGateway, guarded
 from interlock.agents.http1 import ClientSide, Headers, HttpError, RequestHead, value_of
 from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Flow, Pool, address_of
 from interlock.agents.routing_types import Compare, Fail, Reply, Send
@@ -67,13 +68,32 @@ class HttpGateway(RoutedGateway):
                 pool.close()
             self._pools.clear()
 
-    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
-        """As of `Gateway`, but `idempotent` is not asked: HTTP's methods say it."""
+    def attach(
+        self,
+        instance: str,
+        endpoint: str,
+        *,
+        window: int,
+        idempotent: Callable[[bytes], bool],
+        mirrorable: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        """As of `Gateway`: both are asked about the request line, "METHOD /target".
+
+        `idempotent` adds to what HTTP's methods say, and what it adds may be mirrored; `mirrorable` takes away.
+        """
         self.detach(instance)
         self._pools[instance] = Pool(endpoint)
-        self.router.attach(
-            instance, window=window, idempotent=lambda e: e.repeatable, mirrorable=lambda e: e.mirrorable
-        )
+        declared = guarded(idempotent, self.agent)
+        harmless = guarded(mirrorable or (lambda _: True), self.agent)
+
+        def may_repeat(exchange: Exchange) -> bool:
+            return exchange.repeatable or (exchange.whole and declared([exchange.head.line]))
+
+        def may_mirror(exchange: Exchange) -> bool:
+            line = [exchange.head.line]
+            return exchange.whole and (exchange.safe or declared(line)) and harmless(line)
+
+        self.router.attach(instance, window=window, idempotent=may_repeat, mirrorable=may_mirror)
 
     def detach(self, instance: str) -> None:
         super().detach(instance)
@@ -85,8 +105,10 @@ class HttpGateway(RoutedGateway):
         *,
         compare: CompareConfig | None = None,
         on_pair: Callable[[Pair], None] | None = None,
+        judge: Judge | None = None,
+        action_field: str = "action",
     ) -> None:
-        super().mirror(instance, compare=compare, on_pair=on_pair)
+        super().mirror(instance, compare=compare, on_pair=on_pair, judge=judge, action_field=action_field)
         self.mirrors = instance is not None
 
     # --- clients
@@ -208,14 +230,20 @@ class HttpGateway(RoutedGateway):
             if attempt.instance == instance and not attempt.began:  # one that has begun ends with its connection
                 attempt.scope.cancel()
 
-    async def _pair(self, command: Compare[Any, Any], config: CompareConfig) -> Pair:
+    async def _pair(self, command: Compare[Any, Any], comparison: Comparison) -> Pair:
         head: RequestHead = command.body.head
         old: Answer = command.old
         new: Answer | None = command.new
-        found = f"status {old.status}, not {new.status}" if new is not None and old.status != new.status else ""
-        request = [b"%s %s" % (head.method, head.target)]
-        bodies = [new.body] if new is not None else None
-        return await paired(command, request, [old.body], bodies, config=config, found=found)
+        method, path = head.method.decode("latin-1"), head.target.decode("latin-1")
+        answers = Answers(
+            name=f"{method} {path}",
+            request=[command.body.body],
+            old=[old.body],
+            new=[new.body] if new is not None else None,
+            found=f"status {old.status}, not {new.status}" if new is not None and old.status != new.status else "",
+            http={"method": method, "path": path},
+        )
+        return paired(command, answers, [answers.name.encode("latin-1")], await verdict_of(answers, comparison))
 
 
 async def _buffer(client: ClientSide) -> tuple[bytes, bool]:

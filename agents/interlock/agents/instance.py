@@ -29,6 +29,7 @@ class HandlerContract(msgspec.Struct, frozen=True):
     """One action: its parameters with their types as text; " = ..." behind a type says that it has a default."""
 
     idempotent: bool = False
+    side_effects: bool = False  # never mirrored
     parameters: dict[str, str] = {}
 
 

@@ -25,7 +25,7 @@ class InstanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     requests and errors: live requests that were answered, ran out of time, or died with the instance. p50, p95, p99:
     of the last second, or the newest 20 answers of the last ten, mirrored requests included; None of fewer.
     oldest_s: how long the request that has waited longest for this instance has waited; 0 if none does. compared,
-    mismatches and dropped: mirrored requests.
+    mismatches, dropped and unjudged (their comparison failed): mirrored requests.
     """
 
     requests: int = 0
@@ -38,12 +38,13 @@ class InstanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     compared: int = 0
     mismatches: int = 0
     dropped: int = 0
+    unjudged: int = 0
 
 
 class Tally:
     """The counters and the ring behind `InstanceFigures`."""
 
-    __slots__ = ("_ring", "compared", "dropped", "errors", "mismatches", "requests")
+    __slots__ = ("_ring", "compared", "dropped", "errors", "mismatches", "requests", "unjudged")
 
     def __init__(self) -> None:
         self.requests = 0
@@ -51,6 +52,7 @@ class Tally:
         self.compared = 0
         self.mismatches = 0
         self.dropped = 0
+        self.unjudged = 0
         self._ring: deque[tuple[float, float]] = deque(maxlen=RING)
 
     def record(self, now: float, latency: float, *, error: bool, live: bool) -> None:
@@ -88,6 +90,7 @@ class Tally:
             compared=self.compared,
             mismatches=self.mismatches,
             dropped=self.dropped,
+            unjudged=self.unjudged,
         )
 
 

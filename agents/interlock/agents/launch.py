@@ -19,6 +19,7 @@ import trio
 
 from interlock.agents import process as processes
 from interlock.agents.agent import RequestError
+from interlock.agents.compare import covers
 from interlock.agents.contract import decode_map
 from interlock.agents.figures import InstanceView
 from interlock.agents.instance import HandlerContract, Health, InstanceControl, contract_gaps
@@ -85,19 +86,40 @@ class Instance:
         return self.config.window or (MANY if at_once else ONE)
 
     def idempotent(self, body: bytes) -> bool:
-        """May this request be asked twice? A class says so by handler, a program in the fleet file."""
+        """May this request be asked twice? A class says so by handler, a program in the fleet file.
+
+        Of an HTTP agent `body` is the request line, "METHOD /path?query".
+        """
         if self.revision.kind == "exec" and isinstance(self.config.idempotent, bool):
             return self.config.idempotent
-        try:
-            request = decode_map(body)
-        except RequestError:
-            return False
         if self.revision.kind == "exec":
             names = self.config.idempotent
-            return isinstance(names, list) and request.get(self.config.action_field) in names
-        action = request.get("action")
-        contract = self.handlers.get(action) if isinstance(action, str) else None
+            return isinstance(names, list) and self._listed(body, names)
+        action = self._action(body)
+        contract = self.handlers.get(action)
         return action == "health" or (contract is not None and contract.idempotent)
+
+    def mirrorable(self, body: bytes) -> bool:
+        """May this request be given to a candidate too, only to compare its answer?"""
+        if self.config.side_effects and self._listed(body, self.config.side_effects):
+            return False
+        if self.config.endpoint.startswith("http"):
+            return True  # by its method, or by what is declared idempotent: the gateway knows
+        contract = self.handlers.get(self._action(body)) if self.revision.kind == "class" else None
+        return self.idempotent(body) and not (contract is not None and contract.side_effects)
+
+    def _action(self, body: bytes) -> str:
+        try:
+            action = decode_map(body).get("action" if self.revision.kind == "class" else self.config.action_field)
+        except RequestError:
+            return ""
+        return action if isinstance(action, str) else ""
+
+    def _listed(self, body: bytes, names: list[str]) -> bool:
+        if not self.config.endpoint.startswith("http"):
+            return self._action(body) in names
+        line = body.decode("latin-1").partition("?")[0]
+        return any(covers(name, line) for name in names)
 
     # --- life
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import trio
 
 from interlock.agents.compare import Pair
+from interlock.agents.comparer import Bench, Comparer, functions_of
 from interlock.agents.figures import InstanceView, samples
 from interlock.agents.gateway import Gateway
 from interlock.agents.instance import HandlerContract
@@ -111,6 +112,7 @@ class SlotShell:
     _busy: bool = False
     _settled: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _shadow: ShadowRun | None = None
+    _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
 
     @property
@@ -211,8 +213,7 @@ class SlotShell:
             case Rescue(instance):
                 self.gateway.rescue(instance)
             case EndShadow():
-                self.gateway.mirror(None)
-                self._shadow = None
+                self._end_shadow()
             case Verify(migration, instance):
                 answer = FirstAnswer()
                 self.gateway.on_answer(instance, lambda _: answer.note("a client's request"))
@@ -268,7 +269,11 @@ class SlotShell:
         def report(given: Healthy | Gone) -> None:
             if isinstance(given, Healthy):
                 self.gateway.attach(
-                    instance.name, instance.requests, window=instance.window, idempotent=instance.idempotent
+                    instance.name,
+                    instance.requests,
+                    window=instance.window,
+                    idempotent=instance.idempotent,
+                    mirrorable=instance.mirrorable,
                 )
             elif not instance.stopping:
                 log.warning("%s: %s", given.instance, given.reason)
@@ -324,10 +329,31 @@ class SlotShell:
     # --- shadow
 
     def _begin_shadow(self, command: commands.Shadow, candidate: str) -> None:
-        run = ShadowRun(command, time.time())
+        run = ShadowRun(command, time.time(), self.config.compare.errors)
         self._shadow = run
-        self.gateway.mirror(candidate, compare=self.config.compare, on_pair=lambda pair: self._compared(run, pair))
+        functions = functions_of(self.config.compare)
+        instance = self.instances.get(candidate)
+        if functions and instance is not None:
+            place = instance.place
+            bench = Bench(instance.recorded, place.base, place.marker, place.run_dir, place.log_dir, place.environment)
+            timeout_s = self.config.compare.timeout_s
+            self._comparer = Comparer(bench, functions, timeout_s=timeout_s, number=self.around.next_number())
+            self.around.nursery.start_soon(self._comparer.run)
+        self.gateway.mirror(
+            candidate,
+            compare=self.config.compare,
+            on_pair=lambda pair: self._compared(run, pair),
+            judge=self._comparer,
+            action_field=self.config.action_field,
+        )
         self.around.nursery.start_soon(self._time_shadow, run)
+
+    def _end_shadow(self) -> None:
+        self.gateway.mirror(None)
+        self._shadow = None
+        if self._comparer is not None:
+            self._comparer.close()
+            self._comparer = None
 
     def _compared(self, run: ShadowRun, pair: Pair) -> None:
         if self._shadow is run:
@@ -343,8 +369,7 @@ class SlotShell:
         verdict = run.verdict(time.time())
         if verdict is None:
             return
-        self._shadow = None
-        self.gateway.mirror(None)
+        self._end_shadow()
         evidence = run.evidence() | {"verdict": verdict}
         self.give(ShadowEnded(run.command.migration, verdict == "passed", run.reason(verdict), evidence))
 

@@ -23,6 +23,9 @@ _ENDPOINT = re.compile(
     r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|http://[A-Za-z0-9._*-]+:\d{1,5})"
 )
 
+_HTTP_NAME = re.compile(r"[A-Z]+ /\S*")  # a method and a path
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
 Level = Literal["low", "medium"]
 
 
@@ -127,11 +130,26 @@ class RevisionConfig(_Config, frozen=True, kw_only=True):
         return "class" if self.entry else "exec"
 
 
+class HandlerCompare(_Config, frozen=True, kw_only=True):
+    """How the answers to one action are compared. NAME: the action; of HTTP "METHOD /path", which stands for all below.
+
+    A function takes `(request, old, new)` and returns True, False, or the difference as a text.
+    """
+
+    mode: Literal["equal", "exact"] = "equal"  # equal: the same values; exact: the same bytes
+    ignore: list[str] | None = None  # instead of the agent's
+    tolerance: float | None = None  # instead of the agent's
+    function: str = ""  # "module:function" in the candidate's source: it decides alone, in a process of its own
+
+
 class CompareConfig(_Config, frozen=True, kw_only=True):
     """How the answers of a candidate are held against those of the serving revision."""
 
     ignore: list[str] = []  # keys of the answer, at any depth, that may differ
     tolerance: float = 0.0  # numbers may differ by this, relative to the larger
+    handlers: dict[str, HandlerCompare] = {}  # where one action is compared in another way
+    timeout_s: float = 1.0  # for a function to judge one pair; then its process is killed, and the pair is an error
+    errors: int = 0  # pairs that a function may fail to judge; one more, and the shadow run ends with the verdict error
 
 
 class AgentConfig(_Config, frozen=True, kw_only=True):
@@ -143,7 +161,8 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
     level: Level = "medium"  # low: rapid, medium: staged
     strategy: Literal["rapid", "staged", ""] = ""  # empty: by level
-    idempotent: list[str] | bool = False  # exec: actions that may be asked twice; a class declares its own
+    idempotent: list[str] | bool = False  # exec: actions (HTTP: "METHOD /path") that may be asked twice
+    side_effects: list[str] = []  # actions (HTTP: "METHOD /path") that are never mirrored; a class declares its own
     action_field: str = "action"  # exec: the key of a JSON or MessagePack request that names the action
     window: int = 0  # requests outstanding at an instance at once; 0: 1 for a REP program, 64 for a class or HTTP
     compare: CompareConfig = CompareConfig()  # of the answers in shadow
@@ -329,6 +348,7 @@ def _check(fleet: FleetConfig, where: str) -> None:
                 where=f"{where}: {key}.serve",
                 hint=_near(agent.serve, agent.revisions),
             )
+        _check_handlers(agent, f"{where}: {key}")
         for revision_name, revision in agent.revisions.items():
             check_name(revision_name, where=f"{where}: {key}.revisions")
             _check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
@@ -351,6 +371,28 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         raise ConfigError("a script probe needs a command", where=where)
 
 
+def _check_handlers(agent: AgentConfig, where: str) -> None:
+    if agent.endpoint.startswith("http"):
+        listed = agent.idempotent if isinstance(agent.idempotent, list) else []
+        for key, names in (("idempotent", listed), ("side_effects", agent.side_effects)):
+            for name in names:
+                _check_request(name, f"{where}.{key}")
+    for name, handler in agent.compare.handlers.items():
+        place = f"{where}.compare.handlers.{name}"
+        if agent.endpoint.startswith("http"):
+            _check_request(name, place)
+        if handler.function and not _FUNCTION.fullmatch(handler.function):
+            raise ConfigError(f"function {handler.function!r} is not module:function", where=place)
+        if handler.function and (handler.ignore is not None or handler.tolerance is not None):
+            raise ConfigError("a function decides alone", where=place, hint="leave ignore and tolerance out")
+        if handler.mode == "exact" and (
+            handler.function or handler.ignore is not None or handler.tolerance is not None
+        ):
+            raise ConfigError(
+                "exact compares bytes", where=place, hint="leave ignore, tolerance and function out, or the mode"
+            )
+
+
 def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Path:
     """The folder of a revision's code; ConfigError if it is not there."""
     folder = (fleet.folder / revision.source).resolve()
@@ -362,3 +404,8 @@ def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Pa
 def _near(name: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+
+
+def _check_request(name: str, where: str) -> None:
+    if not _HTTP_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} names no request", where=where, hint='write "METHOD /path", as in "GET /ask"')
