@@ -50,6 +50,14 @@ def samples(
         seen = figures.get(instance)
         if seen is None:
             continue
+        if seen.connections is not None:
+            found[labels("agent_connections", **of)] = float(seen.connections)
+            found[labels("agent_connections_total", **of)] = float(seen.connections_total)
+            found[labels("agent_connection_bytes_total", direction="in", **of)] = float(seen.bytes_in)
+            found[labels("agent_connection_bytes_total", direction="out", **of)] = float(seen.bytes_out)
+        if seen.active is not None:
+            found[labels("agent_active", **of)] = float(seen.active)
+            continue  # there are no requests
         found[labels("agent_requests_total", **of)] = float(seen.requests)
         found[labels("agent_errors_total", **of)] = float(seen.errors)
         found[labels("agent_in_flight", **of)] = float(seen.in_flight)

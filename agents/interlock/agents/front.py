@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from interlock.agents.gateway import Gateway, ZmqGateway
 from interlock.agents.http_gateway import HttpGateway
+from interlock.agents.stream_gateway import StreamGateway
 from interlock.broker.config import AgentConfig
 from interlock.broker.sockets import Sockets
 
@@ -12,4 +13,6 @@ def open_gateway(agent: str, config: AgentConfig, sockets: Sockets) -> Gateway:
     """The gateway that fits the agent's public endpoint; `run` binds it."""
     if config.endpoint.startswith("http://"):
         return HttpGateway(agent, config.endpoint, request_timeout_s=config.request_timeout_s, hold_s=config.hold_s)
+    if config.endpoint.startswith("stream://"):
+        return StreamGateway(agent, config.endpoint, hold_s=config.hold_s)
     return ZmqGateway(agent, config.endpoint, sockets, request_timeout_s=config.request_timeout_s, hold_s=config.hold_s)

@@ -38,6 +38,7 @@ class Gateway(Protocol):
     """What a host needs of the front of an agent. Times are trio's (`trio.current_time()`), in seconds."""
 
     endpoint: str
+    can_mirror: bool  # whether requests can be given to a candidate too
 
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Bind and serve until cancelled; the status is the real endpoint. InUse or ConfigError if it can't bind."""
@@ -88,6 +89,9 @@ class Gateway(Protocol):
     async def drained(self, instance: str) -> None:
         """Returns when nothing is in flight there."""
 
+    def serves(self, instance: str) -> bool:
+        """False: it has no requests to answer yet although it is routed to (it waits for the token)."""
+
     def snapshot(self, now: float) -> dict[str, InstanceFigures]:
         """The figures of every attached instance."""
 
@@ -100,6 +104,8 @@ class Gateway(Protocol):
 
 class RoutedGateway(ABC):
     """What both shells share: a `Router`, its timer, the comparison of pairs, and the part of `Gateway` they answer."""
+
+    can_mirror = True
 
     def __init__(self, agent: str, endpoint: str, *, request_timeout_s: float, hold_s: float) -> None:
         self.agent = agent
@@ -149,6 +155,9 @@ class RoutedGateway(ABC):
         await trio.lowlevel.checkpoint()
         while self.in_flight(instance):
             await self._settled.park()
+
+    def serves(self, instance: str) -> bool:
+        return True
 
     def snapshot(self, now: float) -> dict[str, InstanceFigures]:
         return self.router.snapshot(now)

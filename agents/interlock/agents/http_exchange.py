@@ -16,9 +16,9 @@ import msgspec
 import trio
 
 from interlock.agents.http1 import Backend, ClientSide, HttpError, RequestHead, ResponseHead
+from interlock.agents.listening import place_of
 from interlock.agents.routing import Router
 from interlock.agents.routing_types import Fail, Send
-from interlock.broker.errors import ConfigError
 
 REPEATABLE = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))  # idempotent by RFC 9110, 9.2.2
 SAFE = frozenset((b"GET", b"HEAD"))  # asking has no effect, as far as the method says
@@ -119,19 +119,11 @@ class Exchange:
         return self.head.method in SAFE
 
 
-def address_of(endpoint: str) -> tuple[str, int]:
-    """Host and port of http://host:port."""
-    host, _, port = endpoint.removeprefix("http://").rstrip("/").rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError("is no HTTP endpoint", where=endpoint, hint="write http://host:port")
-    return host, int(port)
-
-
 class Pool:
     """Connections to one instance."""
 
     def __init__(self, endpoint: str) -> None:
-        self._address = address_of(endpoint)
+        self._address = place_of(endpoint)
         self._idle: deque[tuple[Backend, float]] = deque()
         self._closed = False
 

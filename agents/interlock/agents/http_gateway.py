@@ -5,7 +5,6 @@ One task per client connection reads requests and writes answers; `http_exchange
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,10 @@ from interlock.agents.compare import Pair
 from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
 from interlock.agents.gateway import RoutedGateway, guarded
 from interlock.agents.http1 import ClientSide, Headers, HttpError, RequestHead, value_of
-from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Flow, Pool, address_of
+from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Flow, Pool
+from interlock.agents.listening import open_listeners
 from interlock.agents.routing_types import Compare, Fail, Reply, Send
 from interlock.broker.config import CompareConfig
-from interlock.broker.errors import ConfigError, InUse
 
 BUFFERED_BODY = 1 << 20  # bytes of a request's body kept, so that it can be sent again; a longer one is sent once
 MAX_CLIENTS = 2000  # connections at once, each with a descriptor and one more to an instance
@@ -45,15 +44,7 @@ class HttpGateway(RoutedGateway):
         self._clients = 0
 
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-        host, port = address_of(self.endpoint)
-        try:
-            listeners = await trio.open_tcp_listeners(port, host=None if host == "*" else host, backlog=1024)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                hint = "who listens there? try: ss -ltnp"
-                raise InUse("the address is in use", where=self.endpoint, hint=hint) from None
-            raise ConfigError(f"can't bind: {error}", where=self.endpoint) from None
-        self.endpoint = f"http://{host}:{listeners[0].socket.getsockname()[1]}"
+        listeners, self.endpoint = await open_listeners(self.endpoint)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery

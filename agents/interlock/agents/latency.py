@@ -25,7 +25,9 @@ class InstanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     requests and errors: live requests that were answered, ran out of time, or died with the instance. p50, p95, p99:
     of the last second, or the newest 20 answers of the last ten, mirrored requests included; None of fewer.
     oldest_s: how long the request that has waited longest for this instance has waited; 0 if none does. compared,
-    mismatches, dropped and unjudged (their comparison failed): mirrored requests.
+    mismatches, dropped and unjudged (their comparison failed): mirrored requests. connections: open ones that stay with
+    the instance, of which there were connections_total; bytes_in and bytes_out of its clients. active: it holds the
+    token of an agent without a port. None where there is no such thing.
     """
 
     requests: int = 0
@@ -39,6 +41,11 @@ class InstanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     mismatches: int = 0
     dropped: int = 0
     unjudged: int = 0
+    connections: int | None = None
+    connections_total: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    active: bool | None = None
 
 
 class Tally:

@@ -329,6 +329,10 @@ class SlotShell:
     # --- shadow
 
     def _begin_shadow(self, command: commands.Shadow, candidate: str) -> None:
+        if not self.gateway.can_mirror:
+            reason = "there are no requests to mirror: this agent has connections of a protocol of its own, or no port"
+            self.give(ShadowEnded(command.migration, False, reason, {"verdict": "error"}))
+            return
         run = ShadowRun(command, time.time(), self.config.compare.errors)
         self._shadow = run
         functions = functions_of(self.config.compare)
@@ -389,7 +393,7 @@ class SlotShell:
     async def _probe_until(self, name: str, answer: FirstAnswer) -> None:
         while True:
             instance = self.instances.get(name)
-            if instance is not None and (await instance.check()).ok:
+            if instance is not None and self.gateway.serves(name) and (await instance.check()).ok:
                 answer.note("a probe")
                 return
             await trio.sleep(VERIFY_POLL_S)

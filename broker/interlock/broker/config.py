@@ -20,7 +20,7 @@ from interlock.broker.errors import ConfigError
 from interlock.broker.topics import RESERVED, check_name
 
 _ENDPOINT = re.compile(
-    r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|http://[A-Za-z0-9._*-]+:\d{1,5})"
+    r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|(http|stream)://[A-Za-z0-9._*-]+:\d{1,5})"
 )
 
 _HTTP_NAME = re.compile(r"[A-Z]+ /\S*")  # a method and a path
@@ -156,7 +156,7 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     """An agent: where it runs, what its clients connect to, and the revisions there are of it."""
 
     host: str  # one of [hosts]
-    endpoint: str  # public: tcp:// or ipc:// for ZeroMQ REQ clients, http://host:port for HTTP clients
+    endpoint: str  # public: tcp:// or ipc:// for ZeroMQ REQ clients, http:// for HTTP, stream:// for any other TCP
     serve: str  # the revision that serves until another is committed
     revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
     level: Level = "medium"  # low: rapid, medium: staged
@@ -170,6 +170,13 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     hold_s: float = 10.0  # requests wait this long for an instance to come back, then get an error
     health_period_s: float = 1.0  # between health checks
     health_failures: int = 3  # in a row, then a candidate is rolled back and a permanent instance restarted
+
+    @property
+    def serves(self) -> Literal["requests", "connections", "nothing"]:
+        """What its clients bring: requests (ZeroMQ, HTTP), connections (other TCP); nothing without an endpoint."""
+        if not self.endpoint:
+            return "nothing"
+        return "connections" if self.endpoint.startswith("stream://") else "requests"
 
     @property
     def strategy_name(self) -> Literal["rapid", "staged"]:
@@ -312,9 +319,9 @@ def _name_path(place: str, tree: Any, unknown: str | None) -> str:
 def _check(fleet: FleetConfig, where: str) -> None:
     taken: dict[str, str] = {}
 
-    def endpoint(value: str, key: str, *, http: bool = False) -> None:
-        if not _ENDPOINT.fullmatch(value) or (value.startswith("http") and not http):
-            kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", or http://ADDRESS:PORT" if http else "")
+    def endpoint(value: str, key: str, *, public: bool = False) -> None:
+        if not _ENDPOINT.fullmatch(value) or (value.startswith(("http", "stream")) and not public):
+            kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", http://ADDRESS:PORT or stream://ADDRESS:PORT" * public)
             raise ConfigError(f"{value!r} is not an endpoint", where=f"{where}: {key}", hint=f"use {kinds}")
         place = value.split("://", 1)[1]
         if place in taken and not place.endswith(":*"):
@@ -337,7 +344,7 @@ def _check(fleet: FleetConfig, where: str) -> None:
     for name, agent in fleet.agents.items():
         check_name(name, where=f"{where}: agents")
         key = f"agents.{name}"
-        endpoint(agent.endpoint, f"{key}.endpoint", http=True)
+        endpoint(agent.endpoint, f"{key}.endpoint", public=True)
         if agent.host not in fleet.hosts:
             raise ConfigError(
                 f"unknown host {agent.host!r}", where=f"{where}: {key}.host", hint=_near(agent.host, fleet.hosts)
@@ -359,9 +366,12 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         raise ConfigError("needs an entry or a command, and not both", where=where)
     if revision.entry and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", revision.entry):
         raise ConfigError(f"entry {revision.entry!r} is not module:Class", where=where)
-    if revision.entry and agent.endpoint.startswith("http"):
+    if revision.entry and agent.endpoint.startswith(("http", "stream")):
+        scheme = agent.endpoint.partition(":")[0]
         raise ConfigError(
-            "a class agent answers ZeroMQ requests, its endpoint is http", where=where, hint="use a tcp:// endpoint"
+            f"a class agent answers ZeroMQ requests, its endpoint is {scheme}",
+            where=where,
+            hint="use a tcp:// endpoint",
         )
     if revision.command and revision.probe is None:
         raise ConfigError(

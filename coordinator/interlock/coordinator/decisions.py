@@ -13,6 +13,7 @@ from interlock.broker.commands import Breach
 from interlock.broker.config import AgentConfig, FleetConfig, StrategyConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.wire import Event
+from interlock.coordinator.fitting import fitted
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Alert, Fleet
 from interlock.coordinator.migration import Emit, Migration, plan
 
@@ -24,6 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     strategy: StrategyConfig
     start_timeout_s: float
+    left_out: list[str] = []  # stages that this agent can't go through, and why
 
 
 class Coordinator:
@@ -170,7 +172,8 @@ class Coordinator:
         permanent = self._admit(body, agent)
         # A log that began anew numbers from 1: never an epoch, or a migration's name, that the host has seen before.
         epoch = max(event.header.seq, self.fleet.agents[body.agent].epoch + 1)
-        settings = Settings(strategy=config.strategy(strategy), start_timeout_s=revision.start_timeout_s)
+        possible, left_out = fitted(config.strategy(strategy), agent)
+        settings = Settings(strategy=possible, start_timeout_s=revision.start_timeout_s, left_out=left_out)
         migration = f"{body.agent}-{epoch}"
         started = facts.MigrationStarted(
             migration=migration, epoch=epoch, agent=body.agent, host=agent.host, previous=permanent,
