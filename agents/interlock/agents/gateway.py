@@ -184,7 +184,7 @@ class RoutedGateway(ABC):
             elif isinstance(command, Compare):
                 self._queue_comparison(command)
             elif isinstance(command, Answered):
-                self._tell(command.tag, command.time)
+                self.tell(command.tag, command.time)
             elif isinstance(command, Gone):
                 self._gone(command.instance)
         self._after()
@@ -230,14 +230,14 @@ class RoutedGateway(ABC):
             pair = await self._pair(command, comparison)
             self.router.compared(command.instance, pair.equal, error=bool(pair.error))
             if comparison.on_pair is not None:
-                self._tell(comparison.on_pair, pair)
+                self.tell(comparison.on_pair, pair)
 
     async def _pair(self, command: Compare[Any, Any], comparison: Comparison) -> Pair:
         name = action_in(command.body, comparison.action_field) if comparison.config.handlers else ""
         answers = Answers(name, command.body, command.old, command.new)
         return paired(command, answers, command.body, await verdict_of(answers, comparison))
 
-    def _tell(self, callback: Callable[[Any], None], value: Any) -> None:
+    def tell(self, callback: Callable[[Any], None], value: Any) -> None:
         """Whoever watches the traffic can't stop it: a fault there is logged."""
         try:
             callback(value)

@@ -14,15 +14,19 @@ import trio
 
 from interlock.agents.compare import Pair
 from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
+from interlock.agents.connections import Connections
 from interlock.agents.gateway import RoutedGateway, guarded
 from interlock.agents.http1 import ClientSide, Headers, HttpError, RequestHead, value_of
-from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Flow, Pool
+from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Pool
+from interlock.agents.latency import InstanceFigures
 from interlock.agents.listening import open_listeners
 from interlock.agents.routing_types import Compare, Fail, Reply, Send
 from interlock.broker.config import CompareConfig
 
 BUFFERED_BODY = 1 << 20  # bytes of a request's body kept, so that it can be sent again; a longer one is sent once
 MAX_CLIENTS = 2000  # connections at once, each with a descriptor and one more to an instance
+STREAMED_S = 0.05  # a chunked body that is not all here after so long is passed on as it comes
+LOOK_S = 1.0  # an answer that pauses for so long: is its client still there?
 IDLE_S = 60.0  # a connection on which no whole request head comes for so long is closed
 
 STATUS = {"instance-died": 502, "timeout": 504, "overloaded": 503, "no-instance": 503, "incomplete": 408}
@@ -38,6 +42,7 @@ class HttpGateway(RoutedGateway):
         self.request_timeout_s = request_timeout_s
         self.mirrors = False  # answers are kept, to be compared
         self.malformed = 0  # client connections that ended because of bad HTTP, theirs or an instance's
+        self.connections = Connections()  # of clients that changed to another protocol
         self._pools: dict[str, Pool] = {}
         self._attempts: set[Attempt] = set()
         self._nursery: trio.Nursery | None = None
@@ -89,6 +94,34 @@ class HttpGateway(RoutedGateway):
     def detach(self, instance: str) -> None:
         super().detach(instance)
         self._gone(instance)
+        self.connections.forget(instance)
+
+    def lost(self, instance: str) -> None:
+        super().lost(instance)
+        self.connections.lost(instance, trio.current_time())
+
+    def rescue(self, instance: str) -> None:
+        """As of `Gateway`; connections that changed the protocol are ended: their clients connect again."""
+        super().rescue(instance)
+        self.connections.end(instance)
+
+    def in_flight(self, instance: str) -> int:
+        return super().in_flight(instance) + self.connections.count(instance)
+
+    def snapshot(self, now: float) -> dict[str, InstanceFigures]:
+        found = super().snapshot(now)
+        for name, figures in found.items():
+            seen = self.connections.figures(name)
+            if seen.total:
+                found[name] = msgspec.structs.replace(
+                    figures,
+                    errors=figures.errors + seen.errors,
+                    connections=seen.open,
+                    connections_total=seen.total,
+                    bytes_in=seen.received,
+                    bytes_out=seen.sent,
+                )
+        return found
 
     def mirror(
         self,
@@ -151,35 +184,55 @@ class HttpGateway(RoutedGateway):
             head = await client.request()
         if head is None:
             return False
-        if head.method == b"CONNECT" or head.upgrade.lower() not in (b"", b"h2c"):  # h2c may be passed over
-            what = "a tunnel" if head.method == b"CONNECT" else f"the upgrade to {head.upgrade.decode('latin-1')!r}"
-            await self._refuse(client, 501, "not-supported", f"{what} is not supported: the gateway speaks HTTP/1.1")
+        if head.method == b"CONNECT":
+            await self._refuse(client, 501, "not-supported", "a tunnel is not supported: this is no proxy")
             return False
-        body, complete = await _buffer(client)
+        body, complete = await _buffer(client, streamed=head.chunked)
         head = msgspec.structs.replace(head, headers=forwarded(head.headers, address))
         problem: Exception | None = None
         async with trio.open_nursery() as nursery:
             exchange = Exchange(head, body, None if complete else client, nursery)
             now = trio.current_time()
-            self._carry_out(self.router.request(exchange, id(client), exchange, len(body), now))
             try:
-                await self._relay(exchange.flow, client)
+                self._carry_out(self.router.request(exchange, id(client), exchange, len(body), now))
+                await self._relay(exchange, client)
             except BROKEN as error:
                 problem = error  # raised outside, where no nursery wraps it in a group
+            finally:
+                if exchange.tunnel is not None:
+                    connection, backend = exchange.tunnel
+                    await backend.close()
+                    self.connections.over(connection)
+                    self._after()
             nursery.cancel_scope.cancel()
         if problem is not None:
             raise problem
-        return True
+        return exchange.tunnel is None
 
-    async def _relay(self, flow: Flow, client: ClientSide) -> None:
+    async def _relay(self, exchange: Exchange, client: ClientSide) -> None:
+        flow = exchange.flow
         await flow.started()
         if flow.head is None:
             assert flow.failure is not None
             await self._refuse(client, STATUS[flow.failure.code], flow.failure.code, flow.failure.message)
             return
+        if exchange.tunnel is not None:
+            connection, backend = exchange.tunnel
+            with trio.fail_after(CLIENT_S):
+                up = await client.switch(flow.head)
+            await connection.run(client.stream, backend.stream, up=up, down=backend.early)
+            return
         with trio.fail_after(CLIENT_S):
             await client.respond(flow.head)
-        while (piece := await flow.get()) is not None:
+        while True:
+            with trio.move_on_after(LOOK_S) as pause:
+                piece = await flow.get()
+            if pause.cancelled_caught:
+                if flow.head.length < 0 and client.left:  # what has a length comes to an end by itself
+                    raise trio.BrokenResourceError("the client left while its answer paused")
+                continue
+            if piece is None:
+                break
             with trio.fail_after(CLIENT_S):
                 await client.send(piece)
         with trio.fail_after(CLIENT_S):
@@ -237,16 +290,23 @@ class HttpGateway(RoutedGateway):
         return paired(command, answers, [answers.name.encode("latin-1")], await verdict_of(answers, comparison))
 
 
-async def _buffer(client: ClientSide) -> tuple[bytes, bool]:
-    """The start of a request's body, and whether it is all of it."""
+async def _buffer(client: ClientSide, *, streamed: bool) -> tuple[bytes, bool]:
+    """The start of a request's body, and whether it is all of it.
+
+    streamed: of a length not known before; whoever sends it piece by piece may wait for an answer to what came already.
+    """
     pieces: list[bytes] = []
     size = 0
+    until = trio.current_time() + STREAMED_S if streamed else float("inf")
     while size <= BUFFERED_BODY:
+        piece: bytes | None = b""
         try:
-            with trio.fail_after(CLIENT_S):
+            with trio.move_on_at(until) as enough, trio.fail_after(CLIENT_S):
                 piece = await client.chunk()
         except trio.TooSlowError:
             raise HttpError(f"nothing of the request's body came for {CLIENT_S:g} s", 408) from None
+        if enough.cancelled_caught:
+            break
         if piece is None:
             return b"".join(pieces), True
         pieces.append(piece)
