@@ -31,6 +31,7 @@ HELD = {
     "interlock/agents": {
         "__init__.py",
         "py.typed",
+        "activity.py",
         "agent.py",
         "contract.py",
         "serving.py",

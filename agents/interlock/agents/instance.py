@@ -82,6 +82,16 @@ class InstanceControl:
         """Asks for an orderly end, as SIGTERM does; returns once the instance has heard it."""
         await self._ask("stop", _anything, timeout)
 
+    async def activate(self, timeout: float) -> Health:
+        """Begin a turn at work; well once it has begun. Errors as for `describe`."""
+        answer = await self._ask("activate", _health, timeout)
+        return Health(answer.ok, answer.detail)
+
+    async def deactivate(self, timeout: float) -> Health:
+        """End the turn; well once all that was begun in it has ended. Errors as for `describe`."""
+        answer = await self._ask("deactivate", _health, timeout)
+        return Health(answer.ok, answer.detail)
+
     async def health(self, timeout: float = ANSWER_TIMEOUT_S) -> Health:
         """Never raises for what the instance does: no answer, or a wrong one, is not well."""
         start = trio.current_time()

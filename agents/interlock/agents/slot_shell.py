@@ -20,6 +20,7 @@ import trio
 from interlock.agents.compare import Pair
 from interlock.agents.comparer import Bench, Comparer, functions_of
 from interlock.agents.figures import InstanceView, samples
+from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
@@ -268,13 +269,7 @@ class SlotShell:
 
         def report(given: Healthy | Gone) -> None:
             if isinstance(given, Healthy):
-                self.gateway.attach(
-                    instance.name,
-                    instance.requests,
-                    window=instance.window,
-                    idempotent=instance.idempotent,
-                    mirrorable=instance.mirrorable,
-                )
+                admit(self.gateway, instance)
             elif not instance.stopping:
                 log.warning("%s: %s", given.instance, given.reason)
             if not instance.stopping:

@@ -156,7 +156,7 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     """An agent: where it runs, what its clients connect to, and the revisions there are of it."""
 
     host: str  # one of [hosts]
-    endpoint: str  # public: tcp:// or ipc:// for ZeroMQ REQ clients, http:// for HTTP, stream:// for any other TCP
+    endpoint: str = ""  # tcp:// or ipc:// for ZeroMQ clients, http://, stream:// for other TCP; empty: it has no port
     serve: str  # the revision that serves until another is committed
     revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
     level: Level = "medium"  # low: rapid, medium: staged
@@ -344,7 +344,8 @@ def _check(fleet: FleetConfig, where: str) -> None:
     for name, agent in fleet.agents.items():
         check_name(name, where=f"{where}: agents")
         key = f"agents.{name}"
-        endpoint(agent.endpoint, f"{key}.endpoint", public=True)
+        if agent.endpoint:
+            endpoint(agent.endpoint, f"{key}.endpoint", public=True)
         if agent.host not in fleet.hosts:
             raise ConfigError(
                 f"unknown host {agent.host!r}", where=f"{where}: {key}.host", hint=_near(agent.host, fleet.hosts)
