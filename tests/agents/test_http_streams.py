@@ -85,6 +85,27 @@ with serve(talk, "127.0.0.1", 0, max_size=None) as server:
 """
 
 
+# Changes to a protocol of its own, and says its first words together with that; then it echoes.
+ECHO_PROGRAM = """
+import socketserver, sys
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self):
+        received = b""
+        while b"\\r\\n\\r\\n" not in received: received += self.request.recv(1000)
+        head, _, early = received.partition(b"\\r\\n\\r\\n")
+        asked = b"upgrade: echo" in head.lower() and b"connection: upgrade" in head.lower()
+        lines = (b"HTTP/1.1 101 Changed", b"Connection: Upgrade", b"Upgrade: echo", b"X-Asked: %d" % asked, b"", b"")
+        self.request.sendall(b"\\r\\n".join(lines) + b"welcome " + early)
+        while piece := self.request.recv(1000): self.request.sendall(piece)
+        self.request.sendall(b"bye")
+class Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+server = Server(("127.0.0.1", 0), Echo)
+print("http://127.0.0.1:%d" % server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
 class Program:
     def __init__(self, name: str, process: trio.Process, endpoint: str) -> None:
         self.name, self.process, self.endpoint = name, process, endpoint
@@ -391,3 +412,31 @@ async def test_a_server_that_does_not_change_the_protocol_answers_as_ever() -> N
             await b.websocket()
         assert refused.value.response.status_code == 200
         assert b.gateway.snapshot(trio.current_time())["old"].connections is None
+
+
+async def test_what_is_said_together_with_the_change_of_the_protocol_is_not_lost_nor_is_the_end_of_one_side() -> None:
+    async with program("old", ECHO_PROGRAM) as old, bench() as b:
+        b.attach(old)
+        b.gateway.route({"old": 1.0})
+        client = await b.client(
+            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, Upgrade\r\nUpgrade: echo\r\n\r\nearly "
+        )
+        head = (await client.until(b"\r\n\r\n")).lower()
+        assert head.startswith(b"http/1.1 101 ")
+        assert b"x-asked: 1" in head
+        assert b"upgrade: echo" in head
+        assert b"connection: upgrade" in head
+        await client.until(b"welcome early ")
+        await client.stream.send_all(b"more ")
+        await client.until(b"more ")
+        await client.stream.send_eof()
+        assert await client.rest() == b"bye"
+        await b.gateway.drained("old")
+
+
+async def test_a_protocol_may_not_be_changed_without_being_asked() -> None:
+    async with program("old", ECHO_PROGRAM) as old, bench() as b:
+        b.attach(old)
+        b.gateway.route({"old": 1.0})
+        client = await b.client(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        assert (await client.rest()).startswith(b"HTTP/1.1 502")

@@ -159,7 +159,9 @@ class Connections:
 
     def failed(self, instance: str) -> None:
         """The instance did not take a connection."""
-        self._counts.setdefault(instance, _Counts()).errors += 1
+        counts = self._counts.setdefault(instance, _Counts())
+        counts.total += 1
+        counts.errors += 1
 
     def watch(self, instance: str, callback: Any) -> None:
         """Told once, at the first bytes of the instance on a connection that is opened after this."""
