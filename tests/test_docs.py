@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
+from interlock.agents import token_machine
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
 from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
 from interlock.broker import config
@@ -183,6 +184,12 @@ def slot_diagram() -> str:
     return _diagram(lines, State)
 
 
+def token_diagram() -> str:
+    """The token machine: its table."""
+    lines = ["[*] --> free", *(f"{old} --> {new}: {what}" for (old, what), new in token_machine.TRANSITIONS.items())]
+    return _diagram(lines, token_machine.Phase)
+
+
 def migration_diagram() -> str:
     """The migration machine: its table."""
     lines = ["[*] --> running", *(f"{_id(old)} --> {_id(new)}: {what}" for (old, what), new in TRANSITIONS.items())]
@@ -281,6 +288,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "stages": stages,
     "slot": slot_diagram,
+    "token": token_diagram,
     "migration": migration_diagram,
     "default-rules": rule_table,
     "rule-language": rule_language,

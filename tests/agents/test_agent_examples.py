@@ -105,8 +105,40 @@ async def test_the_wrapped_examples_are_found_well_by_their_probes_and_answer(na
                 assert answer.endswith(b"served by page v1\n")
 
 
+async def test_the_example_with_its_own_protocol_answers_lines(tmp_path: Path) -> None:
+    port = free_port()
+    with program("lines", FLEET.agents["lines"].revisions["v1"], port, tmp_path / "log"), trio.fail_after(30):
+        while True:
+            try:
+                stream = await trio.open_tcp_stream("127.0.0.1", port)
+                break
+            except OSError:
+                await trio.sleep(0.05)
+        async with stream:
+            await stream.send_all(b"a line\n")
+            await stream.send_eof()
+            assert b"".join([bytes(chunk) async for chunk in stream]) == b"hello\nA LINE\n"
+
+
+async def test_the_worker_example_sorts_in_its_turn_only(
+    launch_agent: LaunchAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERLOCK_DATA", str(tmp_path))
+    revision = FLEET.agents["sorter"].revisions["v1"]
+    agent = await launch_agent("", entry=revision.entry, source=str(FLEET.folder / revision.source), standby=True)
+    (tmp_path / "inbox" / "a.txt").write_text("b\na\n")
+    assert (await agent.control.activate(20.0)).ok
+    result = tmp_path / "inbox" / "a.sorted"
+    with trio.fail_after(20):
+        while not result.exists():
+            assert (await agent.control.health()).ok
+    assert (await agent.control.deactivate(20.0)).ok
+    assert result.read_text() == "a\nb\n"
+    assert await agent.terminated() == 0
+
+
 def test_every_toml_file_and_block_is_a_fleet() -> None:
-    assert set(FLEET.agents) == {"greeter", "adder", "page"}
+    assert set(FLEET.agents) == {"greeter", "adder", "page", "lines", "sorter"}
     for path in (ROOT / "examples").rglob("*.toml"):
         load_fleet(path)
     shown = tables()
@@ -132,7 +164,7 @@ def tables() -> list[dict[str, Any]]:
 
 
 def test_what_the_guide_shows_of_wrapping_is_what_the_examples_do() -> None:
-    for name in ("adder", "page"):
+    for name in ("adder", "page", "lines"):
         shown = msgspec.convert(next(table[name] for table in tables() if name in table), AgentConfig)
         assert shown.endpoint == FLEET.agents[name].endpoint
         assert shown.revisions["v1"].command == FLEET.agents[name].revisions["v1"].command

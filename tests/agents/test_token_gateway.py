@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -187,6 +188,32 @@ async def test_a_program_that_locks_its_token_works_in_its_turns_only(argv: list
         for token in tokens.values():
             token.close()
     assert os.listdir(tmp_path) == ["out"]
+
+
+async def test_a_thousand_turns_leave_one_open_file_and_a_program_that_waits_at_an_old_one_still_waits(
+    tmp_path: Path,
+) -> None:
+    token = TokenFile(tmp_path / "token")
+    with trio.fail_after(60):
+        for _ in range(1000):
+            token.give()
+            await token.take()
+        assert len(token._files) == 1
+        token.give()
+        late = os.open(token.path, os.O_RDONLY)
+        await token.take()
+        assert len(token._files) == 2
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(late, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        token.give()
+        fcntl.flock(late, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with trio.move_on_after(0.05) as waited:
+            await token.take()
+        assert waited.cancelled_caught
+        os.close(late)
+        await token.take()
+        assert len(token._files) <= 2
+    token.close()
 
 
 async def test_the_lock_of_a_dead_program_is_free(tmp_path: Path) -> None:

@@ -5,21 +5,19 @@ give the token is to let go of that lock; to take it is to put a new, locked fil
 begins anew, and then to wait for the lock of the old file, which the program holds while it works. The kernel frees the
 locks of whoever dies.
 
-A program that had opened the old file, but not locked it yet, waits at that one: so the host keeps those locks too, and
-lets go of all of them when it gives the token again.
+A program that had opened the old file, but not locked it yet, waits at that one: so the host keeps that lock too, lets
+go of all when it gives the token again, and forgets a file once nobody else has it open.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import time
 from pathlib import Path
 
 import trio
 
 POLL_S = 0.005  # between looks at a lock that the program holds
-STALE_S = 5.0  # of being active: whoever had opened a file of before that has locked it since, and opens the new one
 
 
 class TokenFile:
@@ -28,28 +26,25 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files = [self._place()]  # the newest last: the one that is at `path`
-        self._given_at = float("inf")
 
     def give(self) -> None:
         """The program may work from now on."""
-        self._given_at = time.monotonic()
         for file in self._files:
             fcntl.flock(file, fcntl.LOCK_UN)
 
     async def take(self) -> None:
         """Returns once the program does not work, and can't begin."""
         old = self._files
-        if time.monotonic() - self._given_at >= STALE_S:
-            for file in old[:-1]:
-                os.close(file)
-            old = old[-1:]
-        self._given_at = float("inf")
         self._files = [*old, self._place()]
         waiting = list(old)
         while waiting and self._files:  # none: closed meanwhile, the program is dead
             waiting = [file for file in waiting if not _locked(file)]
             if waiting:
                 await trio.sleep(POLL_S)
+        for file in self._files[:-1]:
+            if _only_ours(file):
+                os.close(file)
+                self._files.remove(file)
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
@@ -66,6 +61,15 @@ class TokenFile:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         aside.rename(self.path)
         return file
+
+
+def _only_ours(file: int) -> bool:
+    """Nobody else has it open: only then is a write lease granted. Its name is gone, so that nobody can open it."""
+    try:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return False
+    return True
 
 
 def _locked(file: int) -> bool:
