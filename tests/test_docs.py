@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 import wire_parts
+from interlock.agents import token_machine
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
 from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
 from interlock.broker import commands, config
@@ -58,6 +59,7 @@ TABLES = {
     "[hosts.NAME]": "HostConfig",
     "[agents.NAME]": "AgentConfig",
     "[agents.NAME.compare]": "CompareConfig",
+    "[agents.NAME.compare.handlers.NAME]": "HandlerCompare",
     "[agents.NAME.revisions.NAME]": "RevisionConfig",
     "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
 }
@@ -204,6 +206,12 @@ def slot_diagram() -> str:
     return _diagram(lines, State)
 
 
+def token_diagram() -> str:
+    """The token machine: its table."""
+    lines = ["[*] --> free", *(f"{old} --> {new}: {what}" for (old, what), new in token_machine.TRANSITIONS.items())]
+    return _diagram(lines, token_machine.Phase)
+
+
 def migration_diagram() -> str:
     """The migration machine: its table."""
     arrows: dict[tuple[Phase, Phase], list[str]] = {}
@@ -325,6 +333,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "stages": stages,
     "slot": slot_diagram,
+    "token": token_diagram,
     "migration": migration_diagram,
     "migration-table": migration_table,
     "default-rules": rule_table,

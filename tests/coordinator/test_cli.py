@@ -7,16 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import get_args
 
-import msgspec
 import pytest
 
 from interlock.broker import commands, facts
-from interlock.broker.commands import Breach
 from interlock.broker.config import load_fleet
 from interlock.broker.wire import Body, Event, Header, encode
 from interlock.coordinator import cli
+from interlock.coordinator.catalogue import example
 from interlock.coordinator.fleet import Fleet
 from interlock.coordinator.options import STEERING
 from interlock.coordinator.screen import Screen, clock, closing
@@ -155,26 +154,10 @@ def test_a_prefix_goes_to_the_plane_it_belongs_to(
 # --- words
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def every_body() -> list[Body]:
-    """One message of each type there is, with some value in each field that needs one."""
-    samples: dict[Any, Any] = {str: "alpha", int: 1, float: 1.5, bool: True, bytes: b""}
-    samples |= {
-        list[str]: [],
-        dict[str, str]: {"host": "alpha"},
-        dict[str, float]: {"1": 0.05},
-        Breach: {"by": "rule x", "reason": "too hot"},
-    }
-    bodies = []
-    for kind in (*get_args(commands.Command), *get_args(facts.Fact)):
-        tree = {"type": kind.__struct_config__.tag}
-        for field in msgspec.structs.fields(kind):
-            if field.required:
-                plain = get_type_hints(kind)[field.name]
-                literal = get_args(plain) if get_origin(plain) is Literal else ()
-                tree[field.name] = literal[0] if literal else samples[plain]
-        bodies.append(msgspec.convert(tree, kind))
-    return bodies
+    """One of each kind."""
+    return [example(kind) for kind in (*get_args(commands.Command), *get_args(facts.Fact))]
 
 
 def test_every_event_has_a_sentence_and_a_tone(every_body: list[Body]) -> None:

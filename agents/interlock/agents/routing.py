@@ -144,11 +144,13 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         for instance in self._instances.values():
             instance.tally.begin_trial(slow_s)
 
-    def compared(self, name: str, equal: bool) -> None:
+    def compared(self, name: str, equal: bool, *, error: bool = False) -> None:
+        """A pair was judged, or (`error`) could not be."""
         instance = self._instances.get(name)
         if instance is not None:
-            instance.tally.compared += 1
-            instance.tally.mismatches += not equal
+            instance.tally.unjudged += error
+            instance.tally.compared += not error
+            instance.tally.mismatches += not (equal or error)
 
     def dropped(self, name: str) -> None:
         """A pair of answers could not be compared."""
