@@ -37,6 +37,7 @@ from interlock.broker.gate import Gate
 from interlock.broker.role import held
 from interlock.broker.samples import Labels
 from interlock.broker.security import Security, load_security
+from interlock.broker.shielding import start_shielded
 from interlock.broker.simgpu import create_cards
 from interlock.broker.sockets import open_sockets
 from interlock.broker.wire import Event, decode_body
@@ -229,8 +230,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Callable[[], None
 
 async def _shielded(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.cancel_scope.shield = True
-        task_status.started(nursery)
+        await start_shielded(nursery.cancel_scope, task_status, nursery)
         await trio.sleep_forever()
 
 
