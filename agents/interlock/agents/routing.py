@@ -300,6 +300,10 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         instance = self._instances.get(name)
         return sum(1 for _ in instance.owed()) if instance is not None else 0
 
+    def outstanding(self, name: str) -> list[int]:
+        """The copies that it was given and has not answered."""
+        return list(self._instances[name].copies) if name in self._instances else []
+
     def latencies(self, name: str, seconds: float, now: float) -> list[float]:
         instance = self._instances.get(name)
         return instance.tally.latencies(seconds, now) if instance is not None else []
@@ -445,7 +449,7 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         elif not sent or self._may_repeat(request, instance):
             self._put_back(request, now)
         else:
-            reason = "the instance died before it answered; whether it acted on the request is unknown"
+            reason = "the instance or its connection died before it answered; whether it acted on it is unknown"
             self._fail(request, "instance-died", reason, out)
 
     def _end(self, instance: Instance[BodyT], now: float, out: list[Any]) -> None:
