@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
+import wire_parts
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
 from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
 from interlock.broker import config
@@ -288,6 +289,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "migration": migration_diagram,
     "default-rules": rule_table,
     "rule-language": rule_language,
+    **wire_parts.PARTS,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import msgpack
 import msgspec
@@ -31,9 +31,9 @@ FIELDS: dict[Any, st.SearchStrategy[Any]] = {
 
 def bodies(kind: type[Any]) -> st.SearchStrategy[Any]:
     """Any value of a kind of message: required fields are drawn, of optional ones some."""
-    fields = {}
+    fields, plain = {}, get_type_hints(kind)
     for field in msgspec.structs.fields(kind):
-        annotation = field.type
+        annotation = plain[field.name]
         if annotation in FIELDS:
             fields[field.encode_name] = FIELDS[annotation]
         elif field.required:

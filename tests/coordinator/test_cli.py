@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -150,8 +150,9 @@ def every_body() -> list[Body]:
         tree = {"type": kind.__struct_config__.tag}
         for field in msgspec.structs.fields(kind):
             if field.required:
-                literal = get_args(field.type) if get_origin(field.type) is Literal else ()
-                tree[field.name] = literal[0] if literal else samples[field.type]
+                plain = get_type_hints(kind)[field.name]
+                literal = get_args(plain) if get_origin(plain) is Literal else ()
+                tree[field.name] = literal[0] if literal else samples[plain]
         bodies.append(msgspec.convert(tree, kind))
     return bodies
 

@@ -24,8 +24,8 @@ import trio
 from interlock.agents.process import Ended, StartFailed, run_to_end
 from interlock.agents.revisions import Revision
 from interlock.agents.serving import Spec
-from interlock.broker.commands import Evidence
 from interlock.broker.errors import ConfigError
+from interlock.broker.fields import Evidence
 
 PARSE_TIMEOUT_S = 60.0  # for all files of a source of the largest size
 PYTHON_TIMEOUT_S = 10.0  # for an interpreter to say its version; a cold disk takes seconds

@@ -22,9 +22,10 @@ from interlock.agents.launch import Instance, Place
 from interlock.agents.preflight import first_failed, preflight
 from interlock.agents.revisions import Revision, RevisionStore, check_name_free
 from interlock.agents.slot_io import PrepareEnded, Row
-from interlock.broker.commands import Evidence, Prepare
+from interlock.broker.commands import Prepare
 from interlock.broker.config import AgentConfig, FleetConfig, source_of
 from interlock.broker.errors import ConfigError, InterlockError, Refused
+from interlock.broker.fields import Evidence
 
 BACKUPS_KEPT = 5  # per agent; each holds the code of one revision
 

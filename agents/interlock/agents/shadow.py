@@ -7,7 +7,8 @@ from typing import Literal
 
 from interlock.agents.compare import Pair
 from interlock.agents.latency import quantile
-from interlock.broker.commands import Evidence, Shadow
+from interlock.broker.commands import Shadow
+from interlock.broker.fields import Evidence
 
 MAX_EXAMPLES = 5  # differences that the report keeps
 MAX_REQUEST_TEXT = 200  # characters of a request in an example

@@ -41,8 +41,9 @@ from interlock.agents.slot_io import (
     Verify,
 )
 from interlock.broker import commands, facts
-from interlock.broker.commands import Breach, Evidence, HostCommand
+from interlock.broker.commands import Breach, HostCommand
 from interlock.broker.facts import Fact
+from interlock.broker.fields import Evidence
 
 STANDBY_LEASE_S = 60.0  # before the cut-over a candidate costs resources only; still nobody may forget it
 RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th restart in a row of a permanent instance

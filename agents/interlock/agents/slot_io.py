@@ -7,8 +7,9 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from interlock.broker import commands
-from interlock.broker.commands import Evidence, HostCommand, RollBack
+from interlock.broker.commands import HostCommand, RollBack
 from interlock.broker.facts import Fact, Role
+from interlock.broker.fields import Evidence
 
 
 class State(StrEnum):

@@ -50,10 +50,10 @@ from interlock.agents.slot_io import (
     Verify,
 )
 from interlock.broker import commands, facts
-from interlock.broker.commands import Evidence
 from interlock.broker.config import AgentConfig, FleetConfig
 from interlock.broker.errors import InterlockError, LogError
 from interlock.broker.facts import Fact
+from interlock.broker.fields import Evidence
 from interlock.broker.samples import Labels
 from interlock.broker.wire import encode
 

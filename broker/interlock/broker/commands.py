@@ -7,9 +7,20 @@ gave to the request that began it: a host refuses a command of an older epoch th
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+from interlock.broker.fields import (
+    AgentName,
+    Deadline,
+    Epoch,
+    Labels,
+    MigrationId,
+    Reason,
+    RevisionName,
+    says,
+)
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -17,33 +28,33 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Breach(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rule or a check saw. `sample_time` is the time of the first sample that showed it, seconds since 1970."""
+    """What a rule or a check saw."""
 
-    by: str  # "rule gpu-memory", "check shadow", "host process-died", "operator"
-    reason: str  # one line for people
-    labels: dict[str, str] = {}
-    value: float | None = None
-    sample_time: float | None = None
+    by: Annotated[str, says('"rule gpu-memory", "check shadow", "host process-died", "operator"')]
+    reason: Reason
+    labels: Labels = {}
+    value: Annotated[float | None, says("of the sample that showed it")] = None
+    sample_time: Annotated[float | None, says("of the first sample that showed it, in seconds since 1970")] = None
 
 
 # operator -> coordinator, topic command/coordinator/
 
 
 class Migrate(_Body, frozen=True, kw_only=True, tag="migrate"):
-    """Move an agent to a revision. `strategy`: None takes the agent's own."""
+    """Move an agent to a revision. Without `strategy` by the agent's own."""
 
-    agent: str
-    to: str
-    deadline: float
-    strategy: str | None = None
+    agent: AgentName
+    to: RevisionName
+    deadline: Deadline
+    strategy: Annotated[str | None, says('"rapid" or "staged"')] = None
 
 
 class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
     """Undo the agent's migration in flight."""
 
-    agent: str
-    reason: str
-    deadline: float
+    agent: AgentName
+    reason: Reason
+    deadline: Deadline
 
 
 # coordinator -> host, topic command/<host>/
@@ -52,58 +63,55 @@ class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
 class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     """Check, record and back up revision `to`; measure the baseline of the old one for `baseline_s` seconds."""
 
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    to: str
-    baseline_s: float
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    to: RevisionName
+    baseline_s: Annotated[float, says("seconds for which the serving revision is measured")]
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
     """Start the prepared revision beside the serving one, without live requests; done when it is healthy."""
 
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
 
 
 class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
     """Mirror live requests to the candidate until `requests` were compared or `seconds` are over."""
 
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    requests: int
-    seconds: float
-    min_requests: int
-    max_mismatches: int
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    requests: Annotated[int, says("so many compared are enough")]
+    seconds: Annotated[float, says("seconds that it lasts at most")]
+    min_requests: Annotated[int, says("with fewer compared it has failed")]
+    max_mismatches: Annotated[int, says("more answers that differ: it has failed")]
 
 
 class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
-    """Give the candidate this share (0 to 1) of the live requests; the host holds a lease of `lease_s` from then on.
+    """Give the candidate a share of the live requests; the host holds a lease from then on."""
 
-    warm_up_s: seconds after its first live request from which its answers count in the comparison.
-    """
-
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    share: float
-    lease_s: float
-    warm_up_s: float = 0.0
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    share: Annotated[float, says("of the live requests, 0 to 1, to the candidate")]
+    lease_s: Annotated[float, says("seconds: a lease that is not renewed for so long is rolled back")]
+    warm_up_s: Annotated[float, says("seconds of live requests after which its answers count in the comparison")] = 0.0
 
 
 class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
     """Make the candidate permanent; drain and stop the old one."""
 
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
 
 
 # operator, coordinator -> hosts, topic command/<host>/ or command/all/
@@ -112,7 +120,7 @@ class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
 class RollCall(_Body, frozen=True, kw_only=True, tag="roll-call"):
     """Say that you are there: the host's receipt is all that is asked for. Also to all hosts, topic command/all/."""
 
-    deadline: float
+    deadline: Deadline
 
 
 # rule engine, coordinator, operator -> host, topic rollback/<host>/
@@ -121,23 +129,23 @@ class RollCall(_Body, frozen=True, kw_only=True, tag="roll-call"):
 class RollBack(_Body, frozen=True, kw_only=True, tag="roll-back"):
     """Put the old revision back. Needs no permission, and is done whatever state the migration is in."""
 
-    migration: str
-    agent: str
-    epoch: int
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
     breach: Breach
-    issued: float  # seconds since 1970, when it was decided
+    issued: Annotated[float, says("when it was decided, in seconds since 1970")]
 
 
 # coordinator -> host, directly (not through the log)
 
 
 class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
-    """Keep the candidate live for another `lease_s` seconds; a host whose lease expires rolls back by itself."""
+    """Keep the candidate live for a while more; a host whose lease expires rolls back by itself."""
 
-    migration: str
-    agent: str
-    epoch: int
-    lease_s: float
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    lease_s: Annotated[float, says("seconds from now, for which the lease holds")]
 
 
 Step = Literal["prepare", "start-candidate", "shadow", "cut-over", "commit"]
@@ -146,5 +154,3 @@ Command = (
     Migrate | RollBackAgent | RollCall | Prepare | StartCandidate | Shadow | CutOver | Commit | RollBack | RenewLease
 )
 HostCommand = Prepare | StartCandidate | Shadow | CutOver | Commit
-
-Evidence = dict[str, Any]  # figures and findings by name, as the host or a check measured them

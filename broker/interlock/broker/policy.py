@@ -154,4 +154,4 @@ def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
 
 
 def _of_migration(body: Body) -> bool:
-    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES))
+    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES, facts.FleetSnapshot))

@@ -6,7 +6,12 @@ repeated (see `SeriesTable`), since the telemetry plane may drop a batch and a c
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+from interlock.broker.fields import says
+from interlock.broker.version import WIRE_VERSION, V
 
 NAME = "__name__"  # the label that holds the metric's name, as in Prometheus
 
@@ -18,32 +23,27 @@ ANNOUNCEMENTS = 3  # a new series is announced in so many batches in a row: one 
 class Announcement(msgspec.Struct, frozen=True, array_like=True):
     """`[id, labels]`; labels hold the metric's name under `__name__`."""
 
-    id: int
-    labels: dict[str, str]
+    id: Annotated[int, says("the series' number in its publisher's epoch")]
+    labels: Annotated[dict[str, str], says("name and value, `__name__` among them")]
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """Samples that one publisher took at one time. `ids[i]` has the value `values[i]`.
+    """Samples that one publisher took at one time. `ids[i]` has the value `values[i]`."""
 
-    epoch: the publisher's start, in nanoseconds since 1970; a larger one means it restarted: ids and counters begin
-    anew. seq: 1, 2, 3, ... within the epoch; a hole is a lost batch. time: when the samples were taken, in seconds
-    since 1970 by the publisher's clock. stale: ids of series that have ended. whole: `series` names all there are, any
-    other has ended. delay: seconds for which the batch is known to have waited on its way, 0 where it did not.
-    cached: no new batch, but the state after batch `seq`, as the broker or a reader remembers it.
-    """
-
-    v: int = 1
-    source: str
-    epoch: int
-    seq: int
-    time: float
-    series: list[Announcement] = []
-    ids: list[int] = []
-    values: list[float] = []
-    stale: list[int] = []
-    whole: bool = False
-    delay: float = 0.0
-    cached: bool = False
+    v: V = WIRE_VERSION
+    source: Annotated[str, says("`<host>/<publisher>`")]
+    epoch: Annotated[
+        int, says("the publisher's start, nanoseconds since 1970; a larger one: it restarted, ids and counters anew")
+    ]
+    seq: Annotated[int, says("1, 2, 3, ... in the epoch; a hole is a lost batch")]
+    time: Annotated[float, says("when the samples were taken, seconds since 1970 by the publisher's clock")]
+    series: Annotated[list[Announcement], says("announcements, `[id, labels]` each")] = []
+    ids: Annotated[list[int], says("the series `ids[i]` has the value `values[i]`")] = []
+    values: Annotated[list[float], says("as many as ids")] = []
+    stale: Annotated[list[int], says("ids of series that have ended")] = []
+    whole: Annotated[bool, says("`series` names all series there are, any other has ended")] = False
+    delay: Annotated[float, says("seconds that the batch is known to have waited on its way")] = 0.0
+    cached: Annotated[bool, says("no new batch, but the state after batch `seq`, as the broker remembers it")] = False
 
 
 Labels = tuple[tuple[str, str], ...]

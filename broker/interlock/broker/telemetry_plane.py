@@ -18,7 +18,7 @@ import trio
 
 from interlock.broker import policy, topics, wire
 from interlock.broker.config import BrokerConfig
-from interlock.broker.errors import Refused, WireError
+from interlock.broker.errors import Refused, UnknownVersion, WireError
 from interlock.broker.gate import Gate, open_gated
 from interlock.broker.lastvalues import LastValues
 from interlock.broker.pulse import PULSE_S
@@ -32,10 +32,13 @@ from interlock.broker.telemetry_protocol import (
     BEAT_TOPIC,
     PAGE_BATCHES,
     PAGE_BYTES,
+    AskFailed,
     AskLast,
     Beat,
     Page,
+    Why,
     decode_ask,
+    number_of,
 )
 
 SUBSCRIBER_QUEUE = 1000  # batches that wait for one subscriber: 1 s of 100 publishers at 10 Hz; then its next are lost
@@ -114,6 +117,8 @@ class _Plane:
                 raise WireError("only the broker says what it remembers", where=topic)
             if self._gate is not None:
                 self._gate.admit(user, lambda grant: policy.telemetry(grant, topic, batch))
+        except UnknownVersion as error:
+            self._rejects.count("a batch of an unknown version", error)
         except WireError as error:
             self._rejects.count("what is not a telemetry batch", error)
         except Refused as error:
@@ -136,17 +141,29 @@ class _Plane:
             ask = decode_ask(frame)
             if self._gate is not None:
                 self._gate.admit(user, lambda grant: policy.subscribe(grant, ask.prefixes))
+        except UnknownVersion as error:
+            self._rejects.count("a request of an unknown version", error)
+            self._fail(peer, frame, "version", error)
+            return
         except WireError as error:
             self._rejects.count("what is not a request for last values", error)
+            self._fail(peer, frame, "invalid", error)
             return
         except Refused as error:
             self._rejects.count("a request whose sender may not", error)
+            self._fail(peer, frame, "refused", error)
             return
         if len(self._asks) < MAX_ASKS or peer in self._asks:
             self._asks[peer] = ask
             self._asked.set()
         else:
             self._rejects.count("(for now) a request for last values beyond the limit")
+
+    def _fail(self, peer: bytes, frame: bytes, kind: Why, error: Refused | WireError) -> None:
+        """Tell who asks why there is no answer; one whose request has no number would not understand that."""
+        number = number_of(frame)
+        if number is not None:
+            self._ingress.send_nowait([peer, wire.encode(AskFailed(number, str(error), kind))])
 
     # --- the tasks
 

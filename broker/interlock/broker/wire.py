@@ -8,14 +8,16 @@ subscriber, so that they can be hashed and signed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from interlock.broker.commands import Command
 from interlock.broker.errors import WireError
 from interlock.broker.facts import Fact
+from interlock.broker.fields import says
 from interlock.broker.samples import Batch
+from interlock.broker.version import WIRE_VERSION, V, check, check_frame
 
 MAX_FRAME = 1 << 20  # bytes: the largest frame anyone of ours sends is a report of some 10 kB
 MAX_TOPIC = 256  # bytes
@@ -24,22 +26,17 @@ Body = Command | Fact
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """Who said it and when, and where it stands in the log.
+    """Who said it and when, and where it stands in the log: seq, prev and logged are filled in by the broker."""
 
-    id: chosen by the publisher, and what repeats are recognised by. time: seconds since 1970 by the publisher's clock.
-    seq, prev and logged are the broker's: the number in the log, the number of the previous event *of the same topic*
-    (so that a subscriber of any set of topics sees a hole), and when it was on disk. Of commands and rollbacks,
-    expires: seconds since 1970 after which nobody acts on it; sig: the Ed25519 signature (see `signing.py`).
-    """
-
-    id: str
-    source: str
-    time: float
-    seq: int = 0
-    prev: int = 0
-    logged: float = 0.0
-    expires: float = 0.0
-    sig: bytes = b""
+    v: V = WIRE_VERSION
+    id: Annotated[str, says("chosen by the publisher, unique for ever: what repeats are recognised by")]
+    source: Annotated[str, says("the publisher's identity, such as host/alpha")]
+    time: Annotated[float, says("seconds since 1970 by the publisher's clock")]
+    seq: Annotated[int, says("the number in the log: 1, 2, 3, ...")] = 0
+    prev: Annotated[int, says("the number of the previous event of the same topic, 0 for none")] = 0
+    logged: Annotated[float, says("when it was on disk, seconds since 1970")] = 0.0
+    expires: Annotated[float, says("commands and rollbacks: seconds since 1970 after which nobody acts on it")] = 0.0
+    sig: Annotated[bytes, says("commands and rollbacks: the Ed25519 signature")] = b""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -65,12 +62,16 @@ def encode(message: Any) -> bytes:
 
 
 def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T], *, what: str) -> T:
-    """The frame as what the decoder is for; WireError for anything else, whatever it is."""
+    """The frame as what the decoder is for; WireError for anything else, whatever it is.
+
+    UnknownVersion if it can't be read and is of a version unknown here. What can be read is the caller's to judge.
+    """
     if len(frame) > MAX_FRAME:
         raise WireError(f"{what} of {len(frame)} bytes", hint=f"at most {MAX_FRAME}")
     try:
         return decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        check_frame(frame, what)
         raise WireError(f"not a {what}: {error or type(error).__name__}") from error
 
 
@@ -92,10 +93,12 @@ def decode_topic(frame: bytes) -> str:
 
 
 def decode_event(frames: Sequence[bytes]) -> Event:
-    """An event from its three frames; WireError if they are anything else."""
+    """An event from its three frames; WireError if they are anything else, UnknownVersion for one of those."""
     if len(frames) != 3:
         raise WireError(f"an event has 3 frames, this has {len(frames)}")
-    return Event(decode_topic(frames[0]), decode_header(frames[1]), decode_body(frames[2]), frames[2])
+    topic, header = decode_topic(frames[0]), decode_header(frames[1])
+    check(header.v, "an event")
+    return Event(topic, header, decode_body(frames[2]), frames[2])
 
 
 def encode_event(event: Event) -> list[bytes]:
@@ -103,11 +106,12 @@ def encode_event(event: Event) -> list[bytes]:
 
 
 def decode_batch(frames: Sequence[bytes]) -> Batch:
-    """A telemetry batch from its two frames; WireError if they are anything else."""
+    """A telemetry batch from its two frames; WireError if they are anything else, UnknownVersion for one of those."""
     if len(frames) != 2:
         raise WireError(f"telemetry has 2 frames, this has {len(frames)}")
     decode_topic(frames[0])
     batch = decode(frames[1], _batch_decoder, what="telemetry batch")
+    check(batch.v, "a batch")
     if len(batch.ids) != len(batch.values):
         raise WireError(f"{len(batch.ids)} ids but {len(batch.values)} values")
     return batch

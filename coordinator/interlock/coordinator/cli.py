@@ -99,6 +99,7 @@ def parser() -> Parser:
     watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
     _log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     _keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
+    verb("asyncapi", "print the AsyncAPI 3 document of the bus, for programs in other languages")
     verb("shell", "a prompt with these verbs")
     up = verb("up", "run every role of a fleet on this machine")
     up.add_argument("path", nargs="?", type=Path, metavar="FLEET.TOML")
@@ -241,8 +242,12 @@ def _on_bus(
                         on_interrupt()
                         nursery.cancel_scope.cancel()
 
+                async def end_without_a_common_version(bus: Bus) -> None:
+                    raise Refused(await bus.mismatch(), where=fleet.broker.events)
+
                 nursery.start_soon(stop_on_signal)
                 async with open_bus(fleet.broker, f"cli/{os.getpid()}", security=security) as bus:
+                    nursery.start_soon(end_without_a_common_version, bus)
                     code = await verb(bus, fleet)
                 nursery.cancel_scope.cancel()
         return code
@@ -384,6 +389,13 @@ def _log(chosen: argparse.Namespace) -> int:
     return log_verb.run(chosen, lambda: load_fleet(chosen.fleet), on_bus)
 
 
+def _asyncapi(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.asyncapi import rendered
+
+    sys.stdout.write(rendered())
+    return 0
+
+
 def _shell(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.shell import Shell
 
@@ -463,6 +475,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "watch": _watch,
     "log": _log,
     "keys": _keys,
+    "asyncapi": _asyncapi,
     "shell": _shell,
     "up": _up,
     "demo": _demo,

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from interlock.broker import facts
-from interlock.broker.commands import Breach, Evidence
+from interlock.broker.commands import Breach
+from interlock.broker.fields import Evidence
 from interlock.broker.wire import Event
 
 SNAPSHOT_BYTES = 900_000  # of a packed fleet: it travels in one event, of 1 MiB at most

@@ -12,9 +12,10 @@ from enum import StrEnum
 import msgspec
 
 from interlock.broker import commands, facts, topics
-from interlock.broker.commands import Breach, Evidence, Step
+from interlock.broker.commands import Breach, Step
 from interlock.broker.config import CoordinatorConfig, StrategyConfig
 from interlock.broker.facts import Outcome
+from interlock.broker.fields import Evidence
 from interlock.broker.wire import Body, Event
 from interlock.coordinator.observation import CHECKPOINTS, Baseline, Measurement, Watched, is_due
 

@@ -1,0 +1,34 @@
+"""What the fields of messages hold: types that say their meaning and unit, in the code and in what is made of it
+(docs/wire.md, `interlock asyncapi`). To msgspec and mypy each is the plain type.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+
+def says(text: str) -> msgspec.Meta:
+    """The meaning of one field, as `Annotated[int, says("how many")]`."""
+    return msgspec.Meta(description=text)
+
+
+Time = Annotated[float, says("seconds since 1970")]
+Seconds = Annotated[float, says("seconds")]
+Seq = Annotated[int, says("the number of an event in the log")]
+EventId = Annotated[str, says("the id of an event")]
+Identity = Annotated[str, says("who, as its key names it: host/alpha, coordinator, operator/ann")]
+HostName = Annotated[str, says("the host's name")]
+AgentName = Annotated[str, says("the agent's name")]
+RevisionName = Annotated[str, says("the revision's name")]
+RuleName = Annotated[str, says("the alert's name in the rule file")]
+InstanceId = Annotated[str, says("the host's own name for this process of the agent")]
+MigrationId = Annotated[str, says("the migration's id, chosen by the coordinator")]
+Epoch = Annotated[int, says("the migration's fencing token: the number in the log of the request that began it")]
+Deadline = Annotated[float, says("seconds since 1970; refused after that")]
+Reason = Annotated[str, says("why, in one line for people")]
+Labels = Annotated[dict[str, str], says("labels as Prometheus has them: name and value")]
+Evidence = Annotated[dict[str, Any], says("figures and findings by name, as they were measured")]
+Number = Annotated[int, says("of the request: any number of the asker's, which its answers repeat")]
+Prefixes = Annotated[list[str], says("what topics start with; an empty one stands for all")]
