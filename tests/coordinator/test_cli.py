@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -25,6 +27,7 @@ from interlock.coordinator.watch import planes
 from interlock.coordinator.wording import sentence, tone
 
 Captured = pytest.CaptureFixture[str]
+PATIENCE_S = 60  # for a process of ours to begin or end on a busy machine
 
 
 @pytest.fixture
@@ -248,6 +251,31 @@ def test_the_shell_ends_at_the_end_of_its_input(fleet_file: Path, monkeypatch: p
     feed(monkeypatch)
     prompt.cmdloop()
     assert ran == []
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a signal handler of its own for it."""
+    status = Path(f"/proc/{pid}/status").read_text("ascii")
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_sigterm_ends_a_shell_also_while_a_verb_runs(fleet_file: Path) -> None:
+    command = [sys.executable, "-m", "interlock.coordinator", "shell", "--fleet", str(fleet_file)]
+    shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert shell.stdin is not None
+        shell.stdin.write("watch --timeout 600\nwatch --timeout 600\n")
+        shell.stdin.flush()
+        deadline = time.monotonic() + PATIENCE_S
+        while not catches(shell.pid, signal.SIGTERM):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        shell.terminate()
+        assert shell.wait(PATIENCE_S) == 143
+    finally:
+        shell.kill()
+        shell.communicate()
 
 
 @pytest.mark.parametrize(

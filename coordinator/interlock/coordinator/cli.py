@@ -1,7 +1,7 @@
 """The command `interlock`.
 
 Exit codes: 0 done (of migrate: committed), 10 rolled back, 11 held, 12 refused, 13 failed, 2 a wrong option or fleet
-file, 3 no answer from the broker, the coordinator or a host, 130 interrupted.
+file, 3 no answer from the broker, the coordinator or a host, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def parser() -> Parser:
         description="Moves live AI agents to new revisions, and rolls a bad one back by itself.",
         parents=[common],
         epilog="exit codes: 0 done or committed, 10 rolled back, 11 held, 12 refused, 13 failed, 2 wrong usage or "
-        "fleet file, 3 no answer, 130 interrupted",
+        "fleet file, 3 no answer, 130 interrupted, 143 terminated",
     )
     top.add_argument("--version", action="version", version=f"interlock {version('interlock')}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser, required=True)
@@ -238,7 +238,9 @@ def _on_bus(
             async with trio.open_nursery() as nursery:
 
                 async def stop_on_signal() -> None:
-                    async for _ in signals:
+                    nonlocal code
+                    async for number in signals:
+                        code = 128 + number  # as a shell says it: EXIT_INTERRUPTED, EXIT_TERMINATED
                         on_interrupt()
                         nursery.cancel_scope.cancel()
 
@@ -399,8 +401,9 @@ def _asyncapi(chosen: argparse.Namespace) -> int:
 def _shell(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.shell import Shell
 
-    Shell(load_fleet(chosen.fleet), chosen.fleet, main).cmdloop()
-    return 0
+    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, main)
+    shell.cmdloop()
+    return shell.exit_code
 
 
 def _keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
