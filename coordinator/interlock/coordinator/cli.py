@@ -23,6 +23,7 @@ import trio
 
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused, Unreachable
+from interlock.broker.interrupt import raise_again
 from interlock.broker.role import log_to_stderr, run_role
 
 if TYPE_CHECKING:  # a verb imports what it needs when it runs, so that `--version` and `--help` answer at once
@@ -165,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(chosen: argparse.Namespace) -> int:
     code = 0
     try:
+        raise_again()
         code = VERBS[chosen.verb](chosen)
         sys.stdout.flush()
     except* InterlockError as group:
