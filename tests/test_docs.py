@@ -23,6 +23,7 @@ import wire_parts
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
 from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
 from interlock.broker import config
+from interlock.broker.bounds import range_of
 from interlock.broker.config import RAPID, STAGED, StrategyConfig, parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator.demo.scenarios import SCENARIOS
@@ -109,7 +110,9 @@ def _key_row(owner: str, field: ast.AnnAssign, lines: list[str]) -> str:
     if not comment and above.startswith("#"):
         comment = above[1:]
     assert comment.strip(), f"{owner}.{key} has no comment that says what it means"
-    cells = [f"`{key}`", _type(ast.unparse(field.annotation)), _default(owner, key), comment.strip()]
+    annotation = ast.unparse(field.annotation)
+    allowed = f", {range_of(owner, key)}" if annotation.split(" ")[0] in ("int", "float") else ""
+    cells = [f"`{key}`", _type(annotation) + allowed, _default(owner, key), comment.strip()]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -38,7 +38,7 @@ def fleet_file(tmp_path: Path) -> Path:
     path = tmp_path / "fleet.toml"
     path.write_text(
         "security.mode = 'insecure'\n[broker]\n" + "\n".join(lines) + '\n[hosts.alpha]\ncontrol = "tcp://127.0.0.1:*"\n'
-        '[agents.echo]\nhost = "alpha"\nendpoint = "tcp://127.0.0.1:*"\nserve = "v1"\n'
+        '[agents.echo]\nhost = "alpha"\nendpoint = "tcp://127.0.0.1:7201"\nserve = "v1"\n'
         '[agents.echo.revisions]\nv1 = { entry = "echo:Echo" }\nv2 = { entry = "echo:Echo" }\n'
     )
     return path
