@@ -353,9 +353,16 @@ def test_what_the_rules_page_calls_unsupported_is_refused() -> None:
             language.parse(expression)
 
 
+ENTRY = (
+    "name", "agent", "from", "to", "outcome", "decided_by", "breach_to_event_ms", "breach_to_restored_ms", "requests",
+    "failed_requests", "longest_gap_ms",
+)  # fmt: skip
+
+
 def test_the_report_of_the_demo_is_of_the_scenarios_that_it_plays() -> None:
     report = json.loads((DOCS / "demo-report.json").read_text("utf-8"))
     played = [(entry["name"], entry["outcome"], entry["failed_requests"]) for entry in report["scenarios"]]
+    assert {tuple(entry) for entry in report["scenarios"]} == {ENTRY}
     assert played == [(scenario.name, scenario.expected, 0) for scenario in SCENARIOS]
 
 

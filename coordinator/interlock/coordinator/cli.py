@@ -203,6 +203,17 @@ def _complain(error: InterlockError, *, as_json: bool) -> int:
     return code
 
 
+def check_writable(path: Path, option: str) -> None:
+    """ConfigError for a file that could not be written in the end: better known before the work than after it."""
+    if path.is_dir() or not path.parent.is_dir():
+        problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "can't be written"
+    else:
+        return
+    raise ConfigError(problem, where=f"{option} {path}")
+
+
 def _first(group: BaseExceptionGroup[InterlockError]) -> InterlockError:
     inner = group.exceptions[0]
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
@@ -444,12 +455,16 @@ def _keys(chosen: argparse.Namespace) -> int:
 def _up(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.up import up
 
+    if chosen.ready_file is not None:
+        check_writable(chosen.ready_file, "--ready-file")
     return up(chosen.path or chosen.fleet, as_json=chosen.json, ready_file=chosen.ready_file)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.demo.play import main as demo_main
 
+    if chosen.report is not None:
+        check_writable(chosen.report, "--report")
     return demo_main(chosen.report, chosen.keep)
 
 
