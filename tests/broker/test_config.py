@@ -175,6 +175,9 @@ def test_a_file_that_is_missing_or_no_toml_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "fleet.toml").write_text("agents = [")
     with pytest.raises(ConfigError, match="is not TOML"):
         load_fleet(tmp_path / "fleet.toml")
+    (tmp_path / "fleet.toml").write_text("# nothing yet\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        load_fleet(tmp_path / "fleet.toml")
     (tmp_path / "fleet.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="can't be read"):
         load_fleet(tmp_path / "fleet.toml")

@@ -62,6 +62,8 @@ def test_an_unknown_verb_is_answered_with_the_nearest(argv: list[str], capsys: C
         (["migrate", "echo"], "--to"),
         (["migrate", "echo", "--to", "v2", "--strategy", "stage"], "did you mean 'staged'?"),
         (["status", "--timeout", "0"], "not a time in seconds"),
+        (["watch", "--after", "-5"], "'-5' is not a whole number of 0 or more"),
+        (["log", "--after", "-5"], "'-5' is not a whole number of 0 or more"),
         (["status", "--frob"], "unrecognized arguments: --frob"),
         (["watch", "facts"], "no topic starts with facts"),
         (["status", "--fleet", "/no/such/fleet.toml"], "/no/such/fleet.toml: there is no such file"),
@@ -74,6 +76,11 @@ def test_wrong_usage_is_told_in_one_line_and_exits_2(
     monkeypatch.setenv(cli.FLEET, str(fleet_file))
     assert cli.main(argv) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main([*argv, "--json"]) == 2
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["outcome"] == "error"
+    assert told["reason"] in err
 
 
 @pytest.mark.parametrize(
@@ -101,10 +108,11 @@ def test_roles_of_other_packages_take_the_process_over(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setenv(cli.FLEET, "env.toml")
+    monkeypatch.setenv("INTERLOCK_INSECURE", "")
     for argv in (
         ["host", "--name", "alpha", "--fleet", "f.toml"],
-        ["broker"],
-        ["--fleet", "g.toml", "monitor", "--host", "alpha"],
+        ["broker", "--json"],
+        ["--fleet", "g.toml", "monitor", "--host", "alpha", "--insecure"],
     ):
         with pytest.raises(Gone):
             cli.main(argv)
@@ -113,6 +121,7 @@ def test_roles_of_other_packages_take_the_process_over(monkeypatch: pytest.Monke
         ["-P", "-m", "interlock.broker", "--fleet", "env.toml"],
         ["-P", "-m", "interlock.monitors", "--host", "alpha", "--fleet", "g.toml"],
     ]
+    assert os.environ["INTERLOCK_INSECURE"] == "1"
 
 
 def test_the_coordinator_package_runs_as_a_module() -> None:

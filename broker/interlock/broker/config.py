@@ -259,6 +259,8 @@ def load_fleet(path: str | os.PathLike[str]) -> FleetConfig:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"is not TOML: {error}", where=str(path)) from None
+    if not tree:
+        raise ConfigError("is empty", where=str(path), hint="the smallest fleet stands in docs/fleet-file.md")
     return parse_fleet(tree, path=str(path))
 
 

@@ -45,15 +45,24 @@ ELSEWHERE = {
 }
 
 
+class WrongUsage(SystemExit):
+    def __init__(self, what: str) -> None:
+        super().__init__(EXIT_USAGE)
+        self.what = what
+
+
 class Parser(argparse.ArgumentParser):
-    """Suggests the nearest verb."""
+    """Suggests the nearest verb. Raises WrongUsage after it was said."""
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if found:
             near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1)
             message = f"{found[1]!r} is none of: {found[2]}" + (f"; did you mean {near[0]!r}?" if near else "")
-        super().error(message)
+        try:
+            super().error(message)
+        except SystemExit:
+            raise WrongUsage(message) from None
 
 
 def parser() -> Parser:
@@ -96,7 +105,7 @@ def parser() -> Parser:
     watch = verb("watch", "follow what happens on the bus")
     watch.add_argument("--events", action="store_true", help="only what happens")
     watch.add_argument("--telemetry", action="store_true", help="only measurements")
-    watch.add_argument("--after", type=int, metavar="N", help="events from number N of the log on (0: all)")
+    watch.add_argument("--after", type=_number, metavar="N", help="events from number N of the log on (0: all)")
     watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
     _log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     _keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
@@ -111,7 +120,7 @@ def parser() -> Parser:
     verb("coordinator", "run the coordinator in this process")
     verb("rules", "run the rule engine in this process")
     for name, (_, help) in ELSEWHERE.items():
-        verbs.add_parser(name, help=f"run {help} in this process", add_help=False)
+        verbs.add_parser(name, help=f"run {help} in this process", add_help=False, parents=[common])
     return top
 
 
@@ -126,9 +135,15 @@ def _log_options(log: argparse.ArgumentParser) -> None:
     log.add_argument("--agent", default="", metavar="AGENT", help="only what concerns this agent")
     log.add_argument("--since", metavar="TIME", help="logged since: 10m (ago), 2026-01-31T12:00, seconds since 1970")
     log.add_argument("--until", metavar="TIME", help="logged until")
-    log.add_argument("--after", type=int, default=0, metavar="N", help="only numbers above N")
-    log.add_argument("--limit", type=int, metavar="N", help="list: at most so many, the newest (default 50)")
+    log.add_argument("--after", type=_number, default=0, metavar="N", help="only numbers above N")
+    log.add_argument("--limit", type=_number, metavar="N", help="list: at most so many, the newest (default 50)")
     log.add_argument("--expect", default="", metavar="N:HASH", help="verify: a head that was printed earlier")
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -144,13 +159,15 @@ def _seconds(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code. Returns from everything but a role of another package, which takes this process over."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ELSEWHERE:
-        _become(arguments[0], arguments[1:])
     options = parser()
     try:
         chosen, rest = options.parse_known_args(arguments)
         if rest and chosen.verb not in ELSEWHERE:
             options.error(f"unrecognized arguments: {' '.join(rest)}")
+    except WrongUsage as wrong:
+        if "--json" in arguments:
+            _say_json({"outcome": "error", "reason": wrong.what, "where": "arguments", "hint": "see --help"})
+        return EXIT_USAGE
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else EXIT_USAGE
     chosen.json = getattr(chosen, "json", False)
@@ -158,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["INTERLOCK_INSECURE"] = "1"  # for the roles that are started from here, too
     chosen.timeout = getattr(chosen, "timeout", TIMEOUT_S)
     chosen.fleet = getattr(chosen, "fleet", None) or Path(os.environ.get(FLEET) or DEFAULT_FLEET)
-    if chosen.verb in ELSEWHERE:  # an option stood before the verb
+    if chosen.verb in ELSEWHERE:
         _become(chosen.verb, [*rest, "--fleet", os.fspath(chosen.fleet)])
     return _run(chosen)
 
