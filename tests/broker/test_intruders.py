@@ -14,11 +14,11 @@ import trio
 
 from interlock.broker import client, crypto, keys, topics, wire
 from interlock.broker.bus import Bus, new_event
-from interlock.broker.commands import Breach, Migrate, RenewLease, RollBack
+from interlock.broker.commands import Breach, Migrate, RenewLease, RollBack, Steer
 from interlock.broker.config import BrokerConfig
 from interlock.broker.direct import serve_direct
 from interlock.broker.errors import InterlockError, Refused, Unreachable
-from interlock.broker.facts import AlertResolved, HostDown
+from interlock.broker.facts import AlertResolved, HostDown, Steered
 from interlock.broker.gate import Allowance, Gate
 from interlock.broker.keyring import Keyring
 from interlock.broker.planes import serve_planes
@@ -30,6 +30,8 @@ from interlock.broker.wire import Body, Event
 ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
 WHO = ["broker", "coordinator", "rules", "host/alpha", "host/beta", "monitor/alpha", "operator/local"]
 MIGRATE = Migrate(agent="chat", to="v2", deadline=2e9)
+STEER = Steer(agent="chat", action="approve", deadline=2e9)
+STEERED = Steered(request="r", migration="m", agent="chat", action="approve", by="operator/local")
 ROLL_BACK = RollBack(migration="m", agent="chat", epoch=1, breach=Breach(by="operator", reason="r"), issued=1.0)
 
 
@@ -128,6 +130,11 @@ FORBIDDEN: list[tuple[str, str, Body]] = [
     ("rules", topics.COORDINATOR, MIGRATE),
     ("monitor/alpha", topics.COORDINATOR, MIGRATE),
     ("operator/local", topics.command("alpha"), MIGRATE),
+    ("host/alpha", topics.COORDINATOR, STEER),
+    ("rules", topics.COORDINATOR, STEER),
+    ("operator/local", topics.command("alpha"), STEER),
+    ("operator/local", topics.migration_fact("chat"), STEERED),
+    ("host/alpha", topics.host_fact("alpha"), STEERED),
     ("host/alpha", topics.rollback("beta"), ROLL_BACK),
     ("monitor/alpha", topics.rollback("alpha"), ROLL_BACK),
     ("host/alpha", topics.host_fact("beta"), HostDown(host="beta")),

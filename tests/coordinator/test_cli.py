@@ -20,6 +20,7 @@ from interlock.broker.config import load_fleet
 from interlock.broker.wire import Body, Event, Header, encode
 from interlock.coordinator import cli
 from interlock.coordinator.fleet import Fleet
+from interlock.coordinator.options import STEERING
 from interlock.coordinator.screen import Screen, clock, closing
 from interlock.coordinator.shell import Shell
 from interlock.coordinator.verbs import Report, Status
@@ -61,6 +62,11 @@ def test_an_unknown_verb_is_answered_with_the_nearest(argv: list[str], capsys: C
         ([], "VERB"),
         (["migrate", "echo"], "--to"),
         (["migrate", "echo", "--to", "v2", "--strategy", "stage"], "did you mean 'staged'?"),
+        (["plan", "echo"], "--to"),
+        (["plan", "echo", "--to", "v2", "--strategy", "rapid", "--level", "low"], "not allowed with argument"),
+        (["migrate", "echo", "--to", "v2", "--level", "hihg"], "did you mean 'high'?"),
+        (["pause"], "AGENT"),
+        (["abrot", "echo"], "did you mean 'abort'?"),
         (["status", "--timeout", "0"], "not a time in seconds"),
         (["watch", "--after", "-5"], "'-5' is not a whole number of 0 or more"),
         (["log", "--after", "-5"], "'-5' is not a whole number of 0 or more"),
@@ -84,7 +90,16 @@ def test_wrong_usage_is_told_in_one_line_and_exits_2(
 
 
 @pytest.mark.parametrize(
-    "argv", [["status"], ["migrate", "echo", "--to", "v2"], ["rollback", "echo"], ["watch"], ["watch", "telemetry/"]]
+    "argv",
+    [
+        ["status"],
+        ["plan", "echo", "--to", "v2"],
+        ["migrate", "echo", "--to", "v2"],
+        *([verb, "echo"] for verb in STEERING),
+        ["rollback", "echo"],
+        ["watch"],
+        ["watch", "telemetry/"],
+    ],
 )
 def test_a_silent_broker_exits_3_and_says_which_and_what_to_do(
     argv: list[str], fleet_file: Path, capsys: Captured
@@ -156,7 +171,12 @@ def test_a_prefix_goes_to_the_plane_it_belongs_to(
 def every_body() -> list[Body]:
     """One message of each type there is, with some value in each field that needs one."""
     samples: dict[Any, Any] = {str: "alpha", int: 1, float: 1.5, bool: True, bytes: b""}
-    samples |= {list[str]: [], dict[str, str]: {"host": "alpha"}, Breach: {"by": "rule x", "reason": "too hot"}}
+    samples |= {
+        list[str]: [],
+        dict[str, str]: {"host": "alpha"},
+        dict[str, float]: {"1": 0.05},
+        Breach: {"by": "rule x", "reason": "too hot"},
+    }
     bodies = []
     for kind in (*get_args(commands.Command), *get_args(facts.Fact)):
         tree = {"type": kind.__struct_config__.tag}
@@ -293,6 +313,9 @@ def test_sigterm_ends_a_shell_also_while_a_verb_runs(fleet_file: Path) -> None:
         ("migrate ec", "ec", ["echo"]),
         ("migrate echo --to v", "v", ["v1", "v2"]),
         ("rollback ", "", ["echo"]),
+        ("pause ", "", ["echo"]),
+        ("plan echo --to v2 --level ", "", ["low", "medium", "high", "critical"]),
+        ("migrate echo --strategy ", "", ["rapid", "staged", "framework", "custom"]),
     ],
 )
 def test_the_shell_completes_agents_and_their_revisions(

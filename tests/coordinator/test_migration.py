@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
 from interlock.broker import commands, facts, topics, wire
 from interlock.broker.commands import Breach
-from interlock.broker.config import FleetConfig, ObserveConfig, parse_fleet
+from interlock.broker.config import FleetConfig, parse_fleet
 from interlock.broker.errors import ConfigError
-from interlock.broker.facts import Check
 from interlock.coordinator import decisions
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import JUDGED_S, ROLLBACK_ANSWER_S, TRANSITIONS, Emit, Phase
-from interlock.coordinator.observation import PATIENCE_S, Measurement
+from interlock.coordinator.migration import ROLLBACK_ANSWER_S, Emit
+from interlock.coordinator.observation import Measurement
+from interlock.coordinator.phases import Phase
 
 
 def fleet_file(**agent: Any) -> FleetConfig:
@@ -53,7 +52,7 @@ class Log:
         self.now = 1000.0
         self.config = fleet_file()
         self.direct: list[Emit] = []
-        self.verdict: facts.Verdict | None = "passed"
+        self.verdict: facts.Verdict = "passed"
         self.restart()
 
     def restart(self) -> None:
@@ -81,7 +80,8 @@ class Log:
             self.direct += [emit for emit in emits if emit.direct or emit.also_direct]
             logged = [emit for emit in emits if not emit.direct]
             if not logged:
-                return [event.body for event in self.events[before:]]
+                bodies = [event.body for event in self.events[before:]]
+                return [body for body in bodies if not isinstance(body, facts.ChecksMeasured)]
             for emit in logged:
                 self.say(emit.topic, emit.body, emit.id)
 
@@ -91,8 +91,9 @@ class Log:
         for migration in self.core.migrations.values():
             watched = migration.watched(self.now)
             if watched is not None and self.verdict is not None:
-                checks = [Check(check="latency", verdict=self.verdict, value=1.2, limit=1.05, reason="slower")]
-                found = Measurement(self.verdict, "latency: slower", checks, min(watched.share, 1.0))
+                checks = [facts.Check(check="latency", verdict=self.verdict, value=1.2, limit=1.05, reason="slower")]
+                why = "as measured" if self.verdict == "passed" else "latency: slower"
+                found = Measurement(self.verdict, why, checks, min(watched.share, 1.0))
                 emits += migration.observe(found, self.now)
         return [emit for emit in emits if emit.id not in self.ids]
 
@@ -171,88 +172,17 @@ def test_a_staged_migration_goes_through_its_stages_and_commits() -> None:
     assert names(log.later(1.9)) == []
     assert names(log.later(0.2)) == ["observation", "CutOver"]
     assert names(log.host_done()) == []
-    assert names(log.later(2.6)) == ["ChecksMeasured"]
-    assert names(log.later(2.5)) == ["ChecksMeasured", "commit", "Commit"]
+    assert names(log.later(5.1)) == ["commit", "Commit"]
     (ended,) = log.host_done()
     assert isinstance(ended, facts.MigrationEnded)
     assert (ended.outcome, ended.decided_by) == ("committed", "observation")
-    assert {"checks-0.52", "checks-1.00"} <= ended.evidence.keys()
     assert not log.core.migrations
-
-
-def observed(log: Log, verdict: facts.Verdict | None, **observe: Any) -> Log:
-    """A rapid migration whose candidate has all requests, and is found to be so."""
-    log.config = fleet_file()
-    log.config.strategies["rapid"] = msgspec.structs.replace(
-        log.config.strategies["rapid"], observe=ObserveConfig(**observe)
-    )
-    log.verdict = verdict
-    log.ask(strategy="rapid")
-    log.host_done()
-    log.host_done()
-    log.host_done()
-    return log
-
-
-def test_a_candidate_whose_checks_fail_is_rolled_back_before_the_time_is_over() -> None:
-    log = observed(Log().up(), None)
-    log.verdict = "failed"
-    measured, asked = log.later(0.5)
-    assert isinstance(measured, facts.ChecksMeasured)
-    assert measured.final
-    assert isinstance(asked, commands.RollBack)
-    assert (asked.breach.by, asked.breach.reason) == ("check latency", "latency: slower")
-
-
-def test_a_canary_step_can_fail_but_never_passes_early() -> None:
-    log = Log().up().to_shadow()
-    log.host_done(compared=10)
-    log.host_done()
-    assert names(log.later(0.5)) == []
-    log.verdict = "failed"
-    assert names(log.later(0.1)) == ["ChecksMeasured", "RollBack"]
-
-
-def test_enough_evidence_ends_the_observation_early_and_the_record_says_so() -> None:
-    log = observed(Log().up(), "inconclusive", min_s=1.0)
-    assert names(log.later(1.1)) == ["ChecksMeasured"]  # a quarter of the time
-    log.verdict = "passed"
-    measured, *rest = log.later(0.1)
-    assert isinstance(measured, facts.ChecksMeasured)
-    assert (measured.final, measured.reason.split(":")[0]) == (True, "observed after 1 s")
-    assert names(rest) == ["commit", "Commit"]
-
-
-@pytest.mark.parametrize("verdict", ["inconclusive", "error"])
-def test_what_is_not_passed_at_the_end_is_held_for_an_operator(verdict: facts.Verdict) -> None:
-    log = observed(Log().up(), verdict)
-    log.later(3.1)
-    log.later(PATIENCE_S + 1)
-    (held,) = [event.body for event in log.events if isinstance(event.body, facts.MigrationHeld)]
-    assert held.breach.by == "check latency"
-    (migration,) = log.core.migrations.values()
-    assert migration.phase is Phase.HELD
-
-
-def test_a_candidate_that_nobody_can_judge_is_held_never_committed() -> None:
-    log = observed(Log().up(), None)
-    assert names(log.later(3.1)) == []
-    assert names(log.later(JUDGED_S)) == ["MigrationHeld"]
-    assert log.core.next_deadline(log.now) > log.now
-
-
-def test_a_coordinator_killed_between_the_last_word_and_the_commit_goes_on() -> None:
-    log = observed(Log().up(), None)
-    log.now += 3.1
-    (emit,) = next(iter(log.core.migrations.values())).observe(Measurement("passed", "as good", [], 1.0), log.now)
-    log.say(emit.topic, emit.body, emit.id)
-    log.restart()
-    assert names(log.run()) == ["commit", "Commit"]
 
 
 def test_a_rapid_migration_cuts_over_at_once() -> None:
     log = Log().up()
-    log.ask(strategy="rapid")
+    log.config = fleet_file(level="low")
+    log.ask(strategy=None)
     log.host_done()
     assert names(log.host_done()) == ["observation", "CutOver"]
 
@@ -386,7 +316,7 @@ def test_a_hold_rule_stops_it_until_an_operator_rolls_back() -> None:
         ("r2", "tutro", None, "did you mean 'tutor'"),
         ("r9", "tutor", None, "has no revision 'r9'"),
         ("r1", "tutor", None, "serves revision r1 already"),
-        ("r2", "tutor", "brave", "rapid or staged"),
+        ("r2", "tutor", "brave", "known: custom, framework, rapid, staged"),
     ],
 )
 def test_a_request_that_can_not_be_is_refused_with_the_reason(
@@ -438,12 +368,6 @@ def test_an_operator_may_roll_back_only_what_is_in_flight() -> None:
     log.say(topics.COORDINATOR, commands.RollBackAgent(agent="tutor", reason="no", deadline=log.now + 5))
     (refused,) = log.run()
     assert "interlock migrate tutor --to" in refused.reason  # type: ignore[union-attr]
-
-
-def test_every_row_of_the_table_leads_somewhere_and_an_end_is_an_end() -> None:
-    assert all(phase is not Phase.ENDED for phase, _ in TRANSITIONS)
-    for phase in (Phase.RUNNING, Phase.HELD, Phase.ROLLING_BACK):
-        assert TRANSITIONS[phase, "rolled-back"] is Phase.ENDED
 
 
 def test_a_coordinator_that_joins_by_a_snapshot_goes_on_with_the_migration_in_flight(

@@ -12,12 +12,9 @@ from interlock.broker.config import ObserveConfig
 from interlock.broker.facts import Check, Verdict
 from interlock.broker.samples import labels
 from interlock.coordinator.observation import (
-    PATIENCE_S,
     Baseline,
     Measurement,
     Observation,
-    Watched,
-    is_due,
     together,
 )
 from interlock.coordinator.sequential import Moments
@@ -191,25 +188,3 @@ def test_the_worst_check_decides() -> None:
         found, decisive = together([check(one) for one in everything[: number + 1]])
         assert (found, decisive[-1].verdict) == (verdict, verdict)
     assert together([])[0] == "error"
-
-
-@pytest.mark.parametrize(
-    ("verdict", "share", "ends", "due"),
-    [
-        ("failed", 0.1, False, (True, True)),
-        ("passed", 1.0, False, (False, False)),  # a canary step goes on by itself
-        ("passed", 0.1, True, (False, False)),
-        ("passed", 0.3, True, (True, False)),
-        ("inconclusive", 1.0, True, (True, True)),
-        ("error", 1.0, True, (False, False)),  # it may come back
-    ],
-)
-def test_when_a_measurement_is_told(verdict: Verdict, share: float, ends: bool, due: tuple[bool, bool]) -> None:
-    measured = Measurement(verdict, "", [], share)
-    watched = Watched(share, share * 10, 0.0, ends)
-    assert is_due(watched, measured, ObserveConfig(), told=0.0) == due
-
-
-def test_a_silence_at_the_end_is_waited_for_but_not_for_ever() -> None:
-    measured = Measurement("error", "", [], 1.0)
-    assert is_due(Watched(1.5, 15.0, PATIENCE_S + 1, True), measured, SETTINGS, told=0.75) == (True, True)

@@ -180,6 +180,8 @@ class Slot:
                 )
                 self.lease_until = now.mono + STANDBY_LEASE_S + command.baseline_s
                 return [Persist(self.row, "prepare"), BeginPrepare(command), self._changed()]
+            case commands.Drill():
+                return []  # no state takes it yet
             case commands.StartCandidate():
                 self._set(target)
                 self.lease_until = now.mono + STANDBY_LEASE_S
@@ -442,6 +444,8 @@ def step_of(command: HostCommand) -> commands.Step:
     match command:
         case commands.Prepare():
             return "prepare"
+        case commands.Drill():
+            return "drill"
         case commands.StartCandidate():
             return "start-candidate"
         case commands.Shadow():

@@ -54,6 +54,7 @@ RANGES: dict[str, Range] = {
     "CompareConfig.timeout_s": DEADLINE,
     "HandlerCompare.tolerance": Range(0, 1),
     "CanaryStep.share": Range(0.000001, 1),  # the gateway counts in millionths
+    "StrategyConfig.promise_s": DEADLINE,
     "ObserveConfig.alpha": Range(0.000001, 0.5),
 }
 
@@ -117,7 +118,9 @@ def _leaves(node: Any, place: str, owner: str = "") -> Iterator[tuple[str, str, 
     if isinstance(node, msgspec.Struct):
         for field in msgspec.structs.fields(node):
             if field.type != dict[str, Any]:
-                yield from _leaves(getattr(node, field.name), f"{place}.{field.name}".lstrip("."), type(node).__name__)
+                yield from _leaves(
+                    getattr(node, field.name), f"{place}.{field.encode_name}".lstrip("."), type(node).__name__
+                )
     elif isinstance(node, Mapping):
         for name, each in node.items():
             yield from _leaves(each, f"{place}.{name}", owner)

@@ -41,12 +41,17 @@ class Breach(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Migrate(_Body, frozen=True, kw_only=True, tag="migrate"):
-    """Move an agent to a revision. Without `strategy` by the agent's own."""
+    """Move an agent to a revision. Without `strategy` and `level` by what is due to the agent."""
 
     agent: AgentName
     to: RevisionName
     deadline: Deadline
-    strategy: Annotated[str | None, says('"rapid" or "staged"')] = None
+    strategy: Annotated[str | None, says('"rapid", "staged", "framework" or "custom"')] = None
+    level: Annotated[str | None, says('"low", "medium", "high" or "critical", in place of a strategy')] = None
+    because: Annotated[str, says("why it may be less careful than is due, or happen in a freeze")] = ""
+    host: Annotated[str | None, says("where the candidate runs; none: where the old one does")] = None
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm), "cold" or "hand-over"')] = ""
+    wave: Annotated[str, says("the wave that it is part of")] = ""
 
 
 class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
@@ -55,6 +60,18 @@ class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
     agent: AgentName
     reason: Reason
     deadline: Deadline
+
+
+SteerAction = Literal["approve", "pause", "resume", "hold", "abort", "commit"]
+
+
+class Steer(_Body, frozen=True, kw_only=True, tag="steer"):
+    """Lead the agent's migration in flight: approve its next stage, let it stand, let it go on, end it."""
+
+    agent: AgentName
+    action: Annotated[SteerAction, says("what is asked for")]
+    deadline: Deadline
+    reason: Reason = ""
 
 
 # coordinator -> host, topic command/<host>/
@@ -69,6 +86,16 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     deadline: Deadline
     to: RevisionName
     baseline_s: Annotated[float, says("seconds for which the serving revision is measured")]
+
+
+class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
+    """Rehearse the rollback with the real processes, and measure it."""
+
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    promise_s: Annotated[float, says("seconds: a rehearsal that takes longer has failed")]
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
@@ -148,9 +175,20 @@ class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
     lease_s: Annotated[float, says("seconds from now, for which the lease holds")]
 
 
-Step = Literal["prepare", "start-candidate", "shadow", "cut-over", "commit"]
+Step = Literal["prepare", "drill", "start-candidate", "hand-over", "shadow", "cut-over", "commit"]
 
 Command = (
-    Migrate | RollBackAgent | RollCall | Prepare | StartCandidate | Shadow | CutOver | Commit | RollBack | RenewLease
+    Migrate
+    | RollBackAgent
+    | Steer
+    | RollCall
+    | Prepare
+    | Drill
+    | StartCandidate
+    | Shadow
+    | CutOver
+    | Commit
+    | RollBack
+    | RenewLease
 )
-HostCommand = Prepare | StartCandidate | Shadow | CutOver | Commit
+HostCommand = Prepare | Drill | StartCandidate | Shadow | CutOver | Commit

@@ -19,13 +19,16 @@ import msgspec
 
 from interlock.broker.bounds import check_command, check_environment, check_place, check_values
 from interlock.broker.errors import ConfigError
+from interlock.broker.freeze import Window, parse_zone
 from interlock.broker.topics import RESERVED, check_name
 
 _ENDPOINT = re.compile(
     r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|http://[A-Za-z0-9._*-]+:\d{1,5})"
 )
 
-Level = Literal["low", "medium"]
+Level = Literal["low", "medium", "high", "critical"]
+StrategyName = Literal["rapid", "staged", "framework", "custom"]  # the later in the row, the more careful
+BackupLevel = Literal["configuration", "code", "state", "host"]
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,6 +63,28 @@ class CoordinatorConfig(_Config, frozen=True, kw_only=True):
 
     lease_s: float = 6.0  # a live candidate loses its share if the coordinator is silent for this long
     step_margin_s: float = 15.0  # added to a step's own time before it counts as failed
+    approval_s: float = 3600.0  # a stage that nobody approves for so long is rolled back: an operator is awake
+    pause_s: float = 3600.0  # so is a migration that is paused for longer: two revisions cost twice
+    hold_s: float = 86_400.0  # and one that is held for longer: somebody looks once a day
+
+
+class FreezeWindow(_Config, frozen=True, kw_only=True):
+    """A time in which no migration begins: each week ("Fri 16:00"), or once ("2026-12-24T12:00"). Rollbacks go on."""
+
+    start: str = msgspec.field(name="from")  # a day and a time of the week, or ISO 8601
+    end: str = msgspec.field(name="to")  # of the same kind; not frozen any more from then on
+    because: str  # told to whoever asks meanwhile
+
+    @property
+    def window(self) -> Window:
+        return Window.parse(self.start, self.end)
+
+
+class FreezeConfig(_Config, frozen=True, kw_only=True):
+    """When the fleet stays as it is. An operator may override it with `--because`."""
+
+    timezone: str = ""  # such as "Europe/Berlin", of times that name no zone; empty: of the coordinator's machine
+    windows: list[FreezeWindow] = []  # times in which no migration begins
 
 
 class RulesConfig(_Config, frozen=True, kw_only=True):
@@ -143,8 +168,10 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     endpoint: str  # public: tcp:// or ipc:// for ZeroMQ REQ clients, http://host:port for HTTP clients
     serve: str  # the revision that serves until another is committed
     revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
-    level: Level = "medium"  # low: rapid, medium: staged
-    strategy: Literal["rapid", "staged", ""] = ""  # empty: by level
+    category: Literal["gpu-model", "service", "worker", "voice", "utility"] = "service"  # what waves go by
+    depends: list[str] = []  # what it needs: agents of this fleet, or endpoints (tcp://, http://)
+    level: Level = "medium"  # low: rapid, medium: staged, high: framework, critical: custom
+    strategy: Literal["rapid", "staged", "framework", "custom", ""] = ""  # empty: by level
     idempotent: list[str] | bool = False  # exec: actions that may be asked twice; a class declares its own
     action_field: str = "action"  # exec: the key of a JSON or MessagePack request that names the action
     window: int = 0  # requests outstanding at an instance at once; 0: 1 for a REP program, 64 for a class or HTTP
@@ -155,8 +182,8 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     health_failures: int = 3  # in a row, then a candidate is rolled back and a permanent instance restarted
 
     @property
-    def strategy_name(self) -> Literal["rapid", "staged"]:
-        return self.strategy or ("rapid" if self.level == "low" else "staged")
+    def strategy_name(self) -> StrategyName:
+        return self.strategy or STRATEGY_OF[self.level]
 
 
 class CanaryStep(_Config, frozen=True, kw_only=True):
@@ -183,6 +210,9 @@ class ObserveConfig(_Config, frozen=True, kw_only=True):
     errors_failed: float = 0.05  # the same, for sure
     slow_passed: float = 0.10  # share of answers slower than 19 of 20 were before: twice as many as then
     slow_failed: float = 0.15  # the same, for sure: three times as many
+    failures: int = 0  # measurements that may fail; the next one condemns
+    inconclusive: int = 1  # times that it is prolonged by a quarter, where at the end the checks say neither
+    errors: int = 4  # measurements in a row, a second apart, that may not come about at the end
     memory_passed: float = 0.20  # more than the old one's, of RAM and of GPU memory
 
 
@@ -197,9 +227,13 @@ class StrategyConfig(_Config, frozen=True, kw_only=True):
     canary: list[CanaryStep] = []  # shares before all requests go over; none: all at once
     observation_s: float = 60.0  # with all requests and the old one still warm, before it is made permanent
     observe: ObserveConfig = ObserveConfig()  # what is judged meanwhile
+    approve: bool = False  # each stage after prepare begins when an operator approves it
+    drill: bool = False  # the rollback is rehearsed and timed before anything moves
+    backup: list[BackupLevel] = msgspec.field(default_factory=lambda: ["configuration", "code"])  # in prepare
+    promise_s: float = 5.0  # a bad candidate is out of the way within this, from the sample that shows it
 
 
-RAPID = StrategyConfig(baseline_s=1.0, observation_s=60.0)
+RAPID = StrategyConfig(baseline_s=1.0, observation_s=60.0, promise_s=10.0)
 STAGED = StrategyConfig(
     baseline_s=5.0,
     shadow_requests=200,
@@ -208,6 +242,23 @@ STAGED = StrategyConfig(
     observation_s=600.0,
     observe=ObserveConfig(requests=20),
 )
+FRAMEWORK = StrategyConfig(
+    baseline_s=10.0,
+    shadow_requests=500,
+    shadow_s=120.0,
+    canary=[CanaryStep(share=share, seconds=120.0) for share in (0.05, 0.25, 0.5)],
+    observation_s=86_400.0,
+    observe=ObserveConfig(requests=200, min_s=3600.0),
+    drill=True,
+    backup=["configuration", "code", "state", "host"],
+)
+CUSTOM = msgspec.structs.replace(FRAMEWORK, approve=True)
+BUILT_IN: dict[StrategyName, StrategyConfig] = {
+    "rapid": RAPID, "staged": STAGED, "framework": FRAMEWORK, "custom": CUSTOM,
+}  # fmt: skip
+STRATEGY_OF: dict[Level, StrategyName] = {
+    "low": "rapid", "medium": "staged", "high": "framework", "critical": "custom",
+}  # fmt: skip
 
 
 class FleetConfig(_Config, frozen=True, kw_only=True):
@@ -221,7 +272,10 @@ class FleetConfig(_Config, frozen=True, kw_only=True):
     coordinator: CoordinatorConfig = CoordinatorConfig()  # its deadlines
     rules: RulesConfig = RulesConfig()  # which rule files hold
     monitor: MonitorConfig = MonitorConfig()  # how often is measured
-    strategies: dict[str, StrategyConfig] = {}  # "rapid" and "staged", where they are not to be the built-in ones
+    strategies: dict[
+        str, StrategyConfig
+    ] = {}  # "rapid", "staged", "framework", "custom", in place of the built-in ones
+    freeze: FreezeConfig = FreezeConfig()  # when no migration begins
     hosts: dict[str, HostConfig] = {}  # by name
     agents: dict[str, AgentConfig] = {}  # by name
     path: str = ""  # not a key of the file: where it was read from
@@ -238,8 +292,8 @@ class FleetConfig(_Config, frozen=True, kw_only=True):
     def keys_dir(self) -> Path:
         return self.state_dir / self.security.keys
 
-    def strategy(self, name: str) -> StrategyConfig:
-        return self.strategies.get(name) or {"rapid": RAPID, "staged": STAGED}[name]
+    def strategy(self, name: StrategyName) -> StrategyConfig:
+        return self.strategies.get(name) or BUILT_IN[name]
 
     def agents_of(self, host: str) -> dict[str, AgentConfig]:
         return {name: agent for name, agent in self.agents.items() if agent.host == host}
@@ -303,7 +357,7 @@ def _keys_of(location: str) -> list[str]:
             kind = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == step)
         if isinstance(kind, UnionType):
             kind = next(each for each in get_args(kind) if each is not NoneType)
-    return [name for name in kind.__struct_fields__ if (kind, name) != (FleetConfig, "path")]
+    return [name for name in kind.__struct_encode_fields__ if (kind, name) != (FleetConfig, "path")]
 
 
 def _name_path(place: str, tree: Any, unknown: str | None) -> str:
@@ -350,11 +404,10 @@ def _check(fleet: FleetConfig, where: str) -> None:
             raise ConfigError(f"no host may be called {name!r}", where=f"{where}: hosts", hint="choose another name")
         endpoint(host.control, f"hosts.{name}.control")
     for name in fleet.strategies:
-        if name not in ("rapid", "staged"):
-            raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint="rapid or staged")
-        shares = [step.share for step in fleet.strategies[name].canary]
-        if shares != sorted(shares):
-            raise ConfigError(f"the shares {shares} shrink", where=f"{where}: strategies.{name}.canary")
+        if name not in BUILT_IN:
+            raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint=", ".join(BUILT_IN))
+        _check_strategy(fleet.strategies[name], f"{where}: strategies.{name}")
+    _check_freeze(fleet.freeze, f"{where}: freeze")
     for name, agent in fleet.agents.items():
         check_name(name, where=f"{where}: agents")
         key = f"agents.{name}"
@@ -369,9 +422,28 @@ def _check(fleet: FleetConfig, where: str) -> None:
                 where=f"{where}: {key}.serve",
                 hint=_near(agent.serve, agent.revisions),
             )
+        for needed in agent.depends:
+            if needed == name or not (needed in fleet.agents or re.match(r"(tcp|http)://.", needed)):
+                raise ConfigError(
+                    f"{needed!r} is no other agent of this fleet, and no endpoint",
+                    where=f"{where}: {key}.depends",
+                    hint=_near(needed, {other: None for other in fleet.agents if other != name}),
+                )
         for revision_name, revision in agent.revisions.items():
             check_name(revision_name, where=f"{where}: {key}.revisions")
             _check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
+
+
+def _check_strategy(strategy: StrategyConfig, where: str) -> None:
+    shares = [step.share for step in strategy.canary]
+    if shares != sorted(shares):
+        raise ConfigError(f"the shares {shares} shrink", where=f"{where}.canary")
+
+
+def _check_freeze(freeze: FreezeConfig, where: str) -> None:
+    parse_zone(freeze.timezone, where=f"{where}.timezone")
+    for number, window in enumerate(freeze.windows):
+        Window.parse(window.start, window.end, where=f"{where}.windows[{number}]")
 
 
 def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionConfig, where: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from interlock.broker.commands import Breach, Step, _Body
+from interlock.broker.commands import Breach, SteerAction, Step, _Body
 from interlock.broker.fields import (
     AgentName,
     Epoch,
@@ -149,6 +149,16 @@ class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
     reason: Reason
 
 
+class DrillDone(_Body, frozen=True, kw_only=True, tag="drill-done"):
+    """A rollback was rehearsed."""
+
+    host: HostName
+    agent: AgentName
+    revision: RevisionName
+    seconds: Annotated[dict[str, float], says('what each level ("1", "2") took')]
+    problems: Annotated[list[str], says("what went wrong")] = []
+
+
 # coordinator, topic fact/migration/<agent>/
 
 
@@ -184,12 +194,45 @@ class StageEntered(_Body, frozen=True, kw_only=True, tag="stage-entered"):
     note: Annotated[str, says("more about it, for people")] = ""
 
 
+class MigrationWaiting(_Body, frozen=True, kw_only=True, tag="migration-waiting"):
+    """It waits for an operator to approve its next stage."""
+
+    migration: MigrationId
+    agent: AgentName
+    stage: Annotated[str, says("what is to begin")]
+    until: Annotated[float, says("seconds since 1970, when it is rolled back")]
+
+
 class MigrationHeld(_Body, frozen=True, kw_only=True, tag="migration-held"):
-    """It stays where it is until an operator decides."""
+    """It stays where it is until an operator decides, or its time is up."""
 
     migration: MigrationId
     agent: AgentName
     breach: Breach
+    blame: Annotated[str, says('whose fault it is, where it is not the candidate\'s: "host" or "permanent"')] = ""
+    until: Annotated[float, says("seconds since 1970, when its time is up; 0: nobody said")] = 0.0
+
+
+class Steered(_Body, frozen=True, kw_only=True, tag="steered"):
+    """What an operator asked for holds."""
+
+    request: Annotated[str, says("the id of the event that asked")]
+    migration: MigrationId
+    agent: AgentName
+    action: Annotated[SteerAction, says("what was asked for")]
+    by: Annotated[str, says("the operator")]
+    reason: Reason = ""
+    until: Annotated[float, says("of pause and hold: seconds since 1970, when its time is up")] = 0.0
+
+
+class Deviation(_Body, frozen=True, kw_only=True, tag="deviation"):
+    """An operator let a migration be less careful than is due, begin in a freeze, or commit early."""
+
+    migration: MigrationId
+    agent: AgentName
+    what: Annotated[str, says("what was left away")]
+    because: Annotated[str, says("the operator's reason")]
+    by: Annotated[str, says("the operator")]
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,6 +284,13 @@ class FleetSnapshot(_Body, frozen=True, kw_only=True, tag="fleet-snapshot"):
 # rule engine, topic fact/alert/<rule>/
 
 
+class Blame(msgspec.Struct, frozen=True, kw_only=True):
+    """A breach that is not held against a candidate: whose fault it is instead, and what says so."""
+
+    who: Annotated[Literal["host", "permanent"], says("whose fault it is")]
+    why: Annotated[str, says("what says so")]
+
+
 class AlertFiring(_Body, frozen=True, kw_only=True, tag="alert-firing"):
     """A rule has held for its time."""
 
@@ -252,6 +302,7 @@ class AlertFiring(_Body, frozen=True, kw_only=True, tag="alert-firing"):
     summary: Annotated[str, says("the rule's own words about it")] = ""
     dry_run: Annotated[bool, says("the rule only says what it would do")] = False
     migrations: Annotated[list[str], says("ids of those in flight that the labels fit")] = []
+    blamed: Annotated[dict[str, Blame], says("by migration: those that it does not roll back, though it would")] = {}
 
 
 class AlertResolved(_Body, frozen=True, kw_only=True, tag="alert-resolved"):
@@ -272,11 +323,15 @@ Fact = (
     | CommandRefused
     | RolledBack
     | RollBackFailed
+    | DrillDone
     | MigrationStarted
     | MigrationRefused
     | StageEntered
+    | MigrationWaiting
     | MigrationHeld
     | ChecksMeasured
+    | Steered
+    | Deviation
     | MigrationEnded
     | FleetSnapshot
     | AlertFiring

@@ -20,7 +20,7 @@ RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the
 
 EVERYTHING = ("",)
 
-_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent)
+_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent, commands.Steer)
 _ASKED_OF_HOST = get_args(commands.HostCommand)
 _BY_HOST = (
     facts.HostUp,
@@ -33,6 +33,7 @@ _BY_HOST = (
     facts.CommandRefused,
     facts.RolledBack,
     facts.RollBackFailed,
+    facts.DrillDone,
 )
 _BY_RULES = (facts.AlertFiring, facts.AlertResolved)
 

@@ -79,18 +79,24 @@ _OF_HOST = (
     facts.CommandRefused,
     facts.RolledBack,
     facts.RollBackFailed,
+    facts.DrillDone,
 )
 _OF_MIGRATION = (
     facts.MigrationStarted,
     facts.MigrationRefused,
     facts.StageEntered,
+    facts.MigrationWaiting,
     facts.MigrationHeld,
     facts.ChecksMeasured,
+    facts.Steered,
+    facts.Deviation,
     facts.MigrationEnded,
 )
 
 TOPICS = (
-    Topic(topics.COORDINATOR, "what the coordinator is asked", (commands.Migrate, commands.RollBackAgent)),
+    Topic(
+        topics.COORDINATOR, "what the coordinator is asked", (commands.Migrate, commands.RollBackAgent, commands.Steer)
+    ),
     Topic(topics.ALL_HOSTS, "what every host is asked", (commands.RollCall,)),
     Topic("command/{host}/", "what a host is asked", (*get_args(commands.HostCommand), commands.RollCall)),
     Topic("rollback/{host}/", "what a host must undo", (commands.RollBack,)),

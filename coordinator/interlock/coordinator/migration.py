@@ -7,96 +7,22 @@ it sends a second time carries the same id, so it is logged and done once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 import msgspec
 
 from interlock.broker import commands, facts, topics
-from interlock.broker.commands import Breach, Step
+from interlock.broker.commands import Breach, SteerAction
 from interlock.broker.config import CoordinatorConfig, StrategyConfig
 from interlock.broker.facts import Outcome
 from interlock.broker.fields import Evidence
 from interlock.broker.wire import Body, Event
-from interlock.coordinator.observation import CHECKPOINTS, Baseline, Measurement, Watched, is_due
+from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
+from interlock.coordinator.observation import Baseline, Measurement
+from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
+from interlock.coordinator.steps import PlannedStep, Stage, command_of
 
 ROLLBACK_ANSWER_S = 60.0  # a host that reports no rollback for so long has failed it: the slowest level takes as long
-JUDGED_S = 15.0  # after an observation's time, for its last measurement; then nobody can judge, and it is held
 LEASE_RENEWALS = 3  # per lease: two may be lost
-
-
-class Stage(StrEnum):
-    PREPARE = "prepare"
-    INFRASTRUCTURE = "infrastructure"
-    CORE_LOGIC = "core-logic"
-    INTEGRATION = "integration"
-    OBSERVATION = "observation"
-    COMMIT = "commit"
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One command to the host, and what it may take. `dwell_s`: seconds to wait and watch after it is done."""
-
-    stage: Stage
-    step: Step
-    time_s: float
-    share: float = 0.0
-    dwell_s: float = 0.0
-
-
-def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedStep]:
-    """The steps of a strategy in order; the first stage a strategy leaves out is simply not there."""
-    steps = [
-        PlannedStep(Stage.PREPARE, "prepare", strategy.baseline_s + 60.0),
-        PlannedStep(Stage.INFRASTRUCTURE, "start-candidate", start_timeout_s),
-    ]
-    if strategy.shadow_requests:
-        steps.append(PlannedStep(Stage.CORE_LOGIC, "shadow", strategy.shadow_s))
-    for canary in strategy.canary:
-        if canary.share < 1:
-            steps.append(PlannedStep(Stage.INTEGRATION, "cut-over", 0.0, canary.share, canary.seconds))
-    steps.append(PlannedStep(Stage.OBSERVATION, "cut-over", 0.0, 1.0, strategy.observation_s))
-    steps.append(PlannedStep(Stage.COMMIT, "commit", 0.0))
-    return steps
-
-
-def _why(measured: Measurement, watched: Watched, final: bool) -> str:
-    """The words of the record: what was seen, and why it ended when it did."""
-    if not final or measured.verdict != "passed":
-        return measured.reason
-    early = watched.share < 1
-    end = f"after {watched.elapsed_s:.0f} s: the evidence is enough" if early else "after its full time"
-    return f"observed {end}; every stage passed and no rule fired ({measured.reason})"
-
-
-class Phase(StrEnum):
-    RUNNING = "running"
-    HELD = "held"
-    ROLLING_BACK = "rolling-back"
-    ENDED = "ended"
-
-
-# what a fact about the migration makes of it; a fact that has no row in a phase says nothing new there
-TRANSITIONS: dict[tuple[Phase, str], Phase] = {
-    (Phase.RUNNING, "step-done"): Phase.RUNNING,
-    (Phase.RUNNING, "committed"): Phase.ENDED,
-    (Phase.RUNNING, "not-prepared"): Phase.ENDED,
-    (Phase.RUNNING, "step-failed"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "checks-failed"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "refused"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "held"): Phase.HELD,
-    (Phase.RUNNING, "roll-back"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "rolled-back"): Phase.ENDED,
-    (Phase.HELD, "roll-back"): Phase.ROLLING_BACK,
-    (Phase.HELD, "rolled-back"): Phase.ENDED,
-    (Phase.HELD, "step-failed"): Phase.ROLLING_BACK,
-    (Phase.HELD, "checks-failed"): Phase.ROLLING_BACK,
-    (Phase.ROLLING_BACK, "rolled-back"): Phase.ENDED,
-    (Phase.ROLLING_BACK, "committed"): Phase.ENDED,
-    (Phase.ROLLING_BACK, "roll-back-failed"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "roll-back-failed"): Phase.ROLLING_BACK,
-    (Phase.HELD, "roll-back-failed"): Phase.ROLLING_BACK,
-}
 
 
 @dataclass(frozen=True)
@@ -124,20 +50,27 @@ class Migration:
         self.index = 0
         self.outcome: Outcome | None = None
         self.closed = False
+        self.steering = ""  # the request whose answer is not in the log yet
         self.strategy = strategy
+        self.judgement = Judgement(strategy.observe)
+        self.baseline = Baseline()  # of the old revision, once prepare has measured it
         self._config = config
         self._since = at  # seconds since 1970: when the step before this one was done
         self._sent_at: float | None = None  # when this step was asked for
+        self._stood_at: float | None = None  # since when no time counts
+        self._until = float("inf")  # of a phase that waits for an operator
+        self._blame = ""  # whose fault a hold is
+        self._stops = 0  # how often it was stopped, or asked to go on: no event has the id of an earlier one
+        self._approved = -1  # the step whose stage an operator let begin
+        self._committed: facts.Steered | None = None
         self._breach: Breach | None = None
         self._breached_at = at
         self._asked_rollback = False
+        self._gave_up = False
+        self._asked_stop = -1  # the stop that was asked for and is not in the log yet
         self._said_end = False
         self._renewed = float("-inf")
         self._evidence: Evidence = {}
-        self._told = 0.0  # the newest checkpoint of the observation that was measured
-        self._judged: facts.ChecksMeasured | None = None  # the last word about the candidate
-        self._said_held = False
-        self.baseline = Baseline()
 
     # --- folding
 
@@ -153,22 +86,24 @@ class Migration:
                 self._step_done(body, at)
             case facts.StepFailed():
                 self._step_failed(body, at)
-            case facts.CommandRefused():
-                if body.command == self._command_id():
-                    self._refused(Breach(by=f"host {self.started.host}", reason=body.reason), at)
+            case facts.CommandRefused() if body.command == self._command_id():
+                self._refused(Breach(by=f"host {self.started.host}", reason=body.reason), at)
             case commands.RollBack() | facts.RolledBack() | facts.RollBackFailed():
-                self._undone(body, at)
-            case facts.MigrationHeld():
-                self._turn("held", body.breach, at)
+                self._going_back(body, at)
             case facts.ChecksMeasured():
                 self._measured(body, at)
+            case facts.MigrationWaiting() | facts.MigrationHeld():
+                self._stopped(body, at)
+            case facts.Steered() | facts.Deviation():
+                self._led(body, at)
             case facts.MigrationEnded():
-                self.phase, self.outcome, self.closed = Phase.ENDED, body.outcome, True
+                self._turn("closed", None, at)
+                self.outcome, self.closed = body.outcome, True
             case _ if event.header.id == self._command_id():
                 self._sent_at = at  # a coordinator before this one asked for it
 
     def _turn(self, what: str, breach: Breach | None, at: float) -> bool:
-        to = TRANSITIONS.get((self.phase, what))
+        to = TRANSITIONS[self.phase, what]
         if to is None:
             return False
         if to is Phase.ROLLING_BACK and self.phase is not to:
@@ -177,6 +112,48 @@ class Migration:
             self._breach = breach
         self.phase = to
         return True
+
+    def _stopped(self, body: facts.MigrationWaiting | facts.MigrationHeld, at: float) -> None:
+        what, breach, blame = "waiting", None, ""
+        if isinstance(body, facts.MigrationHeld):
+            what, breach, blame = "held", body.breach, body.blame
+        if self._turn(what, breach, at):
+            self._stops += 1
+            self._blame = blame
+            self._until = body.until or float("inf")
+            self._stood_at = at if self._stood_at is None else self._stood_at
+
+    def _led(self, body: facts.Steered | facts.Deviation, at: float) -> None:
+        if isinstance(body, facts.Deviation):
+            told = {"what": body.what, "because": body.because, "by": body.by, "time": at}
+            self._evidence.setdefault("deviations", []).append(told)
+            return
+        self.steering = ""
+        breach = Breach(by=f"operator {body.action}", reason=body.reason, sample_time=at)
+        if not self._turn(body.action, breach if body.action in ("hold", "abort") else None, at):
+            return
+        self._stops += 1
+        told = {"action": body.action, "by": body.by, "reason": body.reason, "time": at}
+        self._evidence.setdefault("steered", []).append(told)
+        if body.action in ("pause", "hold"):
+            self._until, self._blame = body.until or float("inf"), ""
+            self._stood_at = at if self._stood_at is None else self._stood_at
+            return
+        if body.action == "approve":
+            self._approved = self.index
+        elif body.action == "resume":
+            self.judgement.again()
+        elif body.action == "commit":
+            self._committed = body
+        self._go_on(at)
+
+    def _go_on(self, at: float) -> None:
+        """The time that it stood does not count: neither as watched, nor against the step under way."""
+        if self._stood_at is not None:
+            self._since = at - max(0.0, self._stood_at - self._since)
+            if self._sent_at is not None:
+                self._sent_at = at - max(0.0, self._stood_at - self._sent_at)
+        self._stood_at, self._until, self._blame, self._breach = None, float("inf"), "", None
 
     def _step_done(self, body: facts.StepDone, at: float) -> None:
         if body.command != self._command_id():
@@ -206,16 +183,10 @@ class Migration:
             self._turn("step-failed", breach, at)
 
     def _measured(self, body: facts.ChecksMeasured, at: float) -> None:
-        self._told = max(self._told, body.checkpoint)
         self._evidence[f"checks-{body.checkpoint:.2f}"] = msgspec.to_builtins(body.checks)
-        if body.final:
-            self._judged = body
-            if body.verdict == "failed":
-                self._turn("checks-failed", self._condemned(body, at), at)
-
-    def _condemned(self, body: facts.ChecksMeasured, at: float) -> Breach:
-        guilty = [check.check for check in body.checks if check.verdict == body.verdict]
-        return Breach(by=f"check {', '.join(guilty) or 'observation'}", reason=body.reason, sample_time=at)
+        self.judgement.apply(body, at)
+        if body.final and body.verdict == "failed":
+            self._turn("checks-failed", self.judgement.breach(at), at)
 
     def _refused(self, breach: Breach, at: float) -> None:
         if self.steps[self.index].step != "prepare":
@@ -223,7 +194,7 @@ class Migration:
         elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
             self.outcome = "refused"
 
-    def _undone(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
+    def _going_back(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
         match body:
             case commands.RollBack():
                 self._turn("roll-back", body.breach, at)
@@ -237,7 +208,7 @@ class Migration:
     def _rolled_back(self, body: facts.RolledBack, at: float) -> None:
         if self._turn("rolled-back", None, at):
             self._breach = body.breach
-            self.outcome = "rolled-back"
+            self.outcome = self._undone()
             first = body.breach.sample_time
             self._evidence["rollback"] = {
                 "level": body.level,
@@ -259,7 +230,7 @@ class Migration:
             if self._turn("committed", None, at):
                 self.outcome = "committed"
         elif self._turn("rolled-back", None, at):
-            self.outcome = "rolled-back"
+            self.outcome = self._undone()
             self._breach = self._breach or Breach(by="host restarted", reason="the host restarted", sample_time=at)
 
     # --- deciding
@@ -267,7 +238,7 @@ class Migration:
     @property
     def live(self) -> bool:
         """The candidate is there, on trial: its lease must be renewed."""
-        return self.phase in (Phase.RUNNING, Phase.HELD) and self.index >= 1
+        return self.phase in ON_TRIAL and self.index >= 1
 
     def decide(self, now: float) -> list[Emit]:
         """What to send at this moment, in seconds since 1970. Sending the same again does no harm."""
@@ -280,15 +251,16 @@ class Migration:
                 migration=self.id, agent=self.started.agent, epoch=self.started.epoch, lease_s=self._lease_s()
             )
             wanted.append(Emit(topics.command(self.started.host), renew, f"{self.id}/lease/{now}", direct=True))
-        match self.phase:
-            case Phase.RUNNING:
-                wanted += self._advance(now)
-            case Phase.ROLLING_BACK:
-                wanted += self._undo(now)
-            case Phase.ENDED if not self._said_end:
-                wanted.append(self._end())
-            case _:
-                pass
+        if self._unsettled:
+            pass  # what was said is not in the log yet
+        elif self.phase is Phase.RUNNING:
+            wanted += self._advance(now)
+        elif self.phase in STANDING:
+            wanted += self._stand(now)
+        if self.phase is Phase.ROLLING_BACK:
+            wanted += self._undo(now)
+        elif self.phase is Phase.ENDED and not self._said_end:
+            wanted.append(self._end())
         return wanted
 
     def next_deadline(self, now: float) -> float:
@@ -296,46 +268,17 @@ class Migration:
         if self.closed or self._said_end:
             return float("inf")
         times = [self._renewed + self._lease_s() / LEASE_RENEWALS] if self.live else []
-        if self.phase is Phase.RUNNING:
-            times.append(self._ready_at(now) if self._sent_at is None else self._sent_at + self._limit_s())
-        elif self.phase is Phase.ROLLING_BACK:
-            times.append(self._breached_at + ROLLBACK_ANSWER_S)
-        elif self.phase is Phase.ENDED:
+        if self.phase is Phase.ENDED:
             times.append(now)
+        elif self.phase is Phase.ROLLING_BACK or not self._unsettled:
+            times.append(self.due)
         return max(min(times, default=float("inf")), now)
 
-    def watched(self, now: float) -> Watched | None:
-        """How far the candidate's trial with live requests is; None while it has none, or nothing is to be judged."""
-        before = self.steps[self.index - 1] if self.index else None
-        judged = self._judged is not None or self._sent_at is not None
-        if self.phase is not Phase.RUNNING or before is None or before.step != "cut-over" or judged:
-            return None
-        elapsed = max(0.0, now - self._since)
-        share = elapsed / before.dwell_s if before.dwell_s > 0 else 1.0
-        return Watched(share, elapsed, max(0.0, elapsed - before.dwell_s), before.stage is Stage.OBSERVATION)
-
-    def observe(self, measured: Measurement, now: float) -> list[Emit]:
-        """What follows from a measurement: nothing, a checkpoint for the record, or the last word."""
-        watched = self.watched(now)
-        if watched is None:
+    def hold(self, breach: Breach, now: float, blame: str = "") -> list[Emit]:
+        """Stop where it is and leave it to an operator. `blame`: whose fault it is, if not the candidate's."""
+        if self.phase not in (Phase.RUNNING, Phase.PAUSED, Phase.WAITING):
             return []
-        told, final = is_due(watched, measured, self.strategy.observe, told=self._told)
-        if not told:
-            return []
-        body = facts.ChecksMeasured(
-            migration=self.id, agent=self.started.agent, epoch=self.started.epoch, verdict=measured.verdict,
-            reason=_why(measured, watched, final), checkpoint=measured.checkpoint, final=final, checks=measured.checks,
-        )  # fmt: skip
-        point = max((one for one in CHECKPOINTS if one <= watched.share), default=0.0)
-        name = "final" if final else f"{point:g}"
-        return [Emit(topics.migration_fact(self.started.agent), body, f"{self.id}/checks/{name}")]
-
-    def hold(self, breach: Breach) -> list[Emit]:
-        """Stop where it is and leave it to an operator."""
-        if self.phase is not Phase.RUNNING:
-            return []
-        held = facts.MigrationHeld(migration=self.id, agent=self.started.agent, breach=breach)
-        return [Emit(topics.migration_fact(self.started.agent), held, f"{self.id}/held")]
+        return [self._hold(breach, now, blame)]
 
     def roll_back(self, breach: Breach, now: float) -> list[Emit]:
         """Ask the host, both ways, to put the old revision back."""
@@ -346,7 +289,79 @@ class Migration:
         )
         return [Emit(topics.rollback(self.started.host), body, f"{self.id}/roll-back", also_direct=True)]
 
+    # --- what is measured
+
+    def watched(self, now: float) -> Watched | None:
+        """How far the candidate's trial with live requests is; None while it has none, or nothing is to be judged."""
+        before = self.steps[self.index - 1] if self.index else None
+        over = self.judgement.last is not None or self._sent_at is not None or self._committed is not None
+        if self.phase is not Phase.RUNNING or before is None or before.step != "cut-over" or over:
+            return None
+        elapsed, planned = max(0.0, now - self._since), before.dwell_s * self.judgement.time
+        return Watched(elapsed / planned if planned > 0 else 1.0, elapsed, before.stage is Stage.OBSERVATION)
+
+    def observe(self, measured: Measurement, now: float) -> list[Emit]:
+        """What follows from a measurement: nothing, a checkpoint for the record, or the last word."""
+        watched = self.watched(now)
+        if watched is None:
+            return []
+        told, final = self.judgement.due(watched, measured, now)
+        if not told:
+            return []
+        body = facts.ChecksMeasured(
+            migration=self.id, agent=self.started.agent, epoch=self.started.epoch, verdict=measured.verdict,
+            reason=Judgement.words(measured, watched, final=final), checkpoint=measured.checkpoint, final=final,
+            checks=measured.checks,
+        )  # fmt: skip
+        return [Emit(topics.migration_fact(self.started.agent), body, self.judgement.next_id(self.id))]
+
+    # --- what an operator's request is held against; see steering.py
+
+    @property
+    def observing(self) -> bool:
+        """All requests go to the candidate, and the commit is all that is left."""
+        return self.phase in ON_TRIAL and self.steps[self.index].step == "commit" and self._sent_at is None
+
+    def passed(self, now: float) -> bool:
+        """The observation has seen all that it was to see, and nothing stands against a commit."""
+        return self.observing and self.phase in (Phase.RUNNING, Phase.WAITING) and self.judgement.passed
+
+    def watched_s(self, now: float) -> float:
+        """Seconds since the last step was done; what it stood does not count."""
+        return max(0.0, (now if self._stood_at is None else self._stood_at) - self._since)
+
+    @property
+    def breach(self) -> Breach | None:
+        return self._breach
+
+    @property
+    def blame(self) -> str:
+        """Whose fault a hold is, if it is not the candidate's: "host" or "permanent"."""
+        return self._blame
+
+    @property
+    def under_way(self) -> bool:
+        """The host was asked for a step and has not answered."""
+        return self._sent_at is not None
+
+    @property
+    def due(self) -> float:
+        """When something happens by itself in this phase, in seconds since 1970; infinity: never."""
+        if self.phase is Phase.ROLLING_BACK:
+            return self._breached_at + ROLLBACK_ANSWER_S
+        if self.phase is not Phase.RUNNING:
+            return self._until
+        if self._sent_at is not None:
+            return self._sent_at + self._limit_s()
+        judged = self.observing and self._committed is None and self.judgement.last is None
+        return self._due() + (LAST_WORD_S if judged else 0.0)
+
     # --- inside
+
+    @property
+    def _unsettled(self) -> bool:
+        """What was said last is not in the log yet: nothing else is decided before."""
+        return bool(self.steering) or self._gave_up or self._asked_stop == self._stops
 
     def _command_id(self) -> str:
         return f"{self.id}/{self.index}"
@@ -355,51 +370,79 @@ class Migration:
         return self._config.lease_s
 
     def _due(self) -> float:
-        """When the next step may be asked for: the dwell of the one before is over, or evidence has ended it."""
-        return self._since + (self.steps[self.index - 1].dwell_s if self.index and not self._approved else 0.0)
-
-    def _ready_at(self, now: float) -> float:
-        """When there is something to do without an event: a commit also waits for the last word of the observation."""
-        due = self._due()
-        if self.steps[self.index].step != "commit" or self._approved or now < due:
-            return due
-        return float("inf") if self._said_held else due + (JUDGED_S if self._judged is None else 0.0)
-
-    @property
-    def _approved(self) -> bool:
-        return self._judged is not None and self._judged.verdict == "passed"
+        """When the next step may be asked for: the dwell of the one before is over, or it was ended before."""
+        if not self.index or self._committed is not None or (self.observing and self.judgement.passed):
+            return self._since
+        prolonged = self.judgement.time if self.observing else 1.0
+        return self._since + self.steps[self.index - 1].dwell_s * prolonged
 
     def _limit_s(self) -> float:
         return self.steps[self.index].time_s + self._config.step_margin_s
 
+    def _undone(self) -> Outcome:
+        """What fails in prepare was never begun."""
+        failed = self._breach is not None and self._breach.by.startswith("check ")
+        return "refused" if failed and self.steps[self.index].stage is Stage.PREPARE else "rolled-back"
+
+    def _hold(self, breach: Breach, now: float, blame: str) -> Emit:
+        held = facts.MigrationHeld(
+            migration=self.id, agent=self.started.agent, breach=breach, blame=blame, until=now + self._config.hold_s
+        )
+        return Emit(topics.migration_fact(self.started.agent), held, f"{self.id}/held/{self._stops}")
+
+    def limit_of(self, action: SteerAction, now: float) -> float:
+        """Until when an operator may leave it as this makes it, in seconds since 1970; 0: it does not stand."""
+        limits = {"pause": self._config.pause_s, "hold": self._config.hold_s}
+        return now + limits[action] if action in limits else 0.0
+
+    def _give_up(self, by: str, reason: str, now: float) -> list[Emit]:
+        self._gave_up = True
+        return self.roll_back(Breach(by=f"coordinator {by}", reason=reason, sample_time=now), now)
+
+    def _stand(self, now: float) -> list[Emit]:
+        """Nothing, until the time of whoever should have decided is up."""
+        if now < self._until:
+            return []
+        if self.phase is Phase.WAITING:
+            stage, limit = self.steps[self.index].stage, self._config.approval_s
+            return self._give_up("approval-overdue", f"nobody approved {stage} within {limit:.0f} s", now)
+        if self.phase is Phase.PAUSED:
+            return self._give_up("pause-overdue", f"it was paused for over {self._config.pause_s:.0f} s", now)
+        if self._blame and self._breach is not None:  # the old one is no better: somebody must look
+            self._until = now + self._config.hold_s
+            return [self._hold(self._breach, now, self._blame)]
+        return self._give_up("hold-overdue", f"it was held for over {self._config.hold_s:.0f} s", now)
+
     def _advance(self, now: float) -> list[Emit]:
         wanted = []
-        step = self.steps[self.index]
+        step, topic = self.steps[self.index], topics.migration_fact(self.started.agent)
         if self._sent_at is not None:
             if now < self._sent_at + self._limit_s():
                 return []
-            reason = f"{step.step} was not done within {self._limit_s():.0f} s"
-            return self.roll_back(Breach(by="coordinator step-overdue", reason=reason, sample_time=now), now)
+            return self._give_up("step-overdue", f"{step.step} was not done within {self._limit_s():.0f} s", now)
         if now < self._due():
             return []
-        if step.step == "commit" and not self._approved:
-            return self._unapproved(now)
+        if self.observing and self._committed is None and not self.judgement.passed:
+            return self._unjudged(now)
+        if step.gate and self._approved != self.index and self._committed is None:
+            waiting = facts.MigrationWaiting(
+                migration=self.id, agent=self.started.agent, stage=step.stage, until=now + self._config.approval_s
+            )
+            self._asked_stop = self._stops
+            return [Emit(topic, waiting, f"{self.id}/waiting/{self._stops}")]
         if not self.index or self.steps[self.index - 1].stage is not step.stage:
             entered = facts.StageEntered(migration=self.id, agent=self.started.agent, stage=step.stage)
-            wanted.append(Emit(topics.migration_fact(self.started.agent), entered, f"{self.id}/stage/{step.stage}"))
+            wanted.append(Emit(topic, entered, f"{self.id}/stage/{step.stage}"))
         wanted.append(Emit(topics.command(self.started.host), self._command(step, now), self._command_id()))
         self._sent_at = now
         return wanted
 
-    def _unapproved(self, now: float) -> list[Emit]:
-        """The observation's time is over, and it has not been passed: it is left to an operator."""
-        if self._said_held or (self._judged is None and now < self._due() + JUDGED_S):
+    def _unjudged(self, now: float) -> list[Emit]:
+        """The observation's time is over, and the candidate has not passed: an operator decides."""
+        if self.judgement.last is None and now < self._due() + LAST_WORD_S:
             return []
-        self._said_held = True
-        if self._judged is not None:
-            return self.hold(self._condemned(self._judged, now))
-        reason = f"nobody has judged the candidate {JUDGED_S:.0f} s after the end of its time"
-        return self.hold(Breach(by="check observation", reason=reason, sample_time=now))
+        self._asked_stop = self._stops
+        return [self._hold(self.judgement.breach(now), now, "")]
 
     def _undo(self, now: float) -> list[Emit]:
         breach = self._breach or Breach(by="coordinator", reason="unknown")
@@ -418,9 +461,11 @@ class Migration:
     def _end(self) -> Emit:
         self._said_end = True
         breach = self._breach
-        if self.outcome == "committed":
+        if self.outcome == "committed" and self._committed is not None:
+            decided, reason = "operator commit", self._committed.reason
+        elif self.outcome == "committed":
             decided = "observation"
-            reason = self._judged.reason if self._judged is not None else "every stage passed and no rule fired"
+            reason = self.judgement.last.reason if self.judgement.last is not None else "the host has committed it"
         elif breach is not None:
             decided, reason = breach.by, breach.reason
         else:
@@ -438,27 +483,4 @@ class Migration:
 
     def _command(self, step: PlannedStep, now: float) -> commands.HostCommand:
         deadline = now + self._limit_s()
-        migration, agent, epoch = self.id, self.started.agent, self.started.epoch
-        match step.step:
-            case "prepare":
-                return commands.Prepare(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    to=self.started.to, baseline_s=self.strategy.baseline_s,
-                )  # fmt: skip
-            case "start-candidate":
-                return commands.StartCandidate(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
-            case "shadow":
-                return commands.Shadow(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    requests=self.strategy.shadow_requests, seconds=self.strategy.shadow_s,
-                    min_requests=self.strategy.shadow_min_requests,
-                    max_mismatches=self.strategy.shadow_max_mismatches,
-                )  # fmt: skip
-            case "cut-over":
-                return commands.CutOver(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    share=step.share, lease_s=self._lease_s(),
-                    warm_up_s=min(self.strategy.observe.warm_up_s, step.dwell_s / 4),
-                )  # fmt: skip
-            case "commit":
-                return commands.Commit(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
+        return command_of(step, self.started, self.strategy, deadline=deadline, lease_s=self._lease_s())

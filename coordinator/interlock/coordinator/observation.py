@@ -34,7 +34,6 @@ NOTHING = Moments()
 CHECKPOINTS = (0.25, 0.5, 0.75, 1.0)  # of the planned time: what was measured there is kept as evidence
 FEW = 20  # requests: of fewer nothing is said about shares, as in the rules that ship
 FRESH_S = 5.0  # an instance whose newest sample is older than this has no data; a host speaks at least once a second
-PATIENCE_S = 5.0  # after the planned time, for telemetry that is missing just then
 SHARE_UP = 0.99  # of the samples, of health and of each dependency
 
 _REQUESTS, _ERRORS, _SLOW = "agent_trial_requests_total", "agent_trial_errors_total", "agent_trial_slow_total"
@@ -115,34 +114,6 @@ class Measurement:
     reason: str
     checks: list[Check]
     checkpoint: float
-
-
-@dataclass(frozen=True)
-class Watched:
-    """How far a migration's trial is. `share`: of the planned time that is over; `elapsed_s`: seconds of it.
-
-    ends: all requests are the candidate's, and the observation can end; before, it is a canary and can only fail.
-    """
-
-    share: float
-    elapsed_s: float
-    overdue_s: float
-    ends: bool
-
-
-def is_due(watched: Watched, measured: Measurement, settings: ObserveConfig, *, told: float) -> tuple[bool, bool]:
-    """(whether the measurement is to be told, whether it is the last). `told`: the newest checkpoint told before."""
-    if measured.verdict == "failed":
-        return True, True
-    if not watched.ends:
-        return False, False
-    if watched.share >= 1:
-        late = measured.verdict != "error" or watched.overdue_s > PATIENCE_S
-        return late, late
-    if measured.verdict == "passed" and settings.min_s is not None and watched.elapsed_s >= settings.min_s:
-        return True, True
-    passed = max((point for point in CHECKPOINTS if point <= watched.share), default=0.0)
-    return passed > told, False
 
 
 class Observation:

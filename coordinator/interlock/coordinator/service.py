@@ -10,7 +10,7 @@ import trio
 
 from interlock.broker import signing, topics
 from interlock.broker.client import Bus, open_bus
-from interlock.broker.commands import Migrate, RollBackAgent
+from interlock.broker.commands import Migrate, RollBackAgent, Steer
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused
 from interlock.broker.role import held
@@ -40,7 +40,7 @@ def _loader(fleet: FleetConfig) -> Callable[[], FleetConfig]:
 
 def is_genuine(event: Event, security: Security | None) -> bool:
     """False of a request that no operator signed: whatever the broker says, it was not asked for."""
-    if security is None or not isinstance(event.body, Migrate | RollBackAgent):
+    if security is None or not isinstance(event.body, Migrate | RollBackAgent | Steer):
         return True
     try:
         signing.check(event, security.roll, now=time.time())

@@ -7,6 +7,15 @@ from typing import Literal
 from interlock.broker import commands, facts
 from interlock.broker.wire import Body, Event
 
+_STEERED = {
+    "approve": "approved",
+    "pause": "PAUSED",
+    "resume": "resumed",
+    "hold": "HELD",
+    "abort": "ABORTED",
+    "commit": "committed early",
+}
+
 Tone = Literal["plain", "good", "warn", "bad", "dim"]
 
 
@@ -18,7 +27,8 @@ def sentence(body: Body) -> str:
         case facts.AlertFiring():
             dry = ", a dry run" if body.dry_run else ""
             about = body.summary or _labels(body.labels)
-            return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]"
+            fault = "".join(f"; held, the fault of the {each.who}: {each.why}" for each in body.blamed.values())
+            return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]{fault}"
         case facts.FleetSnapshot():
             return f"snapshot of the fleet as of event {body.through}"
         case facts.AlertResolved():
@@ -27,8 +37,11 @@ def sentence(body: Body) -> str:
             facts.MigrationStarted()
             | facts.MigrationRefused()
             | facts.StageEntered()
+            | facts.MigrationWaiting()
             | facts.MigrationHeld()
             | facts.ChecksMeasured()
+            | facts.Steered()
+            | facts.Deviation()
             | facts.MigrationEnded()
         ):
             return _of_migration(body)
@@ -39,6 +52,7 @@ def sentence(body: Body) -> str:
             | facts.CommandRefused()
             | facts.RolledBack()
             | facts.RollBackFailed()
+            | facts.DrillDone()
         ):
             return _of_slot(body)
         case _:
@@ -62,8 +76,11 @@ def _of_migration(
     body: facts.MigrationStarted
     | facts.MigrationRefused
     | facts.StageEntered
+    | facts.MigrationWaiting
     | facts.MigrationHeld
     | facts.ChecksMeasured
+    | facts.Steered
+    | facts.Deviation
     | facts.MigrationEnded,
 ) -> str:
     match body:
@@ -75,8 +92,15 @@ def _of_migration(
             return f"{body.agent}{to}: refused: {body.reason}"
         case facts.StageEntered():
             return f"{body.agent}: stage {body.stage}{_more(body.note)}"
+        case facts.MigrationWaiting():
+            return f"{body.agent}: WAITS for approval of stage {body.stage}: interlock approve {body.agent}"
         case facts.MigrationHeld():
-            return f"{body.agent}: HELD by {body.breach.by}: {body.breach.reason}"
+            fault = f", the fault of the {body.blame}" if body.blame else ""
+            return f"{body.agent}: HELD by {body.breach.by}{fault}: {body.breach.reason}"
+        case facts.Steered():
+            return f"{body.agent}: {_STEERED[body.action]} by {body.by}{_more(body.reason)}"
+        case facts.Deviation():
+            return f"{body.agent}: DEVIATION by {body.by}: {body.what}; because: {body.because}"
         case facts.ChecksMeasured():
             when = "" if body.final else f" at {body.checkpoint:.0%} of the time"
             return f"{body.agent}: checks {body.verdict}{when}: {body.reason}"
@@ -90,7 +114,8 @@ def _of_slot(
     | facts.StepFailed
     | facts.CommandRefused
     | facts.RolledBack
-    | facts.RollBackFailed,
+    | facts.RollBackFailed
+    | facts.DrillDone,
 ) -> str:
     match body:
         case facts.SlotChanged():
@@ -108,6 +133,9 @@ def _of_slot(
             return f"{body.agent}: {body.revision} serves again{since} ({body.breach.by}: {body.breach.reason})"
         case facts.RollBackFailed():
             return f"{body.agent}: the ROLL BACK FAILED on {body.host}: {body.reason}; a human must look"
+        case facts.DrillDone():
+            levels = ", ".join(f"level {level} in {seconds:.2f} s" for level, seconds in body.seconds.items())
+            return f"{body.agent}: drill of {body.revision}: {levels}{_more('; '.join(body.problems))}"
 
 
 def _of_command(body: Body) -> str:
@@ -117,6 +145,8 @@ def _of_command(body: Body) -> str:
             return f"{agent}: asked to migrate to {body.to}"
         case commands.RollBackAgent():
             return f"{agent}: asked to roll back: {body.reason}"
+        case commands.Steer():
+            return f"{agent}: asked to {body.action} it{_more(body.reason)}"
         case commands.RollCall():
             return "hosts are asked whether they are there"
         case commands.RollBack():
@@ -138,7 +168,10 @@ def tone(body: Body) -> Tone:
             return "bad"
         case (
             facts.RolledBack()
+            | facts.MigrationWaiting()
             | facts.MigrationHeld()
+            | facts.Steered(action="hold" | "abort")
+            | facts.Deviation()
             | facts.MigrationRefused()
             | facts.MigrationEnded()
             | facts.AlertFiring()
@@ -146,7 +179,7 @@ def tone(body: Body) -> Tone:
             | commands.RollBackAgent()
         ):
             return "warn"
-        case facts.StageEntered() | facts.MigrationStarted():
+        case facts.StageEntered() | facts.MigrationStarted() | facts.Steered() | facts.DrillDone():
             return "plain"
         case _:
             return "dim"
