@@ -399,6 +399,36 @@ async def test_what_is_on_a_connection_that_breaks_is_retried_or_ends_at_once() 
         assert answers == [{"status": "ok"}] * 6
 
 
+async def test_requests_of_a_client_that_has_left_can_not_keep_an_agent_down() -> None:
+    async with bench() as b:
+        poisoners = [b.client() for _ in range(20)]
+        for poisoner in poisoners:
+            await poisoner.send([b'{"action": "get-die"}'])
+        await until(lambda: b.gateway.router.waiting == 20)
+        for poisoner in poisoners:
+            poisoner.close(linger_ms=0)
+        died = 0
+        answers: list[dict[str, Any]] = []
+
+        async def innocent() -> None:
+            answers.append(await b.ask(action="get", n=1))
+
+        async with trio.open_nursery() as clients:
+            clients.start_soon(innocent)
+            await until(lambda: b.gateway.router.waiting == 21)
+            while not answers:
+                async with program(f"p{died}") as one:
+                    b.attach(one)
+                    b.gateway.route({one.name: 1.0})
+                    await until(lambda p=one.process: answers or p.poll() is not None)
+                    died += not answers
+                    b.gateway.detach(one.name)
+        assert answers == [{"status": "ok", "by": "p2", "n": 1}]
+        assert died == 2
+        refused = await b.ask(action="get-die")
+        assert refused["error"]["code"] == "quarantined"
+
+
 async def test_a_request_that_is_too_large_or_in_too_many_frames_is_told_so_at_once() -> None:
     async with program("old") as old, bench() as b:
         b.attach(old)

@@ -7,6 +7,7 @@ What goes where is decided in `routing.py`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -95,13 +96,20 @@ class RoutedGateway(ABC):
     def __init__(self, agent: str, endpoint: str, *, request_timeout_s: float, hold_s: float) -> None:
         self.agent = agent
         self.endpoint = endpoint
-        self.router: Router[Any, Any, Any] = Router(request_timeout_s=request_timeout_s, hold_s=hold_s)
+        self.router: Router[Any, Any, Any] = Router(
+            request_timeout_s=request_timeout_s, hold_s=hold_s, key_of=self.key_of
+        )
         self._settled = trio.lowlevel.ParkingLot()
         self._timer_at = float("inf")
         self._timer_changed = trio.Event()
         self._compare = CompareConfig()
         self._on_pair: Callable[[Pair], None] | None = None
         self._to_compare, self._comparisons = trio.open_memory_channel[_Comparison](COMPARISONS)
+
+    @staticmethod
+    def key_of(body: Any) -> bytes | None:
+        """Equal for equal requests; None where a request can't be told from another."""
+        return None
 
     # --- Gateway
 
@@ -267,6 +275,10 @@ class ZmqGateway(RoutedGateway):
         self._nursery: trio.Nursery | None = None
         self.malformed = 0  # messages, of clients and instances, that were dropped
 
+    @staticmethod
+    def key_of(body: Sequence[bytes]) -> bytes:
+        return digest(*body)
+
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         front = self._sockets.open(
             "router",
@@ -394,6 +406,14 @@ class ZmqGateway(RoutedGateway):
         back = self._backs.pop(instance, None)
         if back is not None:
             back.close(linger_ms=0)  # what it did not read must not reach the next process at this address
+
+
+def digest(*parts: bytes) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "big"))
+        found.update(part)
+    return found.digest()
 
 
 def guarded(idempotent: Callable[[bytes], bool], agent: str) -> Callable[[Sequence[bytes]], bool]:

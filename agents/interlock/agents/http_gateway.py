@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.gateway import RoutedGateway, paired
+from interlock.agents.gateway import RoutedGateway, digest, paired
 from interlock.agents.http1 import ClientSide, Headers, HttpError, RequestHead, value_of
 from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Flow, Pool, address_of
 from interlock.agents.routing_types import Compare, Fail, Reply, Send
@@ -25,7 +25,14 @@ BUFFERED_BODY = 1 << 20  # bytes of a request's body kept, so that it can be sen
 MAX_CLIENTS = 2000  # connections at once, each with a descriptor and one more to an instance
 IDLE_S = 60.0  # a connection on which no whole request head comes for so long is closed
 
-STATUS = {"instance-died": 502, "timeout": 504, "overloaded": 503, "no-instance": 503, "incomplete": 408}
+STATUS = {
+    "instance-died": 502,
+    "timeout": 504,
+    "overloaded": 503,
+    "no-instance": 503,
+    "quarantined": 503,
+    "incomplete": 408,
+}
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +49,10 @@ class HttpGateway(RoutedGateway):
         self._attempts: set[Attempt] = set()
         self._nursery: trio.Nursery | None = None
         self._clients = 0
+
+    @staticmethod
+    def key_of(body: Exchange) -> bytes | None:
+        return digest(body.head.method, body.head.target, body.body) if body.rest is None else None
 
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         host, port = address_of(self.endpoint)
