@@ -15,6 +15,7 @@ from interlock.broker import (
     commands,
     direct,
     event_plane,
+    facts,
     gate,
     lastvalues,
     protocol,
@@ -175,7 +176,7 @@ def wire_messages() -> str:
             parts += [f"### {topic.says[0].upper()}{topic.says[1:]}\n", f"Topic `{_written(topic)}`.\n"]
         parts += map(fields, fresh)
     parts += ["### What a host is asked directly only\n", *(fields(kind) for kind in DIRECT if kind not in told)]
-    parts += ["### Within others\n", fields(commands.Breach, "breach")]
+    parts += ["### Within others\n", fields(commands.Breach, "breach"), fields(facts.Track, "track")]
     return "\n".join(parts)
 
 

@@ -63,6 +63,9 @@ def test_an_unknown_verb_is_answered_with_the_nearest(argv: list[str], capsys: C
         (["plan", "echo", "--to", "v2", "--strategy", "rapid", "--level", "low"], "not allowed with argument"),
         (["migrate", "echo", "--to", "v2", "--level", "hihg"], "did you mean 'high'?"),
         (["pause"], "AGENT"),
+        (["history", "--outcome", "commited"], "did you mean 'committed'?"),
+        (["history", "--since", "yesterday"], "is no time"),
+        (["report", "--file", "/no/such/record.json"], "can't be read"),
         (["abrot", "echo"], "did you mean 'abort'?"),
         (["status", "--timeout", "0"], "not a time in seconds"),
         (["status", "--frob"], "unrecognized arguments: --frob"),
@@ -87,6 +90,10 @@ def test_wrong_usage_is_told_in_one_line_and_exits_2(
         ["migrate", "echo", "--to", "v2"],
         *([verb, "echo"] for verb in STEERING),
         ["rollback", "echo"],
+        ["report"],
+        ["report", "echo"],
+        ["explain", "echo"],
+        ["history"],
         ["watch"],
         ["watch", "telemetry/"],
     ],
@@ -160,7 +167,6 @@ def every_body() -> list[Body]:
     """One message of each type there is, with some value in each field that needs one."""
     samples: dict[Any, Any] = {str: "alpha", int: 1, float: 1.5, bool: True, bytes: b""}
     samples |= {
-        list[str]: [],
         dict[str, str]: {"host": "alpha"},
         dict[str, float]: {"1": 0.05},
         Breach: {"by": "rule x", "reason": "too hot"},
@@ -172,7 +178,7 @@ def every_body() -> list[Body]:
             if field.required:
                 plain = get_type_hints(kind)[field.name]
                 literal = get_args(plain) if get_origin(plain) is Literal else ()
-                tree[field.name] = literal[0] if literal else samples[plain]
+                tree[field.name] = literal[0] if literal else [] if get_origin(plain) is list else samples[plain]
         bodies.append(msgspec.convert(tree, kind))
     return bodies
 

@@ -270,6 +270,26 @@ class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
     evidence: Evidence = {}
 
 
+# coordinator, topic record/<agent>/: not among the facts, since hosts and monitors have no use for it
+
+
+class Track(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured of one series; thinned, so that its extremes are still there."""
+
+    labels: Labels
+    times: Annotated[list[float], says("seconds since 1970, by the clock of whoever measured")]
+    values: Annotated[list[float], says("as many as times")]
+
+
+class SeriesRecorded(_Body, frozen=True, kw_only=True, tag="series-recorded"):
+    """The measurements of an agent and its host while it was moved; said just before the migration's end."""
+
+    migration: MigrationId
+    agent: AgentName
+    series: Annotated[list[Track], says("each of them")]
+    left_out: Annotated[int, says("series that there was no room for")] = 0
+
+
 # coordinator, topic snapshot/fleet/
 
 
@@ -303,6 +323,7 @@ class AlertFiring(_Body, frozen=True, kw_only=True, tag="alert-firing"):
     dry_run: Annotated[bool, says("the rule only says what it would do")] = False
     migrations: Annotated[list[str], says("ids of those in flight that the labels fit")] = []
     blamed: Annotated[dict[str, Blame], says("by migration: those that it does not roll back, though it would")] = {}
+    expr: Annotated[str, says("the rule's expression, as its file has it")] = ""
 
 
 class AlertResolved(_Body, frozen=True, kw_only=True, tag="alert-resolved"):
@@ -333,6 +354,7 @@ Fact = (
     | Steered
     | Deviation
     | MigrationEnded
+    | SeriesRecorded
     | FleetSnapshot
     | AlertFiring
     | AlertResolved

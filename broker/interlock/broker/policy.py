@@ -63,6 +63,8 @@ def publish(grant: Grant, event: Event) -> None:
             _only(grant, event.topic, role == "coordinator", _of_migration(body))
         case "fact" if target.startswith("alert/"):
             _only(grant, event.topic, role == "rules", isinstance(body, _BY_RULES))
+        case "record":
+            _only(grant, event.topic, role == "coordinator", isinstance(body, facts.SeriesRecorded))
         case "snapshot":
             own = event.topic == topics.FLEET_SNAPSHOT
             _only(grant, event.topic, role == "coordinator", own and isinstance(body, facts.FleetSnapshot))
@@ -155,4 +157,5 @@ def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
 
 
 def _of_migration(body: Body) -> bool:
-    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES, facts.FleetSnapshot))
+    elsewhere = (*_BY_HOST, *_BY_RULES, facts.SeriesRecorded, facts.FleetSnapshot)
+    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, elsewhere)

@@ -103,6 +103,7 @@ TOPICS = (
     Topic("fact/host/{host}/", "what happened at a host", _OF_HOST),
     Topic("fact/migration/{agent}/", "what the coordinator decided about an agent", _OF_MIGRATION),
     Topic("fact/alert/{rule}/", "that an alert fires, or no longer", (facts.AlertFiring, facts.AlertResolved)),
+    Topic("record/{agent}/", "what was measured of a migration", (facts.SeriesRecorded,)),
     Topic(topics.FLEET_SNAPSHOT, "all that was before, folded", (facts.FleetSnapshot,)),
 )
 TELEMETRY = Topic("telemetry/{host}/{publisher}/", "what was measured", (samples.Batch,))

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, NoReturn
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused, Unreachable
 from interlock.broker.role import run_role
-from interlock.coordinator.options import STEERING, keys_options, log_options, migrate_options, steer_options
+from interlock.coordinator.options import (
+    REPORTS,
+    STEERING,
+    keys_options,
+    log_options,
+    migrate_options,
+    report_options,
+    steer_options,
+)
 from interlock.coordinator.terminal import EXIT_INTERRUPTED, Output, mute, note, on_bus, say_json
 
 if TYPE_CHECKING:  # a verb imports what it needs when it runs, so that `--version` and `--help` answer at once
@@ -85,6 +93,8 @@ def parser() -> Parser:
     rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
     for name, help in STEERING.items():
         steer_options(verb(name, help), name)
+    for name, help in REPORTS.items():
+        report_options(verb(name, help), name)
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
     ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
@@ -239,6 +249,12 @@ def _steer(chosen: argparse.Namespace) -> int:
     return steer_verbs.run(chosen)
 
 
+def _report(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import report_verb
+
+    return report_verb.run_history(chosen) if chosen.verb == "history" else report_verb.run(chosen)
+
+
 def _ping(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.ping import ping
     from interlock.coordinator.screen import Screen
@@ -361,6 +377,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "rollback": _rollback,
     "plan": _plan,
     **dict.fromkeys(STEERING, _steer),
+    **dict.fromkeys(REPORTS, _report),
     "ping": _ping,
     "status": _status,
     "watch": _watch,

@@ -7,6 +7,12 @@ from pathlib import Path
 
 from interlock.broker.config import BUILT_IN, STRATEGY_OF
 
+OUTCOMES = ("committed", "rolled-back", "held", "refused", "failed", "in-flight")
+REPORTS = {
+    "report": "all that is known of a migration: stages, checks, who decided, the rollback's times",
+    "explain": "why a migration went as it did: the events, samples and the rule that decided",
+    "history": "the migrations that were, with their outcomes",
+}
 STEERING = {
     "approve": "let the next stage of an agent's migration begin",
     "pause": "let an agent's migration stand as it is for a while",
@@ -34,6 +40,20 @@ def steer_options(one: argparse.ArgumentParser, name: str) -> None:
     one.add_argument("agent", metavar="AGENT")
     why = "needed as long as the observation has not passed; it is recorded" if name == "commit" else "for the record"
     one.add_argument("--because", default="", metavar="TEXT", help=why)
+
+
+def report_options(one: argparse.ArgumentParser, name: str) -> None:
+    """Of report, explain and history."""
+    what = "AGENT" if name == "history" else "AGENT|MIGRATION"
+    help = "only of this agent" if name == "history" else "an agent's last, or one by its id (default: the last of all)"
+    one.add_argument("name", metavar=what, nargs="?", default="", help=help)
+    if name == "history":
+        one.add_argument("--since", metavar="TIME", help="begun since: 10m (ago), 2026-01-31T12:00, seconds since 1970")
+        one.add_argument("--outcome", choices=OUTCOMES, default="", help="only those that ended like this")
+        return
+    one.add_argument("--file", type=Path, metavar="RECORD.json", help="a record instead of the fleet's log")
+    if name == "report":
+        one.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, with the series drawn")
 
 
 def log_options(log: argparse.ArgumentParser) -> None:

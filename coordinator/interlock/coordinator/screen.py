@@ -102,6 +102,20 @@ class Screen:
                 tone="bad",
             )
 
+    def history(self, migrations: Sequence[Migration]) -> None:
+        """What `interlock history` shows."""
+        if not migrations:
+            self.line("No such migration is known.", "dim")
+            return
+        rows = []
+        for m in migrations:
+            begun, ended = m.times.get("started", 0.0), m.times.get("ended")
+            took = span(ended - begun) if begun and ended is not None else ""
+            outcome = m.outcome or "in flight"
+            rows.append([m.id, m.agent, m.previous, m.to, m.strategy, clock(begun), took, outcome, m.decided_by])
+        columns = ["migration", "agent", "from", "to", "strategy", "began", "took", "outcome", "decided by"]
+        self._table("Migrations", columns, rows)
+
     def forecast(self, found: Forecast) -> None:
         """What `interlock plan` shows."""
         self.line(f"{found.agent} on {found.host}: {found.previous or '?'} -> {found.to}")

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from interlock.broker.config import BUILT_IN, STRATEGY_OF, FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
-from interlock.coordinator.options import STEERING
+from interlock.coordinator.options import OUTCOMES, REPORTS, STEERING
 
-OFFERED = ("plan", "migrate", *STEERING, "rollback", "ping", "status", "watch", "log")
-CHOICES: dict[str, list[str]] = {"--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF)}
+OFFERED = ("plan", "migrate", *STEERING, "rollback", *REPORTS, "ping", "status", "watch", "log")
+CHOICES: dict[str, list[str]] = {
+    "--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF), "--outcome": list(OUTCOMES),
+}  # fmt: skip
 LEAVING = ("exit", "quit", "EOF")
 
 
@@ -90,6 +92,8 @@ class Shell(cmd.Cmd):
                 "migrate AGENT --to REVISION   move an agent, and follow it to its outcome\n"
                 "approve, pause, resume, hold, abort, commit AGENT    lead its migration in flight\n"
                 "rollback AGENT                undo its migration in flight\n"
+                "report, explain [AGENT]       what became of a migration, and why\n"
+                "history [AGENT]               the migrations that were\n"
                 "status                        hosts, agents, migrations, alerts\n"
                 "watch [PREFIX]                what happens, until Ctrl-C\n"
                 "log [verify]                  what is in the event log; its hash chain\n"

@@ -29,6 +29,8 @@ def sentence(body: Body) -> str:
             about = body.summary or _labels(body.labels)
             fault = "".join(f"; held, the fault of the {each.who}: {each.why}" for each in body.blamed.values())
             return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]{fault}"
+        case facts.SeriesRecorded():
+            return f"{body.agent}: {_count(len(body.series), 'series', '')} of {body.migration} recorded"
         case facts.FleetSnapshot():
             return f"snapshot of the fleet as of event {body.through}"
         case facts.AlertResolved():
@@ -204,8 +206,8 @@ def _more(text: str) -> str:
     return f": {text}" if text else ""
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}{plural}"
 
 
 def _ending(returncode: int) -> str:
