@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from interlock.broker.commands import Breach, SteerAction, Step, _Body
+from interlock.broker.commands import Breach, SteerAction, Step, WaveOrder, _Body
 from interlock.broker.fields import (
     AgentName,
     Epoch,
@@ -20,6 +20,7 @@ from interlock.broker.fields import (
     RuleName,
     Seq,
     Time,
+    WaveId,
     says,
 )
 
@@ -174,6 +175,7 @@ class MigrationStarted(_Body, frozen=True, kw_only=True, tag="migration-started"
     strategy: Annotated[str, says('"rapid" or "staged"')]
     request: Annotated[str, says("the id of the event that asked")]
     settings: Annotated[Evidence, says("the strategy's figures as they were then; they hold to the end")] = {}
+    wave: Annotated[str, says("the wave that it is part of")] = ""
 
 
 class MigrationRefused(_Body, frozen=True, kw_only=True, tag="migration-refused"):
@@ -270,6 +272,76 @@ class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
     evidence: Evidence = {}
 
 
+# coordinator, topic fact/wave/<wave>/
+
+WaveOutcome = Literal["committed", "rolled-back", "stopped", "failed"]
+MemberState = Literal[
+    "waiting", "moving", "committed", "rolled-back", "refused", "failed", "left-out", "going-back", "gone-back", "stuck"
+]
+
+
+class WaveMember(msgspec.Struct, frozen=True, kw_only=True):
+    """An agent of a wave."""
+
+    agent: AgentName
+    previous: Annotated[str, says("the revision that serves so far")]
+    to: RevisionName
+    after: Annotated[list[str], says("agents of the wave that must be committed before")] = []
+
+
+class WaveResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of an agent of a wave."""
+
+    agent: AgentName
+    state: Annotated[MemberState, says("how it ended; `gone-back`: moved, and moved back; `stuck`: not moved back")]
+    migration: Annotated[str, says("the id of its migration")] = ""
+    back: Annotated[str, says("the id of the migration that moved it back")] = ""
+    reason: Reason = ""
+
+
+class WaveStarted(_Body, frozen=True, kw_only=True, tag="wave-started"):
+    """Many agents are moved, in this order."""
+
+    wave: WaveId
+    request: Annotated[str, says("the id of the event that asked")]
+    by: Annotated[str, says("the operator")]
+    members: Annotated[list[WaveMember], says("in the order in which they begin")]
+    order: Annotated[WaveOrder, says("what the order is by")]
+    parallel: Annotated[int, says("so many at once, at most")]
+    budget: Annotated[int, says("so many may fail")]
+    strategy: Annotated[str | None, says("of each migration; none: what is due to the agent")] = None
+    level: Annotated[str | None, says("the same by level of risk, in place of a strategy")] = None
+    because: Annotated[str, says("the operator's reason")] = ""
+    left_out: Annotated[dict[str, str], says("agents that were asked for and are not in it, and why")] = {}
+
+
+class WaveRefused(_Body, frozen=True, kw_only=True, tag="wave-refused"):
+    """Nothing was changed."""
+
+    request: Annotated[str, says("the id of the event that asked")]
+    reason: Reason
+    wave: Annotated[str, says("the wave's id, if there is one")] = ""
+
+
+class WaveChanged(_Body, frozen=True, kw_only=True, tag="wave-changed"):
+    """It begins no further migration."""
+
+    wave: WaveId
+    phase: Annotated[Literal["stopping", "rolling-back"], says("whether what was moved stays, or is moved back")]
+    by: Annotated[str, says("who or what decided so")]
+    reason: Reason
+    request: Annotated[str, says("the id of the event that asked, if an operator did")] = ""
+
+
+class WaveEnded(_Body, frozen=True, kw_only=True, tag="wave-ended"):
+    """Its outcome."""
+
+    wave: WaveId
+    outcome: Annotated[WaveOutcome, says("how it ended; failed: somebody must look")]
+    reason: Reason
+    members: Annotated[list[WaveResult], says("what became of each agent")]
+
+
 # coordinator, topic record/<agent>/: not among the facts, since hosts and monitors have no use for it
 
 
@@ -354,6 +426,10 @@ Fact = (
     | Steered
     | Deviation
     | MigrationEnded
+    | WaveStarted
+    | WaveRefused
+    | WaveChanged
+    | WaveEnded
     | SeriesRecorded
     | FleetSnapshot
     | AlertFiring

@@ -27,6 +27,7 @@ from interlock.coordinator.options import (
     migrate_options,
     report_options,
     steer_options,
+    wave_options,
 )
 from interlock.coordinator.terminal import EXIT_INTERRUPTED, Output, mute, note, on_bus, say_json
 
@@ -93,6 +94,7 @@ def parser() -> Parser:
     rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
     for name, help in STEERING.items():
         steer_options(verb(name, help), name)
+    wave_options(verb("wave", "move many agents together, within a failure budget"), common)
     for name, help in REPORTS.items():
         report_options(verb(name, help), name)
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
@@ -249,6 +251,12 @@ def _steer(chosen: argparse.Namespace) -> int:
     return steer_verbs.run(chosen)
 
 
+def _wave(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import wave_verb
+
+    return wave_verb.run(chosen)
+
+
 def _report(chosen: argparse.Namespace) -> int:
     from interlock.coordinator import report_verb
 
@@ -377,6 +385,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "rollback": _rollback,
     "plan": _plan,
     **dict.fromkeys(STEERING, _steer),
+    "wave": _wave,
     **dict.fromkeys(REPORTS, _report),
     "ping": _ping,
     "status": _status,

@@ -215,7 +215,7 @@ class _Plot:
     high: float
 
     def x(self, at: float) -> float:
-        return LEFT + (at - self.begin) / (self.end - self.begin) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (max(at, self.begin) - self.begin) / (self.end - self.begin) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
@@ -254,7 +254,7 @@ def _figure(record: Record, name: str, tracks: Sequence[Track]) -> str:
 def _plot(record: Record, tracks: Sequence[Track]) -> _Plot:
     times = [at for track in tracks for at in track.times]
     values = [value for track in tracks for value in track.values]
-    begin = min([record.started or times[0], *times])
+    begin = record.started or min(times)
     end = max([record.ended or times[-1], *times])
     low, high = min([0.0, *values]), max(values)
     return _Plot(begin, end if end > begin else begin + 1.0, low, high if high > low else low + 1.0)

@@ -11,7 +11,7 @@ import trio
 
 from interlock.broker import signing, topics
 from interlock.broker.client import Bus, open_bus
-from interlock.broker.commands import Migrate, RollBackAgent, Steer
+from interlock.broker.commands import Migrate, RollBackAgent, StartWave, Steer, StopWave
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused
 from interlock.broker.role import held
@@ -42,7 +42,7 @@ def _loader(fleet: FleetConfig) -> Callable[[], FleetConfig]:
 
 def is_genuine(event: Event, security: Security | None) -> bool:
     """False of a request that no operator signed: whatever the broker says, it was not asked for."""
-    if security is None or not isinstance(event.body, Migrate | RollBackAgent | Steer):
+    if security is None or not isinstance(event.body, Migrate | RollBackAgent | Steer | StartWave | StopWave):
         return True
     try:
         signing.check(event, security.roll, now=time.time())
