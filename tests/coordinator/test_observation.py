@@ -188,3 +188,13 @@ def test_the_worst_check_decides() -> None:
         found, decisive = together([check(one) for one in everything[: number + 1]])
         assert (found, decisive[-1].verdict) == (verdict, verdict)
     assert together([])[0] == "error"
+
+
+def test_what_was_sampled_before_the_first_live_request_is_no_fault() -> None:
+    observation = Observation("tutor", "r1", "r2", SETTINGS, Baseline(), since=1000.0)
+    up = labels("agent_up", host="alpha", agent="tutor", revision="r2", role="candidate")
+    observation.take(up, 0.0, 999.5)  # it was still starting, and that is what the broker remembered
+    for number in range(3):
+        observation.take(up, 1.0, 1000.1 + number / 10)
+    (health,) = [check for check in observation.measure(1000.5, checkpoint=0.05).checks if check.check == "health"]
+    assert (health.verdict, health.value) == ("passed", 1.0)

@@ -117,9 +117,15 @@ class Measurement:
 
 
 class Observation:
-    """One candidate's time on trial. `take` samples as they come; `measure` whenever it pleases."""
+    """One candidate's time on trial. `take` samples as they come; `measure` whenever it pleases.
 
-    def __init__(self, agent: str, old: str, new: str, settings: ObserveConfig, baseline: Baseline) -> None:
+    since: when its first live requests came, seconds since 1970: that it was not up before is no fault.
+    """
+
+    def __init__(
+        self, agent: str, old: str, new: str, settings: ObserveConfig, baseline: Baseline, *, since: float = 0.0
+    ) -> None:
+        self._since = since
         self._agent = agent
         self._settings = settings
         self._baseline = baseline
@@ -137,6 +143,8 @@ class Observation:
             return
         if name in _COUNTERS:
             side.totals[name] = value
+        elif time < self._since and name in (_UP, _DEPENDENCY):
+            return  # what the broker remembered: from when it was still starting
         elif name == _UP:
             side.up.add(value, time)
         elif name == _DEPENDENCY:

@@ -38,7 +38,7 @@ async def observe(bus: Bus, core: Coordinator, send: Callable[[Emit], None]) -> 
                 observers.pop(number).scope.cancel()
             for number, migration in watched.items():
                 if number not in observers:
-                    observers[number] = _Observer(_observation(migration), trio.CancelScope())
+                    observers[number] = _Observer(_observation(migration, now), trio.CancelScope())
                     nursery.start_soon(_listen, bus, migration.started.host, observers[number])
                 progress = migration.watched(now)
                 assert progress is not None
@@ -49,9 +49,11 @@ async def observe(bus: Bus, core: Coordinator, send: Callable[[Emit], None]) -> 
             await trio.sleep(LOOK_S)
 
 
-def _observation(migration: Migration) -> Observation:
-    started = migration.started
-    return Observation(started.agent, started.previous, started.to, migration.strategy.observe, migration.baseline)
+def _observation(migration: Migration, now: float) -> Observation:
+    started, watched = migration.started, migration.watched(now)
+    since = now - watched.elapsed_s if watched is not None else now
+    settings, baseline = migration.strategy.observe, migration.baseline
+    return Observation(started.agent, started.previous, started.to, settings, baseline, since=since)
 
 
 async def _listen(bus: Bus, host: str, observer: _Observer) -> None:
