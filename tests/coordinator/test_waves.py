@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def config_of(depends: dict[str, list[str]], **rest: Any) -> Any:
         }
         for number, (name, needed) in enumerate(depends.items())
     }  # fmt: skip
-    hosts = {name: {"control": f"tcp://127.0.0.1:{7900 + n}"} for n, name in enumerate(("alpha", "beta"))}
+    hosts = {name: {"control": f"tcp://127.0.0.1:{17900 + n}"} for n, name in enumerate(("alpha", "beta"))}
     rapid = {"observation_s": 10.0, "baseline_s": 0.1}
     return parse_fleet({"hosts": hosts, "strategies": {"rapid": rapid}, "agents": agents, **rest})
 
@@ -227,6 +228,17 @@ def test_two_waves_asked_for_at_once_are_answered_one_after_the_other() -> None:
     play.run()
     assert sum(isinstance(event.body, facts.WaveStarted) for event in play.events) == 1
     assert sum(isinstance(event.body, facts.WaveRefused) for event in play.events) == 1
+
+
+def test_a_long_chain_is_planned_and_judged_without_long_thought() -> None:
+    names = [f"a{number:03d}" for number in range(300)]
+    chain = {name: [after] for name, after in pairwise(names)} | {names[-1]: []}
+    play = Play(chain).start(0.0)
+    assert [member.agent for member in play.last(facts.WaveStarted).members] == names[::-1]
+    play.bad = {names[-2]}
+    play.run(60)
+    assert play.table[names[0]] == "left-out"
+    assert play.last(facts.WaveEnded).outcome == "rolled-back"
 
 
 # --- how many at once

@@ -286,7 +286,9 @@ class WaveMember(msgspec.Struct, frozen=True, kw_only=True):
     agent: AgentName
     previous: Annotated[str, says("the revision that serves so far")]
     to: RevisionName
-    after: Annotated[list[str], says("agents of the wave that must be committed before")] = []
+    after: Annotated[
+        list[str], says("agents of the wave that must be committed before, without those that come before these anyway")
+    ] = []
 
 
 class WaveResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,7 +50,9 @@ class Archive:
         if isinstance(body, facts.MigrationStarted):
             self._hosts[body.migration] = body.host
         elif isinstance(body, facts.MigrationEnded) and self._folder is not None:
-            ended = (body.migration, body.agent, self._hosts.pop(body.migration, ""), body.epoch)
+            known = self._core.fleet.migrations.get(body.migration)  # begun before the snapshot that was read
+            host = self._hosts.pop(body.migration, "") or (known.host if known is not None else "")
+            ended = (body.migration, body.agent, host, body.epoch)
             self._ended[body.migration] = ended
             while len(self._ended) > records.KEPT:
                 del self._ended[next(iter(self._ended))]

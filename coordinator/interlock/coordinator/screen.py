@@ -86,6 +86,9 @@ class Screen:
                     self.line(f"{m.agent} deviates: {deviation}", "warn")
         else:
             self.line("No migration is in flight.", "dim")
+        for wave in view.waves.values():
+            if not wave.outcome:
+                self.line(f"{wave.id} is {wave.phase}: interlock wave status {wave.id}")
         if view.alerts:
             self._table(
                 "Firing alerts",

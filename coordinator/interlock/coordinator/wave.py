@@ -74,11 +74,11 @@ class Wave:
         self._of_request = {f"{self.id}/{agent}": way for agent, way in self._there.items()}
         self._of_request |= {f"{self.id}/{agent}/back": way for agent, way in self._back.items()}
         self._members = {member.agent: member for member in started.members}
-        self._dependents: dict[str, list[str]] = {member.agent: [] for member in started.members}
-        for member in started.members:
-            for needed in member.after:
-                if needed in self._dependents:
-                    self._dependents[needed].append(member.agent)
+        self._needs = _closed(started.members)
+        self._dependents: dict[str, list[str]] = {agent: [] for agent in self._members}
+        for agent, needs in self._needs.items():
+            for needed in needs:
+                self._dependents[needed].append(agent)
         self._said: set[str] = set()  # what was sent in this life; after a restart the log has it, by the same ids
         self._frozen = False
         self._changing = False  # an operator's word is on its way into the log
@@ -181,7 +181,7 @@ class Wave:
 
     def _why_not(self, agent: str) -> str:
         """Why a member that was not asked for never will be; "" if it may yet."""
-        bad = [needed for needed in self._members[agent].after if self._is_lost(needed)]
+        bad = [needed for needed in self._needs[agent] if self._is_lost(needed)]
         if bad:
             return f"{', '.join(bad)}, which it depends on, did not get there"
         if self.phase is Phase.STOPPING or (self.phase is Phase.ENDED and self.changed is not None):
@@ -189,20 +189,12 @@ class Wave:
         return "the wave was rolled back before" if self.phase is Phase.ROLLING_BACK else ""
 
     def _is_lost(self, agent: str) -> bool:
-        """Neither it nor what depends on it will get there."""
-        way = self._there.get(agent)
-        if way is None or way.outcome == "committed":
-            return False
-        return bool(way.outcome) or (not way.asked and any(map(self._is_lost, self._members[agent].after)))
+        """It did not get there."""
+        return self._there[agent].outcome not in ("", "committed")
 
     def _blocked(self, agent: str) -> list[str]:
-        """Who depends on it and stays with the new revision for good."""
-        found = []
-        for dependent in self._dependents[agent]:
-            back = self._back[dependent]
-            if (back.outcome and back.outcome != "committed") or (not back.asked and self._blocked(dependent)):
-                found.append(dependent)
-        return found
+        """Who depends on it and could not be moved back."""
+        return [each for each in self._dependents[agent] if self._back[each].outcome not in ("", "committed")]
 
     def _held(self, flying: Flying) -> list[str]:
         ids = {way.migration: agent for agent, way in self._there.items() if way.open and way.migration}
@@ -269,7 +261,7 @@ class Wave:
     def _is_ready(self, member: WaveMember) -> bool:
         if self.state(member.agent) != "waiting":
             return False
-        return all(self._there[needed].outcome == "committed" for needed in member.after if needed in self._there)
+        return all(self._there[needed].outcome == "committed" for needed in self._needs[member.agent])
 
     def _undo(self, now: float, flying: Flying) -> list[Emit]:
         """What is in flight first, all of it at once; then what was moved, in reverse."""
@@ -328,3 +320,13 @@ class Wave:
             return []
         self._said.add(emit.id)
         return [emit]
+
+
+def _closed(members: list[WaveMember]) -> dict[str, list[str]]:
+    """All that each depends on, directly or not, in the order of the wave."""
+    found: dict[str, set[str]] = {}
+    for member in members:  # whom it depends on stands before it
+        found[member.agent] = set()
+        for needed in member.after:
+            found[member.agent] |= {needed, *found[needed]} if needed in found else set()
+    return {agent: [name for name in found if name in needs] for agent, needs in found.items()}

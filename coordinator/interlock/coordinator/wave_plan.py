@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -105,27 +106,36 @@ def _ordered(asked: commands.StartWave, members: Mapping[str, WaveMember], confi
         case "host":
             return [members[agent] for agent in sorted(members, key=lambda agent: (config.agents[agent].host, agent))]
     found = []
+    needs = {agent: _needs(agent, config) & members.keys() for agent in members}
     for agent in _by_dependency(members, config):
-        needed = sorted(_needs(agent, config) & set(members) - {agent})
-        member = members[agent]
-        found.append(WaveMember(agent=agent, previous=member.previous, to=member.to, after=needed))
+        further = {each for needed in needs[agent] for each in needs[needed]}  # said of those already
+        member, after = members[agent], sorted(needs[agent] - further)
+        found.append(WaveMember(agent=agent, previous=member.previous, to=member.to, after=after))
     return found
 
 
 def _by_dependency(members: Iterable[str], config: FleetConfig) -> list[str]:
     """Each after all that it depends on, also by way of agents that are not moved; else by name."""
-    left, found = sorted(members), []
-    needs = {agent: _needs(agent, config) for agent in left}
-    for agent in left:
-        if agent in needs[agent]:
+    needs = {agent: _needs(agent, config) for agent in sorted(members)}
+    for agent, needed in needs.items():
+        if agent in needed:
             circle = " -> ".join(_circle(agent, config))
             raise ConfigError(
                 f"agents depend on each other in a circle: {circle}", hint="--order host, or --order name"
             )
-    while left:
-        agent = next(agent for agent in left if not needs[agent] & set(left))
-        left.remove(agent)
-        found.append(agent)
+    pending = {agent: len(needed & needs.keys()) for agent, needed in needs.items()}
+    dependents: dict[str, list[str]] = {agent: [] for agent in needs}
+    for agent, needed in needs.items():
+        for each in needed & needs.keys():
+            dependents[each].append(agent)
+    ready = [agent for agent, count in pending.items() if not count]  # sorted, so a heap
+    found = []
+    while ready:
+        found.append(heapq.heappop(ready))
+        for agent in dependents[found[-1]]:
+            pending[agent] -= 1
+            if not pending[agent]:
+                heapq.heappush(ready, agent)
     return found
 
 
