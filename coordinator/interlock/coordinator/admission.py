@@ -69,11 +69,19 @@ class Case:
 
 
 def consider(
-    asked: commands.Migrate, config: FleetConfig, fleet: Fleet, *, in_flight: str, risk: Mapping[str, Level], now: float
+    asked: commands.Migrate,
+    config: FleetConfig,
+    fleet: Fleet,
+    *,
+    in_flight: str,
+    risk: Mapping[str, Level],
+    now: float,
+    undo: bool = False,
 ) -> Case:
     """ConfigError for what no time and no word of an operator would make possible: it names nothing there is.
 
-    in_flight: the migration that the agent is in, or "".
+    in_flight: the migration that the agent is in, or "". undo: it moves a member of a wave back, and a rule that fires
+    is no reason against that.
     """
     agent = config.agents.get(asked.agent)
     if agent is None:
@@ -83,6 +91,7 @@ def consider(
         raise ConfigError(f"agent {asked.agent} has no revision {asked.to!r}", hint=near(asked.to, agent.revisions))
     choice = choose(asked, agent, risk.get(asked.agent))
     objections = list(_state(asked, agent, fleet, in_flight))
+    objections += [] if undo else list(_alerts(asked, agent, fleet))
     deviations = []
     frozen = freeze(config, now)
     if frozen is not None:
@@ -164,6 +173,10 @@ def _state(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet, in_flight:
         )
     if slot is not None and slot.permanent == asked.to:
         yield ConfigError(f"{asked.agent} serves revision {asked.to} already")
+
+
+def _alerts(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet) -> Iterator[ConfigError]:
+    """Rules that fire about it already."""
     for alert in fleet.alerts.values():
         if alert.action == "rollback" and not alert.dry_run and concerns(alert, asked.agent, agent.host):
             yield ConfigError(

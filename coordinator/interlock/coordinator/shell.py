@@ -15,10 +15,13 @@ from pathlib import Path
 
 from interlock.broker.config import BUILT_IN, STRATEGY_OF, FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
-from interlock.coordinator.options import STEERING
+from interlock.coordinator.options import CATEGORIES, ORDERS, OUTCOMES, REPORTS, STEERING
 
-OFFERED = ("plan", "migrate", *STEERING, "rollback", "ping", "status", "watch", "log")
-CHOICES: dict[str, list[str]] = {"--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF)}
+OFFERED = ("plan", "migrate", *STEERING, "rollback", "wave", *REPORTS, "ping", "status", "watch", "log")
+CHOICES: dict[str, list[str]] = {
+    "--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF), "--outcome": list(OUTCOMES),
+    "--order": list(ORDERS), "--category": list(CATEGORIES), "wave": ["start", "status", "stop", "list"],
+}  # fmt: skip
 LEAVING = ("exit", "quit", "EOF")
 TERMINATED = 143  # the code of a verb that SIGTERM ended
 
@@ -81,8 +84,9 @@ class Shell(cmd.Cmd):
             self._fleet = load_fleet(self._path)  # a revision may have been added meanwhile
         before = line[:begidx].split()
         if before[-1] == "--to":
-            agents = [self._fleet.agents[word] for word in before if word in self._fleet.agents]
-            names = [name for agent in agents for name in agent.revisions]
+            named = [self._fleet.agents[word] for word in before if word in self._fleet.agents]
+            agents = named or (list(self._fleet.agents.values()) if before[0] == "wave" else [])
+            names = list(dict.fromkeys(name for agent in agents for name in agent.revisions))
         elif before[-1] in CHOICES:
             names = CHOICES[before[-1]]
         else:
@@ -98,6 +102,9 @@ class Shell(cmd.Cmd):
                 "migrate AGENT --to REVISION   move an agent, and follow it to its outcome\n"
                 "approve, pause, resume, hold, abort, commit AGENT    lead its migration in flight\n"
                 "rollback AGENT                undo its migration in flight\n"
+                "wave start --to REVISION      move many agents; wave status, stop, list\n"
+                "report, explain [AGENT]       what became of a migration, and why\n"
+                "history [AGENT]               the migrations that were\n"
                 "status                        hosts, agents, migrations, alerts\n"
                 "watch [PREFIX]                what happens, until Ctrl-C\n"
                 "log [verify]                  what is in the event log; its hash chain\n"
