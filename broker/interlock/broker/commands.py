@@ -30,12 +30,18 @@ class Breach(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Migrate(_Body, frozen=True, kw_only=True, tag="migrate"):
-    """Move an agent to a revision. `strategy`: None takes the agent's own."""
+    """Move an agent to a revision. `strategy`: None takes the agent's own.
+
+    because: why it may be less careful than is due. accept: the slowest class of rollback that will do ("": warm,
+    "cold", "hand-over").
+    """
 
     agent: str
     to: str
     deadline: float
     strategy: str | None = None
+    because: str = ""
+    accept: str = ""
 
 
 class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
@@ -46,11 +52,23 @@ class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
     deadline: float
 
 
+class RunDrill(_Body, frozen=True, kw_only=True, tag="run-drill"):
+    """Rehearse the rollback of an agent, now. whole_host: level 3 too, so all agents of its host at once."""
+
+    agent: str
+    deadline: float
+    whole_host: bool = False
+
+
 # coordinator -> host, topic command/<host>/
 
 
 class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
-    """Check, record and back up revision `to`; measure the baseline of the old one for `baseline_s` seconds."""
+    """Check, record and back up revision `to`; measure the baseline of the old one for `baseline_s` seconds.
+
+    levels: of the backup. accept: as of Migrate. sick_ok: go on though the old revision is not healthy; it is then no
+    verified way back.
+    """
 
     migration: str
     agent: str
@@ -58,15 +76,37 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     deadline: float
     to: str
     baseline_s: float
+    levels: list[str] = msgspec.field(default_factory=lambda: ["configuration", "code"])
+    accept: str = ""
+    sick_ok: bool = False
 
 
-class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
-    """Start the prepared revision beside the serving one, without live requests; done when it is healthy."""
+class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
+    """Rehearse the rollback with the real processes, and measure it; within `promise_s` it is done, else failed.
+
+    accept: "cold": a slower one will do, and says so. whole_host: as of RunDrill. Without a migration, that is empty.
+    """
 
     migration: str
     agent: str
     epoch: int
     deadline: float
+    promise_s: float
+    accept: str = ""
+    whole_host: bool = False
+
+
+class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
+    """Start the prepared revision beside the serving one, without live requests; done when it is healthy.
+
+    cold: both don't fit, so the old one is stopped before, and all requests go to the candidate once it is healthy.
+    """
+
+    migration: str
+    agent: str
+    epoch: int
+    deadline: float
+    cold: bool = False
 
 
 class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
@@ -136,11 +176,22 @@ class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
     lease_s: float
 
 
-Step = Literal["prepare", "start-candidate", "shadow", "cut-over", "commit"]
+Step = Literal["prepare", "drill", "start-candidate", "shadow", "cut-over", "commit"]
 
 Command = (
-    Migrate | RollBackAgent | RollCall | Prepare | StartCandidate | Shadow | CutOver | Commit | RollBack | RenewLease
+    Migrate
+    | RollBackAgent
+    | RunDrill
+    | RollCall
+    | Prepare
+    | Drill
+    | StartCandidate
+    | Shadow
+    | CutOver
+    | Commit
+    | RollBack
+    | RenewLease
 )
-HostCommand = Prepare | StartCandidate | Shadow | CutOver | Commit
+HostCommand = Prepare | Drill | StartCandidate | Shadow | CutOver | Commit
 
 Evidence = dict[str, Any]  # figures and findings by name, as the host or a check measured them

@@ -88,6 +88,7 @@ class HostConfig(_Config, frozen=True, kw_only=True):
 
     control: str  # where this host takes rollbacks and leases directly (ROUTER)
     monitor: bool = True  # `interlock up` starts a monitor for it
+    backups: int = 5  # newest backups kept of each agent: one is made whenever a migration of it begins
 
 
 class ProbeConfig(_Config, frozen=True, kw_only=True):
@@ -106,6 +107,13 @@ class ProbeConfig(_Config, frozen=True, kw_only=True):
     timeout_s: float = 1.0  # an answer later than this is a failed check
 
 
+class NeedsConfig(_Config, frozen=True, kw_only=True):
+    """What a process of the revision takes of the machine, where it is not what the one before it takes."""
+
+    memory_mb: float = 0.0  # MiB of memory, with all that it starts; 0: as the one before takes
+    gpu_memory_mb: float = 0.0  # MiB of GPU memory; 0: as the one before takes
+
+
 class RevisionConfig(_Config, frozen=True, kw_only=True):
     """One revision of an agent: a class on our base class (`entry`), or any program (`command`).
 
@@ -121,6 +129,7 @@ class RevisionConfig(_Config, frozen=True, kw_only=True):
     probe: ProbeConfig | None = None  # of a program; a class answers for itself
     start_timeout_s: float = 30.0  # not healthy by then: it failed to start
     stop_timeout_s: float = 5.0  # after SIGTERM, before SIGKILL
+    needs: NeedsConfig = NeedsConfig()  # checked before it is started; no part of what the revision is
 
     @property
     def kind(self) -> Literal["class", "exec"]:
@@ -309,6 +318,8 @@ def _check(fleet: FleetConfig, where: str) -> None:
         if name in RESERVED:
             raise ConfigError(f"no host may be called {name!r}", where=f"{where}: hosts", hint="choose another name")
         endpoint(host.control, f"hosts.{name}.control")
+        if host.backups < 1:
+            raise ConfigError("keep one at least", where=f"{where}: hosts.{name}.backups")
     for name in fleet.strategies:
         if name not in ("rapid", "staged"):
             raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint="rapid or staged")
@@ -349,6 +360,8 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         )
     if revision.probe is not None and revision.probe.kind == "script" and not revision.probe.command:
         raise ConfigError("a script probe needs a command", where=where)
+    if revision.needs.memory_mb < 0 or revision.needs.gpu_memory_mb < 0:
+        raise ConfigError("is below 0", where=f"{where}.needs")
 
 
 def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Path:

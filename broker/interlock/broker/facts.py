@@ -124,8 +124,23 @@ class RolledBack(_Body, frozen=True, kw_only=True, tag="rolled-back"):
     evidence: Evidence = {}
 
 
+class RollBackEscalated(_Body, frozen=True, kw_only=True, tag="roll-back-escalated"):
+    """One level of a rollback has failed or its time is up (`reason`); the host goes on with `level`, 2 to 4."""
+
+    host: str
+    agent: str
+    migration: str
+    epoch: int
+    breach: Breach
+    level: int
+    reason: str
+
+
 class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
-    """The old revision could not be brought back; a human must look. All evidence is kept."""
+    """The old revision could not be brought back; a human must look. All evidence is kept, the host goes on trying.
+
+    level: the last one tried. kept: the revision on trial, if it serves instead because it is the healthy one.
+    """
 
     host: str
     agent: str
@@ -133,6 +148,26 @@ class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
     epoch: int
     breach: Breach
     reason: str
+    level: int = 1
+    kept: str = ""
+    evidence: Evidence = {}
+
+
+class DrillDone(_Body, frozen=True, kw_only=True, tag="drill-done"):
+    """A rollback was rehearsed. `seconds`: what each level ("1", "2") took; problems: what went wrong.
+
+    skipped: levels that were not rehearsed, and why. command: the id of the event that asked.
+    """
+
+    host: str
+    agent: str
+    revision: str
+    seconds: dict[str, float]
+    problems: list[str] = []
+    skipped: dict[str, str] = {}
+    migration: str = ""
+    command: str = ""
+    evidence: Evidence = {}
 
 
 # coordinator, topic fact/migration/<agent>/
@@ -230,7 +265,9 @@ Fact = (
     | StepFailed
     | CommandRefused
     | RolledBack
+    | RollBackEscalated
     | RollBackFailed
+    | DrillDone
     | MigrationStarted
     | MigrationRefused
     | StageEntered

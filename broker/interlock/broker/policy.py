@@ -20,7 +20,7 @@ RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the
 
 EVERYTHING = ("",)
 
-_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent)
+_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent, commands.RunDrill)
 _ASKED_OF_HOST = get_args(commands.HostCommand)
 _BY_HOST = (
     facts.HostUp,
@@ -32,7 +32,9 @@ _BY_HOST = (
     facts.StepFailed,
     facts.CommandRefused,
     facts.RolledBack,
+    facts.RollBackEscalated,
     facts.RollBackFailed,
+    facts.DrillDone,
 )
 _BY_RULES = (facts.AlertFiring, facts.AlertResolved)
 
@@ -130,7 +132,7 @@ def _hears(grant: Grant) -> tuple[str, ...]:
         case "coordinator" | "rules" | "operator" | "broker":
             return EVERYTHING
         case "host":
-            own = (topics.command(grant.name), topics.rollback(grant.name))
+            own = (topics.command(grant.name), topics.rollback(grant.name), topics.telemetry(grant.name, "monitor"))
             return (*own, topics.ALL_HOSTS, topics.FACTS, BEATS)
         case "monitor":
             return (topics.FACTS, BEATS)
