@@ -144,6 +144,7 @@ def test_a_prefix_goes_to_the_plane_it_belongs_to(
 def every_body() -> list[Body]:
     """One message of each type there is, with some value in each field that needs one."""
     samples: dict[Any, Any] = {str: "alpha", int: 1, float: 1.5, bool: True, bytes: b""}
+    samples |= {dict[str, float]: {"1": 0.25}}
     samples |= {list[str]: [], dict[str, str]: {"host": "alpha"}, Breach: {"by": "rule x", "reason": "too hot"}}
     bodies = []
     for kind in (*get_args(commands.Command), *get_args(facts.Fact)):

@@ -41,7 +41,9 @@ ELSEWHERE = {
     "broker": ("interlock.broker", "the broker"),
     "host": ("interlock.agents", "a host: agents and their gateways (--name HOST)"),
     "monitor": ("interlock.monitors", "a monitor of a host (--host HOST)"),
+    "backup": ("interlock.agents.backup_verb", "list, verify or restore the backups of this machine's hosts"),
 }
+TOOLS = {"backup"}  # of these, what is no role: it ends by itself
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,10 +87,17 @@ def parser() -> Parser:
     migrate.add_argument("agent", metavar="AGENT")
     migrate.add_argument("--to", required=True, metavar="REVISION")
     migrate.add_argument("--strategy", choices=["rapid", "staged"], help="instead of the agent's own")
+    migrate.add_argument(
+        "--accept", choices=["cold", "hand-over"], default="", help="a slower class of rollback, where no other will do"
+    )
+    migrate.add_argument("--because", default="", metavar="TEXT", help="why it may go on though the old one is sick")
     migrate.add_argument("--detach", action="store_true", help="return as soon as it has begun")
     rollback = verb("rollback", "undo an agent's migration in flight")
     rollback.add_argument("agent", metavar="AGENT")
     rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
+    drill = verb("drill", "rehearse the rollback of an agent with real processes, and measure it")
+    drill.add_argument("agent", metavar="AGENT")
+    drill.add_argument("--host", action="store_true", help="level 3 too: a second process of every agent of its host")
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
     ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
@@ -109,7 +118,7 @@ def parser() -> Parser:
     verb("coordinator", "run the coordinator in this process")
     verb("rules", "run the rule engine in this process")
     for name, (_, help) in ELSEWHERE.items():
-        verbs.add_parser(name, help=f"run {help} in this process", add_help=False)
+        verbs.add_parser(name, help=help if name in TOOLS else f"run {help} in this process", add_help=False)
     return top
 
 
@@ -157,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen.timeout = getattr(chosen, "timeout", TIMEOUT_S)
     chosen.fleet = getattr(chosen, "fleet", None) or Path(os.environ.get(FLEET) or DEFAULT_FLEET)
     if chosen.verb in ELSEWHERE:  # an option stood before the verb
-        _become(chosen.verb, [*rest, "--fleet", os.fspath(chosen.fleet)])
+        as_json = ["--json"] if chosen.json and chosen.verb in TOOLS else []
+        _become(chosen.verb, [*rest, *as_json, "--fleet", os.fspath(chosen.fleet)])
     return _run(chosen)
 
 
@@ -291,7 +301,8 @@ def _migrate(chosen: argparse.Namespace) -> int:
 
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         report = await verbs.migrate(
-            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, timeout=chosen.timeout,
+            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, accept=chosen.accept,
+            because=chosen.because, timeout=chosen.timeout,
             detach=chosen.detach, tell=output.tell, note=_note, begun=started.append,
         )  # fmt: skip
         output.end(report)
@@ -321,6 +332,20 @@ def _rollback(chosen: argparse.Namespace) -> int:
     return _on_bus(
         chosen, run, on_interrupt=lambda: _note("the rollback goes on without you; look with: interlock status")
     )
+
+
+def _drill(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.drill_verb import drill
+
+    async def run(bus: Bus, fleet: FleetConfig) -> int:
+        told = await drill(bus, fleet, chosen.agent, whole_host=chosen.host, timeout=chosen.timeout)
+        if chosen.json:
+            _say_json(told)
+        else:
+            print("\n".join(told.lines()), flush=True)
+        return told.exit_code
+
+    return _on_bus(chosen, run, on_interrupt=lambda: _note("the drill goes on without you, and ends by itself"))
 
 
 def _ping(chosen: argparse.Namespace) -> int:
@@ -458,6 +483,7 @@ def _here(name: str, path: Path, run: Callable[[FleetConfig, Callable[[], None]]
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "migrate": _migrate,
     "rollback": _rollback,
+    "drill": _drill,
     "ping": _ping,
     "status": _status,
     "watch": _watch,

@@ -14,8 +14,9 @@ from interlock.broker.config import AgentConfig, FleetConfig, StrategyConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.wire import Event
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Alert, Fleet
-from interlock.coordinator.migration import Emit, Migration, plan
+from interlock.coordinator.migration import DRILL_S, PROMISE_S, Emit, Migration, plan
 
+DRILL_ID = "/drill"  # a host's command to rehearse has the id of the operator's request, and this
 SNAPSHOT_EVENTS = 1000  # between snapshots of the fleet: a joiner folds at most so many events and those in flight
 
 
@@ -24,6 +25,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     strategy: StrategyConfig
     start_timeout_s: float
+    accept: str = ""
+    sick_ok: bool = False
 
 
 class Coordinator:
@@ -50,7 +53,7 @@ class Coordinator:
             self._snapshot_at = max(self._snapshot_at, body.through)
             return
         match body:
-            case commands.Migrate() | commands.RollBackAgent():
+            case commands.Migrate() | commands.RollBackAgent() | commands.RunDrill():
                 self._waiting[event.header.id] = event
             case facts.MigrationStarted():
                 self._answer_logged(body.request)
@@ -59,6 +62,8 @@ class Coordinator:
                 self._answer_logged(body.request)
             case facts.AlertFiring() if body.action == "hold" and not body.dry_run:
                 self._hold(body)
+            case commands.Drill() if event.header.id.endswith(DRILL_ID):
+                self._answer_logged(event.header.id.removesuffix(DRILL_ID))
             case commands.RollBack():
                 for request, waiting in list(self._waiting.items()):
                     if isinstance(waiting.body, commands.RollBackAgent) and waiting.body.agent == body.agent:
@@ -86,6 +91,8 @@ class Coordinator:
             steps=plan(settings.strategy, start_timeout_s=settings.start_timeout_s),
             config=self._config.coordinator,
             strategy=settings.strategy,
+            accept=settings.accept,
+            sick_ok=settings.sick_ok,
         )
 
     def _hold(self, body: facts.AlertFiring) -> None:
@@ -129,6 +136,8 @@ class Coordinator:
         body = event.body
         if isinstance(body, commands.RollBackAgent):
             return self._answer_rollback(body, event.header.id, now)
+        if isinstance(body, commands.RunDrill):
+            return [self._answer_drill(body, event.header.id, now)]
         assert isinstance(body, commands.Migrate)
         try:
             return [self._start(body, event, now)]
@@ -153,6 +162,28 @@ class Coordinator:
             return [self._refuse(request, body.agent, "", "the migration has just ended")]
         return emits
 
+    def _answer_drill(self, body: commands.RunDrill, request: str, now: float) -> Emit:
+        """The host's command, or why there is none."""
+        try:
+            if now > body.deadline:
+                raise ConfigError("the request's deadline has passed")
+            config = self._load()
+            agent = config.agents.get(body.agent)
+            slot = self.fleet.agents.get(body.agent)
+            if agent is None or slot is None:
+                known = config.agents if agent is None else self.fleet.agents
+                raise ConfigError(f"there is no agent {body.agent!r}", hint=near(body.agent, known))
+            self._admit_host(agent)
+            self._admit_alone(body.agent)
+        except ConfigError as error:
+            return self._refuse(request, body.agent, "", str(error))
+        strategy = config.strategy(agent.strategy_name)
+        asked = commands.Drill(
+            migration="", agent=body.agent, epoch=slot.epoch, deadline=now + DRILL_S, whole_host=body.whole_host,
+            promise_s=getattr(strategy, "promise_s", PROMISE_S),
+        )  # fmt: skip
+        return Emit(topics.command(agent.host), asked, f"{request}{DRILL_ID}")
+
     def _start(self, body: commands.Migrate, event: Event, now: float) -> Emit:
         """MigrationStarted; ConfigError with the reason if it can't be."""
         if now > body.deadline:
@@ -170,7 +201,12 @@ class Coordinator:
         permanent = self._admit(body, agent)
         # A log that began anew numbers from 1: never an epoch, or a migration's name, that the host has seen before.
         epoch = max(event.header.seq, self.fleet.agents[body.agent].epoch + 1)
-        settings = Settings(strategy=config.strategy(strategy), start_timeout_s=revision.start_timeout_s)
+        if body.accept not in ("", "cold", "hand-over"):
+            raise ConfigError(f"there is no class of rollback {body.accept!r}", hint="cold or hand-over")
+        settings = Settings(
+            strategy=config.strategy(strategy), start_timeout_s=revision.start_timeout_s, accept=body.accept,
+            sick_ok=bool(body.because),
+        )  # fmt: skip
         migration = f"{body.agent}-{epoch}"
         started = facts.MigrationStarted(
             migration=migration, epoch=epoch, agent=body.agent, host=agent.host, previous=permanent,
@@ -181,30 +217,39 @@ class Coordinator:
 
     def _admit(self, body: commands.Migrate, agent: AgentConfig) -> str:
         """The permanent revision, if the fleet is in a state to move this agent."""
-        host = self.fleet.hosts.get(agent.host)
-        if host is None or not host.up:
-            raise ConfigError(f"host {agent.host} is not up", hint=f"start it: interlock host --name {agent.host}")
+        self._admit_host(agent)
         slot = self.fleet.agents.get(body.agent)
         if slot is None or not slot.permanent:
             raise ConfigError(
                 f"host {agent.host} does not serve {body.agent} yet", hint="restart the host to add an agent"
             )
-        in_flight = [m.id for m in self.migrations.values() if m.started.agent == body.agent]
-        in_flight += [migration for name, migration in self._starting.values() if name == body.agent]
-        if in_flight:
-            raise ConfigError(
-                f"migration {in_flight[0]} of {body.agent} is in flight",
-                hint=f"wait for it, or: interlock rollback {body.agent}",
-            )
+        self._admit_alone(body.agent)
         if slot.permanent == body.to:
             raise ConfigError(f"{body.agent} serves revision {body.to} already")
         for alert in self.fleet.alerts.values():
+            if body.because and alert.labels.get("agent") == body.agent:
+                continue  # it is about the sick old one, which is to be replaced
             if alert.action == "rollback" and not alert.dry_run and concerns(alert, body.agent, agent.host):
                 raise ConfigError(
                     f"rule {alert.rule} fires already ({alert.summary or alert.labels})",
                     hint="mend that first: a bad candidate could not be told from it",
                 )
         return slot.permanent
+
+    def _admit_host(self, agent: AgentConfig) -> None:
+        host = self.fleet.hosts.get(agent.host)
+        if host is None or not host.up:
+            raise ConfigError(f"host {agent.host} is not up", hint=f"start it: interlock host --name {agent.host}")
+
+    def _admit_alone(self, name: str) -> None:
+        """Nothing else moves the agent."""
+        in_flight = [m.id for m in self.migrations.values() if m.started.agent == name]
+        in_flight += [migration for agent, migration in self._starting.values() if agent == name]
+        if in_flight:
+            raise ConfigError(
+                f"migration {in_flight[0]} of {name} is in flight",
+                hint=f"wait for it, or: interlock rollback {name}",
+            )
 
     @staticmethod
     def _refuse(request: str, agent: str, to: str, reason: str) -> Emit:

@@ -15,7 +15,10 @@ from interlock.broker.config import CoordinatorConfig, StrategyConfig
 from interlock.broker.facts import Outcome
 from interlock.broker.wire import Body, Event
 
-ROLLBACK_ANSWER_S = 60.0  # a host that reports no rollback for so long has failed it: the slowest level takes as long
+ROLLBACK_ANSWER_S = 90.0  # a host that reports no rollback for so long has failed it: the slowest level takes 60 s
+DRILL_S = 120.0  # for a rehearsal: a start, a copy of the data folder and a start from a backup
+BACKUP_LEVELS = ["configuration", "code"]  # of a strategy that names none
+PROMISE_S = 5.0  # of a strategy that promises nothing else
 LEASE_RENEWALS = 3  # per lease: two may be lost
 
 
@@ -41,10 +44,10 @@ class PlannedStep:
 
 def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedStep]:
     """The steps of a strategy in order; the first stage a strategy leaves out is simply not there."""
-    steps = [
-        PlannedStep(Stage.PREPARE, "prepare", strategy.baseline_s + 60.0),
-        PlannedStep(Stage.INFRASTRUCTURE, "start-candidate", start_timeout_s),
-    ]
+    steps = [PlannedStep(Stage.PREPARE, "prepare", strategy.baseline_s + 60.0)]
+    if getattr(strategy, "drill", False):
+        steps.append(PlannedStep(Stage.PREPARE, "drill", DRILL_S + 2 * start_timeout_s))
+    steps.append(PlannedStep(Stage.INFRASTRUCTURE, "start-candidate", start_timeout_s))
     if strategy.shadow_requests:
         steps.append(PlannedStep(Stage.CORE_LOGIC, "shadow", strategy.shadow_s))
     for canary in strategy.canary:
@@ -53,6 +56,11 @@ def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedSte
     steps.append(PlannedStep(Stage.OBSERVATION, "cut-over", 0.0, 1.0, strategy.observation_s))
     steps.append(PlannedStep(Stage.COMMIT, "commit", 0.0))
     return steps
+
+
+def cold(steps: list[PlannedStep]) -> list[PlannedStep]:
+    """The same where old and new don't fit together: there is nothing to compare with, and no share to give."""
+    return [step for step in steps if step.step != "shadow" and (step.step != "cut-over" or step.share >= 1)]
 
 
 class Phase(StrEnum):
@@ -80,6 +88,9 @@ TRANSITIONS: dict[tuple[Phase, str], Phase] = {
     (Phase.ROLLING_BACK, "roll-back-failed"): Phase.ROLLING_BACK,
     (Phase.RUNNING, "roll-back-failed"): Phase.ROLLING_BACK,
     (Phase.HELD, "roll-back-failed"): Phase.ROLLING_BACK,
+    (Phase.RUNNING, "kept"): Phase.HELD,
+    (Phase.HELD, "kept"): Phase.HELD,
+    (Phase.ROLLING_BACK, "kept"): Phase.HELD,
 }
 
 
@@ -99,9 +110,13 @@ class Migration:
 
     def __init__(
         self, started: facts.MigrationStarted, *, at: float, steps: list[PlannedStep], config: CoordinatorConfig,
-        strategy: StrategyConfig,
+        strategy: StrategyConfig, accept: str = "", sick_ok: bool = False,
     ) -> None:  # fmt: skip
         self.started = started
+        self._accept, self._sick_ok = accept, sick_ok
+        self._cold = False  # the old one is stopped before the candidate starts
+        self._failures = 0  # rollbacks that the host could not do
+        self._kept: Breach | None = None  # the candidate serves on, and nobody was told yet
         self.id = started.migration
         self.steps = steps
         self.phase = Phase.RUNNING
@@ -142,9 +157,9 @@ class Migration:
             case facts.RolledBack():
                 self._rolled_back(body, at)
             case facts.RollBackFailed():
-                self._turn("roll-back-failed", body.breach, at)
-                self._evidence["roll_back_failed"] = body.reason
+                self._roll_back_failed(body, at)
             case facts.MigrationHeld():
+                self._kept = None
                 self._turn("held", body.breach, at)
             case facts.MigrationEnded():
                 self.phase, self.outcome, self.closed = Phase.ENDED, body.outcome, True
@@ -167,6 +182,8 @@ class Migration:
             return
         if body.evidence:
             self._evidence[f"{self.index}-{body.step}"] = body.evidence
+        if body.step == "prepare" and body.evidence.get("rollback_class") == "cold":
+            self._cold, self.steps = True, cold(self.steps)
         if body.step == "commit":
             if self._turn("committed", None, at):
                 self.outcome = "committed"
@@ -181,7 +198,7 @@ class Migration:
         breach = Breach(
             by=f"check {body.check}", reason=body.reason, sample_time=body.evidence.get("first_breach_time", at)
         )
-        if body.step == "prepare":  # nothing was started, nothing is to be undone
+        if body.step in ("prepare", "drill"):  # nothing was started, nothing is to be undone
             if self._turn("not-prepared", breach, at):
                 self.outcome = "refused"
         else:
@@ -208,6 +225,16 @@ class Migration:
                 "breach_to_restored_ms": None if first is None else (body.restored - first) * 1000,
                 **body.evidence,
             }
+
+    def _roll_back_failed(self, body: facts.RollBackFailed, at: float) -> None:
+        """Where the candidate is kept, it is for an operator to say what becomes of it."""
+        self._evidence["roll_back_failed"] = {"reason": body.reason, "level": body.level, "kept": body.kept}
+        self._failures += 1
+        if not body.kept:
+            self._turn("roll-back-failed", body.breach, at)
+        elif self._turn("kept", body.breach, at):
+            reason = f"{body.kept} is kept, since the old revision can't be brought back: {body.reason}"
+            self._kept = Breach(by=f"host {body.host}", reason=reason, sample_time=body.breach.sample_time)
 
     def _slot_changed(self, body: facts.SlotChanged, at: float) -> None:
         """A slot that has no candidate, and has seen this epoch, has settled it, whatever else was lost on the way."""
@@ -244,6 +271,10 @@ class Migration:
                 wanted += self._advance(now)
             case Phase.ROLLING_BACK:
                 wanted += self._undo(now)
+            case Phase.HELD if self._kept is not None:
+                held = facts.MigrationHeld(migration=self.id, agent=self.started.agent, breach=self._kept)
+                wanted.append(Emit(topics.migration_fact(self.started.agent), held, f"{self.id}/kept/{self._failures}"))
+                self._kept = None
             case Phase.ENDED if not self._said_end:
                 wanted.append(self._end())
             case _:
@@ -277,7 +308,8 @@ class Migration:
         body = commands.RollBack(
             migration=self.id, agent=self.started.agent, epoch=self.started.epoch, breach=breach, issued=now
         )
-        return [Emit(topics.rollback(self.started.host), body, f"{self.id}/roll-back", also_direct=True)]
+        again = f"/{self._failures}" if self._failures else ""  # the one before was heard, and is not done twice
+        return [Emit(topics.rollback(self.started.host), body, f"{self.id}/roll-back{again}", also_direct=True)]
 
     # --- inside
 
@@ -352,10 +384,18 @@ class Migration:
             case "prepare":
                 return commands.Prepare(
                     migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    to=self.started.to, baseline_s=self._strategy.baseline_s,
+                    to=self.started.to, baseline_s=self._strategy.baseline_s, accept=self._accept,
+                    sick_ok=self._sick_ok, levels=getattr(self._strategy, "backup", BACKUP_LEVELS),
+                )  # fmt: skip
+            case "drill":
+                return commands.Drill(
+                    migration=migration, agent=agent, epoch=epoch, deadline=deadline, accept=self._accept,
+                    promise_s=getattr(self._strategy, "promise_s", PROMISE_S),
                 )  # fmt: skip
             case "start-candidate":
-                return commands.StartCandidate(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
+                return commands.StartCandidate(
+                    migration=migration, agent=agent, epoch=epoch, deadline=deadline, cold=self._cold
+                )
             case "shadow":
                 return commands.Shadow(
                     migration=migration, agent=agent, epoch=epoch, deadline=deadline,

@@ -25,7 +25,7 @@ TICK_S = 1.0  # how often a follower looks whether the broker still speaks
 CLOSE_S = 10.0  # for the coordinator's last word once the host has settled it; then the host's word stands
 ANSWER_MARGIN_S = 1.0  # a request expires at its deadline; an answer of the last moment still arrives
 COORDINATOR_SILENT_S = 2.0  # a rollback waits no longer for the coordinator, and goes to the host itself
-ROLLBACK_S = 60.0  # the slowest level of a rollback takes as long
+ROLLBACK_S = 90.0  # the slowest level of a rollback takes 60 s
 FRESH_S = 5.0  # a host whose newest telemetry is older than this is silent; it sends about once a second
 LISTEN_S = 2.0  # `status` listens so long for hosts; it ends sooner when all have spoken
 
@@ -121,6 +121,8 @@ async def migrate(
     to: str,
     *,
     strategy: str | None = None,
+    accept: str = "",
+    because: str = "",
     timeout: float,
     detach: bool = False,
     tell: Tell,
@@ -134,7 +136,9 @@ async def migrate(
     request = uuid.uuid4().hex
     view = Fleet()
     async with listening(bus, fleet, [topics.FACTS], timeout=timeout) as feed:
-        asked = commands.Migrate(agent=agent, to=to, strategy=strategy, deadline=time.time() + timeout)
+        asked = commands.Migrate(
+            agent=agent, to=to, strategy=strategy, accept=accept, because=because, deadline=time.time() + timeout
+        )
         await bus.publish(topics.COORDINATOR, asked, id=request, timeout=timeout)
         answer: Event | None = None
         with trio.move_on_after(timeout + ANSWER_MARGIN_S):
