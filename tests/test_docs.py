@@ -19,9 +19,23 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
+from interlock.agents.ladder import LADDER, LEAST_S, NEXT, WITHIN_S, Ascent, Rung, Turn
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
-from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
+from interlock.agents.slot_io import (
+    DrillEnded,
+    Gone,
+    Healthy,
+    Input,
+    Moment,
+    PrepareEnded,
+    Row,
+    ShadowEnded,
+    State,
+    Tick,
+    Verified,
+)
 from interlock.broker import config
+from interlock.broker.commands import Breach
 from interlock.broker.config import RAPID, STAGED, StrategyConfig, parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator.demo.scenarios import SCENARIOS
@@ -55,6 +69,7 @@ TABLES = {
     "[agents.NAME.compare]": "CompareConfig",
     "[agents.NAME.revisions.NAME]": "RevisionConfig",
     "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
+    "[agents.NAME.revisions.NAME.needs]": "NeedsConfig",
 }
 NOT_KEYS = {("FleetConfig", "path")}
 NESTED = {name: heading for heading, name in TABLES.items()}
@@ -162,10 +177,15 @@ def _figure(value: Any) -> str:
 FOUND: list[tuple[State, str, Input]] = [
     (State.PREPARING, "every check passed", PrepareEnded("m", True, digest="d")),
     (State.PREPARING, "a check failed", PrepareEnded("m", False, check="c", reason="r")),
+    (State.DRILLING, "within the promise", DrillEnded(True)),
+    (State.DRILLING, "not within the promise", DrillEnded(False)),
     (State.STARTING, "healthy, and its contract covers the old one's", Healthy("i")),
     (State.SHADOWING, "enough compared, or the time is over", ShadowEnded("m", True, "")),
     (State.ROLLING_BACK, "the old revision answered", Verified("m", True, 2.0, 1.0)),
-    (State.ROLLING_BACK, "no answer, so it is started again", Verified("m", False, 2.0, 1.0, "r")),
+    (State.ROLLING_BACK, "it did not, and is started again", Verified("m", False, 2.0, 1.0, "r")),
+    (State.ROLLING_BACK, "level 2 failed, and the candidate is healthy", Tick()),
+    (State.KEPT, "the old revision answered", Verified("m", True, 2.0, 1.0)),
+    (State.KEPT, "the candidate ended, or an operator asks again", Gone("i", "process-died", "r", 1.0)),
 ]
 
 
@@ -173,13 +193,43 @@ def slot_diagram() -> str:
     """The slot machine: the table of steps, what the host finds out, and the way back from everywhere."""
     lines = ["[*] --> serving"]
     lines += [f"{_id(before)} --> {_id(after)}: {step}" for (before, step), after in STEPS.items()]
+    lines.append("starting --> live: healthy, in the place of the old one (cold)")
     for before, what, given in FOUND:
         slot = Slot("h", Row("a", "p", "d", candidate="c", state=before, migration="m", epoch=1))
-        slot.candidate = "i"
-        slot.handle(given, Moment(1.0, 1.0))
+        slot.candidate, slot.permanent, slot.permanent_up = "i", "o", True
+        slot.candidate_up = before in (State.ROLLING_BACK, State.KEPT)
+        if before in (State.ROLLING_BACK, State.KEPT):
+            rung = Rung.KEPT if before is State.KEPT else Rung.CODE
+            slot.ascent = Ascent.begin(Breach(by="b", reason="r"), rung, Moment(1.0, 1.0))
+            slot.ascent.keepable = True
+        slot.handle(given, Moment(100.0 if isinstance(given, Tick) else 1.0, 1.0))
         lines.append(f"{_id(before)} --> {_id(slot.row.state)}: {what}")
     lines += [f"{_id(state)} --> rolling_back: roll back" for state in State if state in ON_TRIAL]
     return _diagram(lines, State)
+
+
+def rollback_levels() -> str:
+    """The levels with their times, and what each sign leads to."""
+    restores = {
+        Rung.ROUTE: "the requests go to the old process, which still runs",
+        Rung.CODE: "the old revision is started again from the store",
+        Rung.HOST: "every other slot of the host returns to its permanent revision, too",
+        Rung.BACKUP: "code and state come from the newest verified backup; then as level 2",
+    }
+    rows = ["| level | restores | within | or, if reached late, after | then |", "|---|---|---|---|---|"]
+    for rung, what in restores.items():
+        then = NEXT[rung]
+        word = f"level {then.value}" if then in WITHIN_S else "somebody is paged; it is tried on, every 30 s"
+        word += ", or *kept*" if rung is Rung.CODE else ""
+        rows.append(
+            f"| {rung.value} {rung.name.lower()} | {what} | {WITHIN_S[rung]:g} s | {LEAST_S[rung]:g} s | {word} |"
+        )
+    signs = sorted({sign for _, sign in LADDER}, key=lambda sign: list(type(sign)).index(sign))
+    rows += ["", "| | " + " | ".join(signs) + " |", "|---|" + "---|" * len(signs)]
+    for rung in Rung:
+        cells = ["" if LADDER[rung, sign] is Turn.WAIT else str(LADDER[rung, sign]) for sign in signs]
+        rows.append(f"| *{rung.name.lower()}* | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def migration_diagram() -> str:
@@ -280,6 +330,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "stages": stages,
     "slot": slot_diagram,
+    "rollback-levels": rollback_levels,
     "migration": migration_diagram,
     "default-rules": rule_table,
     "rule-language": rule_language,

@@ -335,7 +335,8 @@ async def test_after_the_last_level_somebody_is_paged_and_it_is_tried_on_without
     hosted.kill(shell, shell.slot.candidate)
     page = await hosted.fact(facts.RollBackFailed)
     assert (page.level, page.kept) == (4, "")
-    assert [f.level for f in hosted.told if isinstance(f, facts.RollBackEscalated)] == [3, 4]
+    levels = [f.level for f in hosted.told if isinstance(f, facts.RollBackEscalated)]
+    assert levels in ([3, 4], [2, 3, 4])  # by whose end was noticed first
     hosted.untell("r1", "stillborn")
     done = await hosted.fact(facts.RolledBack)
     assert len(done.evidence["levels"]) >= len(page.evidence["levels"])

@@ -225,7 +225,7 @@ def _in_place(host: str, state: Path, levels: list[str], chosen: argparse.Namesp
         "outcome": "restored", "backup": str(path), "levels": levels,
         "lost": {level: msgspec.to_builtins(lost) for level, lost in costs.items()},
     }  # fmt: skip
-    return told, [*lines, f"RESTORED; start it with: interlock host --name {host}"], 0
+    return told, [*lines, f"RESTORED; now start host {host} again"], 0
 
 
 def _permanent(state: Path, agent: str) -> Row | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
-from interlock.agents.drill import Stage, drill, start_spare
+from interlock.agents.drill import Stage, drill
 from interlock.agents.levels import Restoration, bring_back
 from interlock.agents.slot_io import AskHostLevel, DrillEnded, HostRestored, Restore, Restored, RestoreHost, State
 from interlock.broker.commands import Drill
@@ -72,9 +71,9 @@ def stage(shell: SlotShell, command: Drill) -> Stage | None:
     if permanent is None or not slot.permanent_up:
         return None
 
-    def neighbours() -> list[Callable[[], Awaitable[float]]]:
+    def neighbours() -> list[Stage]:
         others = [stage(other, command) for other in around.neighbours() if other is not shell]
-        return [partial(start_spare, other) for other in others if other is not None]
+        return [other for other in others if other is not None]
 
     return Stage(
         host=around.host, command=command, row=slot.row, config=shell.config, permanent=permanent,

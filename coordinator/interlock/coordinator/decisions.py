@@ -178,8 +178,10 @@ class Coordinator:
         except ConfigError as error:
             return self._refuse(request, body.agent, "", str(error))
         strategy = config.strategy(agent.strategy_name)
+        slowest = max(revision.start_timeout_s for revision in agent.revisions.values())
         asked = commands.Drill(
-            migration="", agent=body.agent, epoch=slot.epoch, deadline=now + DRILL_S, whole_host=body.whole_host,
+            migration="", agent=body.agent, epoch=slot.epoch, deadline=now + DRILL_S + 2 * slowest,
+            whole_host=body.whole_host,
             promise_s=getattr(strategy, "promise_s", PROMISE_S),
         )  # fmt: skip
         return Emit(topics.command(agent.host), asked, f"{request}{DRILL_ID}")

@@ -13,7 +13,6 @@ from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import Refused, Unreachable
 from interlock.coordinator.decisions import DRILL_ID
-from interlock.coordinator.migration import DRILL_S
 from interlock.coordinator.verbs import ANSWER_MARGIN_S, listening
 
 LEVELS = {"1": "route", "2": "code", "3": "host", "4": "backup"}
@@ -56,27 +55,27 @@ async def drill(bus: Bus, fleet: FleetConfig, agent: str, *, whole_host: bool, t
     async with listening(bus, fleet, [topics.FACTS, topics.COMMANDS], timeout=timeout) as feed:
         body = commands.RunDrill(agent=agent, whole_host=whole_host, deadline=time.time() + timeout)
         await bus.publish(topics.COORDINATOR, body, id=request, timeout=timeout)
-        taken = False
+        until: float | None = None
         with trio.move_on_after(timeout + ANSWER_MARGIN_S):
-            await _taken(feed, request, asked)
-            taken = True
-        if not taken:
+            until = await _taken(feed, request, asked)
+        if until is None:
             raise Unreachable(
                 f"the coordinator has not answered within {timeout:g} s", where="coordinator",
                 hint="is it running? the request has expired; start it with: interlock coordinator, then ask again",
             )  # fmt: skip
-        with trio.move_on_after(DRILL_S + ANSWER_MARGIN_S + timeout):
+        with trio.move_on_after(until - time.time() + timeout):
             return await _ended(feed, agent, asked)
-    raise Unreachable(f"the host has not reported the drill within {DRILL_S:g} s", where=agent)
+    raise Unreachable("the host has not reported the drill by its deadline", where=agent, hint="is that host running?")
 
 
-async def _taken(feed: EventFeed, request: str, asked: str) -> None:
-    """Until the coordinator has passed it on to the host. Refused if it does not."""
+async def _taken(feed: EventFeed, request: str, asked: str) -> float:
+    """Until the coordinator has passed it on to the host: the drill's deadline. Refused if it does not."""
     async for event in feed:
-        if event.header.id == asked:
-            return
+        if event.header.id == asked and isinstance(event.body, commands.Drill):
+            return event.body.deadline
         if isinstance(event.body, facts.MigrationRefused) and event.body.request == request:
             raise Refused(event.body.reason)
+    raise AssertionError("a feed does not end")
 
 
 async def _ended(feed: EventFeed, agent: str, asked: str) -> Drilled:

@@ -275,15 +275,19 @@ async def _ask_host(
 
 
 async def _rolled_back(feed: EventFeed, view: Fleet, number: str, *, tell: Tell, note: Note) -> Report:
+    failed = False  # the host could not: it is held, or goes on trying
+
     async def until(done: Callable[[], bool]) -> None:
+        nonlocal failed
         while not done():
             event = await anext(feed)
             view.apply(event)
             if concerns(event, number):
+                failed = failed or isinstance(event.body, facts.RollBackFailed)
                 tell(event)
 
     def settled() -> bool:
-        return number in view.migrations and not view.migrations[number].in_flight
+        return failed or (number in view.migrations and not view.migrations[number].in_flight)
 
     with trio.move_on_after(ROLLBACK_S):
         await until(settled)
@@ -296,8 +300,8 @@ async def _rolled_back(feed: EventFeed, view: Fleet, number: str, *, tell: Tell,
         )
     migration = view.migrations[number]
     with trio.move_on_after(CLOSE_S):
-        await until(lambda: migration.ended)
-    if not migration.ended:
+        await until(lambda: migration.ended or migration.outcome == "held")
+    if not migration.ended and migration.outcome != "held":
         note("the coordinator has not closed it; this is what the host did")
     told = report(migration)
     if migration.outcome == "committed":
