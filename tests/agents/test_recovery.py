@@ -27,6 +27,7 @@ from interlock.agents.slot_shell import SlotShell, Surroundings
 from interlock.broker import commands, facts
 from interlock.broker.commands import Breach
 from interlock.broker.config import AgentConfig, FleetConfig, HostConfig, parse_fleet
+from interlock.broker.errors import LogError
 from interlock.broker.facts import Fact
 from interlock.broker.sockets import Sockets, open_sockets
 
@@ -355,6 +356,35 @@ async def test_a_port_that_somebody_took_is_no_end_for_a_permanent_instance(
         await hosted.until(lambda: next(offered, "none left") == "none left")
         await hosted.until(lambda: shell.slot.permanent_up)
         assert (await hosted.answer(shell))["revision"] == "r1"
+
+
+async def test_a_full_disk_stops_no_rollback_that_has_to_start_the_old_revision_again(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = await hosted.add("tutor")
+    await hosted.live(shell)
+
+    def full(*_: object, **__: object) -> None:
+        raise LogError("no space left on device", where="host.sqlite")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slot_shell, "JOURNAL_RETRY_S", 0.05)
+        patched.setattr(hosted.around.journal, "save_slot", full)
+        hosted.kill(shell, shell.slot.permanent)
+        hosted.kill(shell, shell.slot.candidate)
+        await hosted.until(lambda: shell.slot.permanent_up)
+        assert (await hosted.answer(shell))["revision"] == "r1"
+    assert (await hosted.fact(facts.RolledBack)).level == 2
+
+
+async def test_a_backup_that_can_not_be_written_refuses_the_migration(hosted: Hosted) -> None:
+    shell = await hosted.add("tutor")
+    (hosted.folder / "backups").write_text("in the way")
+    shell.give(Ask(commands.Prepare(**at(shell, to="r2", baseline_s=0.0)), "first"))
+    failed = await hosted.fact(facts.StepFailed, command="first")
+    assert (failed.check, "the backup failed" in failed.reason) == ("backup", True)
+    assert shell.slot.row.state is State.SERVING
+    assert (await hosted.answer(shell))["revision"] == "r1"
 
 
 # --- the cold class

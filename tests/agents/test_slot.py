@@ -218,7 +218,8 @@ def test_if_both_are_gone_requests_wait_until_the_old_revision_is_back() -> None
     assert not any(isinstance(a, Verify) for a in actions)
     assert Stop(play.slot.candidate or "") not in actions
     actions = play(Healthy(play.slot.permanent or ""))
-    assert actions[:2] == [Route(((play.slot.permanent or "", 1.0),)), Verify(M, play.slot.permanent or "")]
+    name = play.slot.permanent or ""
+    assert actions[:2] == [Route(((name, 1.0),), urgent=True), Verify(M, name)]
     play(Verified(M, True, 0.0, 0.0))
     assert play.facts()[0].level == 2
 

@@ -271,7 +271,7 @@ class Slot(RollingBack):
         if given.instance == self.permanent:
             self.permanent_up = True
             self.permanent_since = now.mono
-            actions: list[Action] = [Route(self.shares())]
+            actions: list[Action] = [Route(self.shares(), urgent=self.row.state in AWAY)]
             if self.row.state in AWAY:
                 actions.append(Verify(self.row.migration or "", given.instance))
             return [*actions, self._changed()]

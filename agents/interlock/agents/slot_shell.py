@@ -1,8 +1,8 @@
 """Carries out what a slot machine decides: one per agent, with the agent's gateway and instances.
 
 Actions are done in order by one task, since most of them wait (for the disk, for a process). A rollback doesn't queue:
-what comes before its journal entry (the route, the rescue of requests) is done at once, in the call that brought it,
-and whatever was queued to change the route is void from then on.
+what comes before its journal entry (the route, the rescue of requests, the start of what is permanent anyway) is done
+at once, in the call that brought it, and whatever was queued to change the route is void from then on.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class SlotShell:
         if urgent:
             self._generation += 1
         for action in actions:
-            if urgent and isinstance(action, Route | EndShadow | EndDrill | Rescue | Verify):
+            if urgent and isinstance(action, Route | EndShadow | EndDrill | Rescue | Verify | Start | Stop):
                 self._do_now(action)
             else:
                 urgent = False
@@ -187,10 +187,6 @@ class SlotShell:
                 self.around.publish(fact)
             case BeginPrepare(command):
                 self.around.nursery.start_soon(self._prepare, command)
-            case Start():
-                self.around.nursery.start_soon(self._live, action)
-            case Stop(instance):
-                self.around.nursery.start_soon(self.stop, instance)
             case BeginShadow(command, candidate):
                 self._begin_shadow(command, candidate)
             case BeginDrill(command):
@@ -234,6 +230,10 @@ class SlotShell:
             case Route(shares):
                 self.gateway.route(dict(shares))
                 self.routed_at = time.time()
+            case Start():
+                self.around.nursery.start_soon(self._live, action)
+            case Stop(instance):
+                self.around.nursery.start_soon(self.stop, instance)
             case Rescue(instance):
                 self.gateway.rescue(instance)
             case EndShadow():
