@@ -502,6 +502,16 @@ async def test_a_drill_that_breaks_the_promise_ends_the_migration_unless_a_slowe
     assert shell.slot.row.state is State.PREPARED
 
 
+async def test_a_drill_before_a_cold_start_promises_no_level_1(hosted: Hosted) -> None:
+    shell = await hosted.add("tutor", r2={"needs": {"gpu_memory_mb": 16 * 1024}})
+    hosted.cards = [Card("GPU-1", total=24 * GB, free=8 * GB, agent=10 * GB)]
+    await hosted.ask(shell, commands.Prepare(**at(shell, to="r2", baseline_s=0.0, accept="cold")))
+    done = await hosted.ask(shell, commands.Drill(**at(shell, promise_s=5.0, accept="cold", cold=True)))
+    assert done.evidence["rollback_class"] == "cold"
+    assert set(done.evidence["skipped"]) == {"1", "2", "3", "4"}
+    assert "not rehearsed, but its last start took so long" in done.evidence["accepted"]
+
+
 async def test_a_drill_is_called_off_when_the_permanent_instance_dies(hosted: Hosted) -> None:
     shell = await hosted.add("tutor", r1={"start_timeout_s": 30.0})
     body = commands.Drill(**{**at(shell, promise_s=5.0), "migration": "", "epoch": 0})

@@ -88,9 +88,27 @@ async def drill(stage: Stage) -> DrillEnded:
     else:
         found.skipped["2"] = f"no room for a second process: {_lacking(judged)}"
         await _route(stage, None, found)
+    if stage.command.cold:
+        found.seconds.pop("1", None)
+        found.skipped["1"] = "cold: the old process is stopped before the candidate starts"
     await _whole_host(stage, found)
     await _from_backup(stage, found, judged)
-    return _verdict(stage.command, found)
+    return _cold_verdict(stage, found) if stage.command.cold else _verdict(stage.command, found)
+
+
+def _cold_verdict(stage: Stage, found: _Findings) -> DrillEnded:
+    """The old process will not run any more: what counts is how long it takes to start, which somebody accepted."""
+    took, last = found.seconds.get("2"), stage.permanent.start_s
+    words = "it is not known how long level 2 takes"
+    if took is not None:
+        words = f"level 2 takes {took:.2f} s, as rehearsed"
+    elif last is not None:
+        words = f"level 2 takes some {last:.2f} s: not rehearsed, but its last start took so long"
+    found.evidence |= {"promise_s": stage.command.promise_s, "rollback_class": "cold", "accepted": f"cold: {words}"}
+    return DrillEnded(
+        not found.problems, "; ".join(found.problems), found.seconds, found.skipped, tuple(found.problems),
+        found.evidence,
+    )  # fmt: skip
 
 
 def _verdict(command: Drill, found: _Findings) -> DrillEnded:

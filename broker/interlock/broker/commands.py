@@ -84,7 +84,8 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
 class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
     """Rehearse the rollback with the real processes, and measure it; within `promise_s` it is done, else failed.
 
-    accept: "cold": a slower one will do, and says so. whole_host: as of RunDrill. Without a migration, that is empty.
+    accept: "cold": a slower one will do, and says so. cold: the old process will be stopped, so there is no level 1.
+    whole_host: as of RunDrill. `migration` is empty where there is none.
     """
 
     migration: str
@@ -93,6 +94,7 @@ class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
     deadline: float
     promise_s: float
     accept: str = ""
+    cold: bool = False
     whole_host: bool = False
 
 

@@ -390,7 +390,7 @@ class Migration:
             case "drill":
                 return commands.Drill(
                     migration=migration, agent=agent, epoch=epoch, deadline=deadline, accept=self._accept,
-                    promise_s=getattr(self._strategy, "promise_s", PROMISE_S),
+                    cold=self._cold, promise_s=getattr(self._strategy, "promise_s", PROMISE_S),
                 )  # fmt: skip
             case "start-candidate":
                 return commands.StartCandidate(
