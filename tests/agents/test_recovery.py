@@ -13,7 +13,7 @@ import pytest
 import trio
 import zmq
 
-from interlock.agents import ladder, launch, resources, slot_shell
+from interlock.agents import guard, ladder, launch, resources, slot_shell
 from interlock.agents.gateway import ZmqGateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
@@ -32,7 +32,7 @@ from interlock.broker.facts import Fact
 from interlock.broker.sockets import Sockets, open_sockets
 
 PROGRAM = """
-import json, os, pathlib, signal, sys, zmq
+import json, os, pathlib, signal, subprocess, sys, zmq
 
 port, tells, revision = int(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
 data = pathlib.Path(os.environ["INTERLOCK_DATA"])
@@ -42,6 +42,10 @@ def told(what):
 
 if told("stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if told("family"):
+    idle = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", idle], start_new_session=True)
+    (tells / "child").write_text(str(child.pid))
 if told("stillborn"):
     sys.exit("no heart")
 if told("ruined") and (data / "memory").read_text() == "ruined":
@@ -236,6 +240,7 @@ async def hosted(tmp_path: Path, short_folder: Path, monkeypatch: pytest.MonkeyP
                     await shell.end()
             nursery.cancel_scope.cancel()
             made.around.journal.close()
+    assert guard.belonging(guard.HOST_VARIABLE, marker) == []
 
 
 async def test_level_1_the_old_process_answers_and_only_then_is_the_candidate_stopped(hosted: Hosted) -> None:
@@ -342,6 +347,25 @@ async def test_after_the_last_level_somebody_is_paged_and_it_is_tried_on_without
     done = await hosted.fact(facts.RolledBack)
     assert len(done.evidence["levels"]) >= len(page.evidence["levels"])
     assert (await hosted.answer(shell))["revision"] == "r1"
+
+
+async def test_a_candidate_that_started_others_takes_them_along(hosted: Hosted) -> None:
+    shell = await hosted.add("tutor")
+    hosted.tell("r2", "family")
+    await hosted.live(shell)
+    child = int((hosted.tells / "child").read_text())
+    assert guard.look(child) is not None
+    shell.give(back(shell))
+    await hosted.fact(facts.InstanceStopped, revision="r2")
+    assert guard.look(child) is None
+
+
+async def test_a_host_that_ends_in_the_middle_of_a_drill_leaves_nothing(hosted: Hosted) -> None:
+    shell = await hosted.add("tutor")
+    hosted.tell("r1", "deaf")  # so that the spare never becomes healthy
+    shell.give(Ask(commands.Drill(**{**at(shell, promise_s=5.0), "migration": "", "epoch": 0}), "drill"))
+    marker = hosted.around.place.marker
+    await hosted.until(lambda: len(guard.belonging(guard.HOST_VARIABLE, marker)) >= 2)
 
 
 async def test_a_port_that_somebody_took_is_no_end_for_a_permanent_instance(
