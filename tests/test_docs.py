@@ -13,12 +13,14 @@ import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import msgspec
 import pytest
 
+import wire_parts
+from interlock.agents import token_machine
 from interlock.agents.ladder import LADDER, LEAST_S, NEXT, WITHIN_S, Ascent, Rung, Turn
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
 from interlock.agents.slot_io import (
@@ -34,15 +36,18 @@ from interlock.agents.slot_io import (
     Tick,
     Verified,
 )
-from interlock.broker import config
+from interlock.broker import commands, config, fields
+from interlock.broker import strategies as strategy_tables
 from interlock.broker.commands import Breach
-from interlock.broker.config import RAPID, STAGED, StrategyConfig, parse_fleet
+from interlock.broker.config import parse_fleet
 from interlock.broker.errors import ConfigError
+from interlock.broker.strategies import BUILT_IN, StrategyConfig
 from interlock.coordinator.demo.scenarios import SCENARIOS
-from interlock.coordinator.migration import TRANSITIONS, Phase, plan
+from interlock.coordinator.phases import EVENTS, TRANSITIONS, Phase
 from interlock.coordinator.rules import language, operators, template
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import default_rules, parse_rules
+from interlock.coordinator.steps import Stage, plan
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -59,14 +64,18 @@ TABLES = {
     "[security]": "SecurityConfig",
     "[log]": "LogConfig",
     "[coordinator]": "CoordinatorConfig",
+    "[freeze]": "FreezeConfig",
+    "[[freeze.windows]]": "FreezeWindow",
     "[rules]": "RulesConfig",
     "[monitor]": "MonitorConfig",
     "[[monitor.simulated]]": "SimulatedGpu",
-    "[strategies.rapid] and [strategies.staged]": "StrategyConfig",
+    "[strategies.NAME]": "StrategyConfig",
     "[[strategies.NAME.canary]]": "CanaryStep",
+    "[strategies.NAME.observe]": "ObserveConfig",
     "[hosts.NAME]": "HostConfig",
     "[agents.NAME]": "AgentConfig",
     "[agents.NAME.compare]": "CompareConfig",
+    "[agents.NAME.compare.handlers.NAME]": "HandlerCompare",
     "[agents.NAME.revisions.NAME]": "RevisionConfig",
     "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
     "[agents.NAME.revisions.NAME.needs]": "NeedsConfig",
@@ -82,23 +91,24 @@ TYPES = {
     "list[str] | bool": "list of texts, or true or false",
     "dict[str, Any]": "table",
     "dict[str, str]": "table of texts",
-    "Level": '"low", "medium"',
+    "Level": ", ".join(f'"{level}"' for level in get_args(strategy_tables.Level)),
+    "list[BackupLevel]": "list of " + ", ".join(f'"{level}"' for level in get_args(fields.BackupLevel)),
 }
 
 
 def fleet_file() -> str:
-    """Every key of broker/config.py: its type, its default, and the comment beside it."""
-    source = inspect.getsource(config)
-    lines = source.splitlines()
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    """Every key of the fleet file's classes: its type, its default, and the comment beside it."""
+    classes = {}
+    for module in (config, strategy_tables):
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        classes |= {node.name: (node, lines) for node in found}
     parts = []
     for heading, name in TABLES.items():
-        theory = ast.get_docstring(classes[name]) or ""
-        rows = [
-            _key_row(name, field, lines)
-            for field in _fields(classes[name])
-            if (name, field_name(field)) not in NOT_KEYS
-        ]
+        node, lines = classes[name]
+        theory = ast.get_docstring(node) or ""
+        rows = [_key_row(name, field, lines) for field in _fields(node) if (name, field_name(field)) not in NOT_KEYS]
         title = heading if heading == "top level" else f"`{heading}`"
         table = ["| key | is | default | |", "|---|---|---|---|", *rows]
         parts.append("\n".join([f"## {title}", "", *([theory, ""] if theory else []), *table, ""]))
@@ -122,8 +132,18 @@ def _key_row(owner: str, field: ast.AnnAssign, lines: list[str]) -> str:
     if not comment and above.startswith("#"):
         comment = above[1:]
     assert comment.strip(), f"{owner}.{key} has no comment that says what it means"
-    cells = [f"`{key}`", _type(ast.unparse(field.annotation)), _default(owner, key), comment.strip()]
+    field_of = {each.name: each for each in msgspec.structs.fields(_class(owner))}
+    cells = [
+        f"`{field_of[key].encode_name}`",
+        _type(ast.unparse(field.annotation)),
+        _default(owner, key),
+        comment.strip(),
+    ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _class(name: str) -> Any:
+    return getattr(config, name, None) or getattr(strategy_tables, name)
 
 
 def _type(annotation: str) -> str:
@@ -139,7 +159,7 @@ def _type(annotation: str) -> str:
 
 
 def _default(owner: str, key: str) -> str:
-    field = {each.name: each for each in msgspec.structs.fields(getattr(config, owner))}[key]
+    field = {each.name: each for each in msgspec.structs.fields(_class(owner))}[key]
     if field.required:
         return "*needed*"
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
@@ -153,20 +173,30 @@ def _toml(value: Any) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, dict):
         return "`{ " + ", ".join(f'{key} = "{text}"' for key, text in value.items()) + " }`"
+    if isinstance(value, list):
+        return "`[" + ", ".join(f'"{text}"' for text in value) + "]`"
     return f'`"{value}"`' if isinstance(value, str) else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def strategies() -> str:
     """The built-in strategies beside each other."""
-    rows = ["| key | rapid | staged |", "|---|---|---|"]
+    rows = [f"| key | {' | '.join(BUILT_IN)} |", "|---" * (len(BUILT_IN) + 1) + "|"]
     for key in StrategyConfig.__struct_fields__:
-        rows.append(f"| `{key}` | {_figure(getattr(RAPID, key))} | {_figure(getattr(STAGED, key))} |")
+        rows.append(f"| `{key}` | {' | '.join(_figure(getattr(each, key)) for each in BUILT_IN.values())} |")
     return "\n".join(rows) + "\n"
 
 
 def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value and isinstance(value, list) and isinstance(value[0], str):
+        return ", ".join(value)
     if isinstance(value, list):
         return ", ".join(f"{step.share:.0%} for {step.seconds:g} s" for step in value) or "none: all at once"
+    if isinstance(value, msgspec.Struct):
+        plain = type(value)()
+        changed = {key: new for key, new in msgspec.structs.asdict(value).items() if new != getattr(plain, key)}
+        return ", ".join(f"`{key}` {_figure(new)}" for key, new in changed.items()) or "as it is"
     return f"{value:g}"
 
 
@@ -232,10 +262,33 @@ def rollback_levels() -> str:
     return "\n".join(rows) + "\n"
 
 
+def token_diagram() -> str:
+    """The token machine: its table."""
+    lines = ["[*] --> free", *(f"{old} --> {new}: {what}" for (old, what), new in token_machine.TRANSITIONS.items())]
+    return _diagram(lines, token_machine.Phase)
+
+
 def migration_diagram() -> str:
     """The migration machine: its table."""
-    lines = ["[*] --> running", *(f"{_id(old)} --> {_id(new)}: {what}" for (old, what), new in TRANSITIONS.items())]
-    return _diagram([*lines, "ended --> [*]"], Phase)
+    arrows: dict[tuple[Phase, Phase], list[str]] = {}
+    for (old, what), new in TRANSITIONS.items():
+        if new is not None:
+            arrows.setdefault((old, new), []).append(what)
+    lines = [f"{_id(old)} --> {_id(new)}: {', '.join(arrows[old, new])}" for old, new in sorted(arrows)]
+    return _diagram(["[*] --> running", *lines, "ended --> [*]"], Phase)
+
+
+def migration_table() -> str:
+    """The same table, whole: every event in every phase."""
+    rows = [f"| event | {' | '.join(Phase)} |", "|---" * (len(Phase) + 1) + "|"]
+    for event in EVENTS:
+        cells = [_becomes(phase, TRANSITIONS[phase, event]) for phase in Phase]
+        rows.append(f"| {event} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _becomes(phase: Phase, to: Phase | None) -> str:
+    return "-" if to is None else "stays" if to is phase else to
 
 
 def _id(state: str) -> str:
@@ -248,16 +301,22 @@ def _diagram(lines: list[str], names: Any) -> str:
 
 
 def stages() -> str:
-    """The steps of both strategies, as the plan has them."""
-    rows = ["| stage | the host is asked to | rapid | staged |", "|---|---|---|---|"]
-    planned = {name: plan(each, start_timeout_s=30.0) for name, each in (("rapid", RAPID), ("staged", STAGED))}
-    for step in planned["staged"]:
-        same = [
-            one for one in planned["rapid"] if (one.stage, one.step, one.share) == (step.stage, step.step, step.share)
+    """The steps of the strategies, as the plan has them."""
+    rows = [f"| stage | the host is asked to | {' | '.join(BUILT_IN)} |", "|---" * (len(BUILT_IN) + 2) + "|"]
+    planned = [plan(each, start_timeout_s=30.0) for each in BUILT_IN.values()]
+    kinds = {(step.stage, step.step, step.share) for steps in planned for step in steps}
+    for stage, step, share in sorted(
+        kinds, key=lambda kind: (list(Stage).index(kind[0]), _ORDER.index(kind[1]), kind[2])
+    ):
+        cells = [
+            [one for one in steps if (one.stage, one.step, one.share) == (stage, step, share)] for steps in planned
         ]
-        words = f"`{step.step}`" + (f" {step.share:.0%}" if step.share else "")
-        rows.append(f"| {step.stage} | {words} | {_lasts(same[0]) if same else 'left out'} | {_lasts(step)} |")
+        words = f"`{step}`" + (f" {share:.0%}" if share else "")
+        rows.append(f"| {stage} | {words} | {' | '.join(_lasts(same[0]) if same else 'left out' for same in cells)} |")
     return "\n".join(rows) + "\n"
+
+
+_ORDER = get_args(commands.Step)
 
 
 def _lasts(step: Any) -> str:
@@ -331,9 +390,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "stages": stages,
     "slot": slot_diagram,
     "rollback-levels": rollback_levels,
+    "token": token_diagram,
     "migration": migration_diagram,
+    "migration-table": migration_table,
     "default-rules": rule_table,
     "rule-language": rule_language,
+    **wire_parts.PARTS,
 }
 
 
@@ -368,7 +430,7 @@ def test_each_generated_part_stands_in_one_place_and_is_what_the_code_says_now()
 
 
 def test_the_reference_has_a_table_for_every_class_of_the_fleet_file() -> None:
-    classes = {cls.__name__ for cls in config._Config.__subclasses__()}
+    classes = {cls.__name__ for cls in strategy_tables._Config.__subclasses__()}
     assert set(TABLES.values()) == classes
 
 

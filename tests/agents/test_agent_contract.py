@@ -39,7 +39,7 @@ class Tutor(Agent):
     async def ask(self, question: str, limit: int = 3) -> dict[str, Any]:
         return {"question": question, "limit": limit}
 
-    @handler()
+    @handler(side_effects=True)
     def place(self, point: Point, when: date | None = None, kind: Literal["a", "b"] = "a") -> dict[str, Any]:
         return {"x": point.x}
 
@@ -66,12 +66,13 @@ def refused(action: str, **arguments: Any) -> str:
 
 def test_a_contract_lists_actions_with_their_types_and_what_runs_beside() -> None:
     assert CONTRACT.describe() == {
-        "ask": {"idempotent": True, "parameters": {"question": "str", "limit": "int = ..."}},
+        "ask": {"idempotent": True, "side_effects": False, "parameters": {"question": "str", "limit": "int = ..."}},
         "place": {
             "idempotent": False,
+            "side_effects": True,
             "parameters": {"point": "Point", "when": "datetime.date | None = ...", "kind": "Literal['a', 'b'] = ..."},
         },
-        "store.anything": {"idempotent": False, "parameters": {"key": "Any", "**": "Any"}},
+        "store.anything": {"idempotent": False, "side_effects": False, "parameters": {"key": "Any", "**": "Any"}},
     }
     assert CONTRACT.backgrounds == ["refresh"]
     assert CONTRACT.threads == ["crunch"]

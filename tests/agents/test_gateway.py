@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import trio
 
-from interlock.agents.compare import Pair
+from interlock.agents.compare import Pair, Verdict
 from interlock.agents.front import open_gateway
 from interlock.agents.gateway import ZmqGateway
-from interlock.broker.config import AgentConfig, CompareConfig, RevisionConfig
+from interlock.broker.config import AgentConfig, CompareConfig, HandlerCompare, RevisionConfig
 from interlock.broker.sockets import Socket, Sockets, open_sockets
 
 # An agent as users have them: a REP socket and a loop.
@@ -390,3 +390,47 @@ async def test_the_public_endpoint_decides_which_gateway_opens() -> None:
         for endpoint, kind in ((ANY_PORT, "ZmqGateway"), ("http://127.0.0.1:0", "HttpGateway")):
             config = AgentConfig(host="h", endpoint=endpoint, serve="a", revisions=revisions)
             assert type(open_gateway("alpha", config, sockets)).__name__ == kind
+
+
+class StandInJudge:
+    """Says what it was asked, or that it can't say."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    async def judge(
+        self, function: str, request: list[bytes], old: list[bytes], new: list[bytes], http: dict[str, str] | None
+    ) -> Verdict:
+        self.asked.append((function, json.loads(request[0])["n"], json.loads(new[0])["by"], http))
+        return Verdict(error="broken") if self.asked[-1][1] == 3 else Verdict()
+
+
+async def test_each_handler_is_compared_in_its_own_way_and_a_failed_comparison_is_no_verdict() -> None:
+    pairs: list[Pair] = []
+    judge = StandInJudge()
+    config = CompareConfig(
+        ignore=["by"],
+        handlers={
+            "get-exact": HandlerCompare(mode="exact"),
+            "get-by": HandlerCompare(ignore=[]),
+            "get-own": HandlerCompare(function="check:compare"),
+        },
+    )
+    async with program("old") as old, program("new") as new, bench() as b:
+        b.attach(old, new)
+        b.gateway.route({"old": 1.0})
+        b.gateway.mirror("new", compare=config, on_pair=pairs.append, judge=judge)
+        for n, action in enumerate(["get", "get-exact", "get-own", "get-own", "get-by"]):
+            assert (await b.ask(action=action, n=n))["by"] == "old"
+            await until(lambda n=n: len(pairs) == n + 1)
+        figures = b.gateway.snapshot(trio.current_time())["new"]
+    found = [(pair.handler, pair.equal, pair.difference, pair.error) for pair in pairs]
+    assert found == [
+        ("get", True, "", ""),
+        ("get-exact", False, 'byte 24: b\'old", "n": 1}\', not b\'new", "n": 1}\'', ""),
+        ("get-own", True, "", ""),
+        ("get-own", False, "", "broken"),
+        ("get-by", False, "$.by: 'old', not 'new'", ""),
+    ]
+    assert judge.asked == [("check:compare", 2, "new", None), ("check:compare", 3, "new", None)]
+    assert (figures.compared, figures.mismatches, figures.unjudged) == (4, 2, 1)

@@ -187,13 +187,17 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(path: Path, damage: Cal
     assert "serve" in caught.value.hint
 
 
-def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
-    Journal.open(path).close()
-    with sqlite3.connect(path) as raw:
+def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as raw:  # whatever it looks like then, also inside
+        raw.execute("CREATE TABLE other (thing TEXT)")
         raw.execute("PRAGMA user_version = 99")
     raw.close()
-    with pytest.raises(LogError, match="newer version"):
+    content = path.read_bytes()
+    with pytest.raises(LogError, match=r"newer version of Interlock \(format 99, this one knows 1\)"):
         Journal.open(path)
+    assert path.read_bytes() == content
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ class StandInGateway:
     def route(self, shares: dict[str, float]) -> None:
         self.told.append(shares)
 
+    def begin_trial(self, slow_s: float | None) -> None:
+        pass
+
     def rescue(self, instance: str) -> None:
         self.told.append(f"rescue {instance}")
 

@@ -126,3 +126,20 @@ def test_whatever_stands_in_the_file_the_answer_is_a_fleet_or_a_config_error(key
             return str(error)
 
     assert outcome()
+
+
+@pytest.mark.parametrize(
+    ("level", "strategy"),
+    [("low", "rapid"), ("medium", "staged"), ("high", "framework"), ("critical", "custom")],
+)
+def test_each_level_has_its_strategy(level: str, strategy: str) -> None:
+    fleet = parse_fleet(changed("agents/tutor/level", level))
+    assert fleet.agents["tutor"].strategy_name == strategy
+    assert fleet.strategy(fleet.agents["tutor"].strategy_name).observation_s >= 60.0
+
+
+@pytest.mark.parametrize("needed", ["tutor", "tuto", "ftp://host:1"])
+def test_an_agent_depends_on_others_or_on_endpoints(needed: str) -> None:
+    with pytest.raises(ConfigError, match=r"agents\.tutor\.depends"):
+        parse_fleet(changed("agents/tutor/depends", [needed]))
+    assert parse_fleet(changed("agents/tutor/depends", ["tcp://10.0.0.1:5432", "http://models:80/health"]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from interlock.broker.errors import LogError
-from interlock.broker.log import Draft, EventLog
+from interlock.broker.log import Draft, EventLog, open_log
 from interlock.broker.wire import Header
 
 PAGE = {"limit": 100, "max_bytes": 1 << 20}
@@ -96,14 +97,18 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
         EventLog(path)
 
 
-def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_a_newer_version_is_refused_by_all_who_open_it_and_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "events.sqlite"
-    EventLog(path).close()
-    with sqlite3.connect(path) as connection:
+    with sqlite3.connect(path) as connection:  # whatever it looks like then, also inside
+        connection.execute("CREATE TABLE other (thing TEXT)")
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(LogError, match="version 99"):
-        EventLog(path)
+    content = path.read_bytes()
+    for opened in (EventLog, open_log, partial(EventLog, read_only=True)):
+        with pytest.raises(LogError, match=r"version 99, this one knows 2.*start the newer version"):
+            opened(path)
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["events.sqlite"]
 
 
 def test_a_folder_that_can_not_be_made_is_an_error_of_the_log(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ async def test_too_many_events_at_once_are_held_back_and_all_arrive_in_order(
         assert await take(feed, 100) == [(n + 1, str(n)) for n in range(100)]
 
 
-# --- the protocol, as `docs/wire-format.md` tells it
+# --- the protocol, as `docs/wire.md` tells it
 
 
 async def test_a_plain_program_publishes_and_gets_an_ack(dealer: Socket) -> None:
@@ -234,7 +234,7 @@ async def test_a_plain_program_subscribes_and_sees_events_and_beats(planes: Brok
         with trio.fail_after(20):
             topic, beat = await sub.receive()
             assert topic == b"beat/"
-            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log"}
+            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log", "speaks"}
             await ask(dealer, {"op": "publish"}, A.encode(), header("1"), BODY)
             while (frames := await sub.receive())[0] == b"beat/":
                 pass

@@ -42,7 +42,7 @@ def test_what_was_saved_and_not_settled_is_there_again_in_order(tmp_path: Path) 
     again = OutboxFile(tmp_path / "state" / "outbox")
     assert again.entries == [entry(2), entry(3)]
     again.save([], ["2", "3", "1"])
-    assert again.path.stat().st_size == 0
+    assert again.path.read_bytes() == outbox_file.HEAD
     again.close()
 
 
@@ -82,6 +82,24 @@ def test_a_file_that_never_is_empty_is_written_anew(tmp_path: Path, monkeypatch:
     assert file.path.stat().st_size < 15_000
     file.close()
     assert kept(tmp_path / "outbox") == ["0", "99"]
+
+
+def test_a_file_without_a_head_is_read_and_gets_one(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+    path.write_bytes(b"".join(outbox_file._record((str(n), entry(n).frames)) for n in range(3)) + b"torn")
+    assert kept(path) == ["0", "1", "2"]
+    assert path.read_bytes().startswith(outbox_file.HEAD)
+    assert kept(path) == ["0", "1", "2"]
+
+
+def test_a_file_of_a_newer_format_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "outbox"
+    content = outbox_file.MAGIC + (99).to_bytes(4, "little") + b"whatever that one writes"
+    path.write_bytes(content)
+    with pytest.raises(LogError, match=r"format 99, this one knows 2.*start the newer version"):
+        OutboxFile(path)
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["outbox"]
 
 
 async def test_a_disk_that_refuses_keeps_nobody_waiting_and_is_tried_again(

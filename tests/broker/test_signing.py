@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from interlock.broker import crypto, keys, signing, topics, wire
 from interlock.broker.bus import new_event
-from interlock.broker.commands import Breach, Commit, Migrate, RenewLease, RollBack, RollCall
+from interlock.broker.commands import (
+    Breach,
+    Commit,
+    Migrate,
+    RenewLease,
+    RollBack,
+    RollCall,
+    Steer,
+)
 from interlock.broker.errors import Refused
 from interlock.broker.keys import Authority, PrivateKeys, Roll
 from interlock.broker.wire import Body, Event
@@ -20,6 +28,7 @@ NOW = 1000.0
 ROLL_BACK = RollBack(migration="m", agent="chat", epoch=7, breach=Breach(by="operator", reason="r"), issued=NOW)
 COMMIT = Commit(migration="m", agent="chat", epoch=7, deadline=NOW + 10)
 MIGRATE = Migrate(agent="chat", to="v2", deadline=NOW + 10)
+STEER = Steer(agent="chat", action="abort", deadline=NOW + 10)
 LEASE = RenewLease(migration="m", agent="chat", epoch=7, lease_s=6.0)
 
 AUTHORITY = Authority(fleet="f")
@@ -37,6 +46,7 @@ def signed(who: str, topic: str, body: Body) -> Event:
     ("who", "topic", "body"),
     [
         ("coordinator", topics.command("alpha"), COMMIT),
+        ("operator/ann", topics.COORDINATOR, STEER),
         ("coordinator", topics.command("alpha"), LEASE),
         ("operator/ann", topics.COORDINATOR, MIGRATE),
         *((who, topics.rollback("alpha"), ROLL_BACK) for who in ("rules", "coordinator", "operator/ann")),

@@ -16,7 +16,7 @@ from interlock.broker.planes import serve_planes
 from interlock.broker.samples import SeriesReader, labels
 from interlock.broker.security import Security, load_security
 from interlock.broker.sockets import open_sockets
-from interlock.broker.telemetry_protocol import AskLast, decode_page
+from interlock.broker.telemetry_protocol import AskFailed, AskLast, decode_answer
 
 ANY = BrokerConfig(
     events="tcp://127.0.0.1:*",
@@ -48,7 +48,7 @@ def closed(folder: Path) -> Fleet:
     return Fleet(folder)
 
 
-async def test_who_may_hear_a_topic_gets_its_newest_values_and_who_may_not_gets_no_answer(
+async def test_who_may_hear_a_topic_gets_its_newest_values_and_who_may_not_is_told_so(
     closed: Fleet, folder: Path, nursery: trio.Nursery
 ) -> None:
     config = await nursery.start(partial(serve_planes, security=closed.keys("broker")), ANY, folder / "log")
@@ -68,9 +68,13 @@ async def test_who_may_hear_a_topic_gets_its_newest_values_and_who_may_not_gets_
                     assert (UP, 7.0) in [sample for batch in first for sample in reader.read(batch)[0]]
             async with open_sockets(closed.keys(EYE).curve()) as sockets:
                 dealer = sockets.open("dealer", connect=config.telemetry_in)
-                for number, prefix in enumerate(["", "telemetry/", "telemetry/beta/", "telemetry/alpha/"]):
+                for number, prefix in enumerate(["", "telemetry/", "telemetry/beta/"]):
                     await dealer.send([wire.encode(AskLast(number, [prefix]))])
-                page, batches = decode_page(await dealer.receive())
+                    failed, batches = decode_answer(await dealer.receive())
+                    assert isinstance(failed, AskFailed)
+                    assert (failed.request, failed.kind, batches) == (number, "refused", [])
+                await dealer.send([wire.encode(AskLast(3, ["telemetry/alpha/"]))])
+                page, batches = decode_answer(await dealer.receive())
                 assert page.request == 3
                 assert {topic for topic, _ in batches} == {b"telemetry/alpha/host/"}
             async with client.open_bus(config, "", security=closed.keys("host/beta")) as beta:

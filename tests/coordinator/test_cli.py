@@ -7,17 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import get_args
 
-import msgspec
 import pytest
 
 from interlock.broker import commands, facts
-from interlock.broker.commands import Breach
 from interlock.broker.config import load_fleet
 from interlock.broker.wire import Body, Event, Header, encode
 from interlock.coordinator import cli
+from interlock.coordinator.catalogue import example
 from interlock.coordinator.fleet import Fleet
+from interlock.coordinator.options import STEERING
 from interlock.coordinator.screen import Screen, clock, closing
 from interlock.coordinator.shell import Shell
 from interlock.coordinator.verbs import Report, Status
@@ -58,6 +58,11 @@ def test_an_unknown_verb_is_answered_with_the_nearest(argv: list[str], capsys: C
         ([], "VERB"),
         (["migrate", "echo"], "--to"),
         (["migrate", "echo", "--to", "v2", "--strategy", "stage"], "did you mean 'staged'?"),
+        (["plan", "echo"], "--to"),
+        (["plan", "echo", "--to", "v2", "--strategy", "rapid", "--level", "low"], "not allowed with argument"),
+        (["migrate", "echo", "--to", "v2", "--level", "hihg"], "did you mean 'high'?"),
+        (["pause"], "AGENT"),
+        (["abrot", "echo"], "did you mean 'abort'?"),
         (["status", "--timeout", "0"], "not a time in seconds"),
         (["status", "--frob"], "unrecognized arguments: --frob"),
         (["watch", "facts"], "no topic starts with facts"),
@@ -74,7 +79,16 @@ def test_wrong_usage_is_told_in_one_line_and_exits_2(
 
 
 @pytest.mark.parametrize(
-    "argv", [["status"], ["migrate", "echo", "--to", "v2"], ["rollback", "echo"], ["watch"], ["watch", "telemetry/"]]
+    "argv",
+    [
+        ["status"],
+        ["plan", "echo", "--to", "v2"],
+        ["migrate", "echo", "--to", "v2"],
+        *([verb, "echo"] for verb in STEERING),
+        ["rollback", "echo"],
+        ["watch"],
+        ["watch", "telemetry/"],
+    ],
 )
 def test_a_silent_broker_exits_3_and_says_which_and_what_to_do(
     argv: list[str], fleet_file: Path, capsys: Captured
@@ -140,21 +154,10 @@ def test_a_prefix_goes_to_the_plane_it_belongs_to(
 # --- words
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def every_body() -> list[Body]:
-    """One message of each type there is, with some value in each field that needs one."""
-    samples: dict[Any, Any] = {str: "alpha", int: 1, float: 1.5, bool: True, bytes: b""}
-    samples |= {dict[str, float]: {"1": 0.25}}
-    samples |= {list[str]: [], dict[str, str]: {"host": "alpha"}, Breach: {"by": "rule x", "reason": "too hot"}}
-    bodies = []
-    for kind in (*get_args(commands.Command), *get_args(facts.Fact)):
-        tree = {"type": kind.__struct_config__.tag}
-        for field in msgspec.structs.fields(kind):
-            if field.required:
-                literal = get_args(field.type) if get_origin(field.type) is Literal else ()
-                tree[field.name] = literal[0] if literal else samples[field.type]
-        bodies.append(msgspec.convert(tree, kind))
-    return bodies
+    """One of each kind."""
+    return [example(kind) for kind in (*get_args(commands.Command), *get_args(facts.Fact))]
 
 
 def test_every_event_has_a_sentence_and_a_tone(every_body: list[Body]) -> None:
@@ -256,6 +259,9 @@ def test_the_shell_ends_at_the_end_of_its_input(fleet_file: Path, monkeypatch: p
         ("migrate ec", "ec", ["echo"]),
         ("migrate echo --to v", "v", ["v1", "v2"]),
         ("rollback ", "", ["echo"]),
+        ("pause ", "", ["echo"]),
+        ("plan echo --to v2 --level ", "", ["low", "medium", "high", "critical"]),
+        ("migrate echo --strategy ", "", ["rapid", "staged", "framework", "custom"]),
     ],
 )
 def test_the_shell_completes_agents_and_their_revisions(

@@ -222,3 +222,39 @@ def test_a_snapshot_that_would_be_too_large_leaves_out_the_oldest_that_ended() -
     late.apply(event_of(snapshot, 50))
     assert list(late.migrations)[-1] == "echo-39"
     assert 0 < len(late.migrations) < 40
+
+
+# --- led by an operator
+
+
+def steered(action: commands.SteerAction) -> facts.Steered:
+    return facts.Steered(request="r", migration="echo-7", agent="echo", action=action, by="operator/ann", reason="so")
+
+
+def test_what_an_operator_says_is_the_phase_and_a_hold_ends_with_it() -> None:
+    waiting = facts.MigrationWaiting(migration="echo-7", agent="echo", stage="observation", until=9.0)
+    for said, phase, outcome in (
+        ([waiting], "waiting", ""),
+        ([waiting, steered("approve")], "running", ""),
+        ([steered("pause")], "paused", ""),
+        ([steered("pause"), steered("resume")], "running", ""),
+        ([HELD], "held", "held"),
+        ([HELD, steered("resume")], "running", ""),
+        ([HELD, steered("abort")], "rolling-back", ""),
+        ([steered("hold")], "held", "held"),
+        ([HELD, steered("commit"), COMMIT_DONE], "running", "committed"),
+    ):
+        migration = play(UP, SERVING, STARTED, CANARY, *said).migrations["echo-7"]
+        assert (migration.phase, migration.outcome) == (phase, outcome), said
+    assert play(STARTED, steered("hold")).migrations["echo-7"].decided_by == "operator hold"
+    assert play(STARTED, ended("committed"), steered("pause")).migrations["echo-7"].phase == "running"
+
+
+def test_deviations_and_drills_are_kept_and_travel_in_a_snapshot() -> None:
+    deviation = facts.Deviation(migration="echo-7", agent="echo", what="lower", because="fix", by="operator/ann")
+    drill = facts.DrillDone(host="alpha", agent="echo", revision="v1", seconds={"1": 0.04})
+    before = play(UP, SERVING, STARTED, deviation, drill)
+    assert before.migrations["echo-7"].deviations == ["lower; because: fix (operator/ann)"]
+    assert before.agents["echo"].drill == fleet.Drill("v1", {"1": 0.04}, [], 5.0)
+    after = play(before.snapshot(before.position))
+    assert after.to_json() == before.to_json()

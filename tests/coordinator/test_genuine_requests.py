@@ -11,7 +11,7 @@ import pytest
 
 from interlock.broker import keys, signing, topics
 from interlock.broker.bus import new_event
-from interlock.broker.commands import Migrate
+from interlock.broker.commands import Migrate, Steer
 from interlock.broker.facts import HostDown
 from interlock.broker.keyring import LOCAL_OPERATOR, Keyring
 from interlock.broker.security import Security
@@ -32,10 +32,15 @@ def test_a_forged_altered_or_revoked_request_is_not_acted_on(tmp_path: Path, cap
     rules = msgspec.structs.replace(plain, header=msgspec.structs.replace(plain.header, source="rules"))
     assert is_genuine(asked, security)
     assert is_genuine(plain, None)
+    steer = new_event(
+        topics.COORDINATOR, Steer(agent="chat", action="approve", deadline=now + 60), source=LOCAL_OPERATOR, time=now
+    )
+    assert is_genuine(signing.sign(steer, keys.read_private(tmp_path, LOCAL_OPERATOR)), security)
+    assert not is_genuine(steer, security)
     assert is_genuine(new_event("fact/host/a/", HostDown(host="a"), source="host/a", time=now), security)
     assert not is_genuine(plain, security)
     assert not is_genuine(msgspec.structs.replace(asked, body=other.body, raw=other.raw), security)
     assert not is_genuine(signing.sign(rules, keys.read_private(tmp_path, "rules")), security)
     security.take(ring.revoke(LOCAL_OPERATOR))
     assert not is_genuine(asked, security)
-    assert caplog.text.count("refused event") == 4
+    assert caplog.text.count("refused event") == 5

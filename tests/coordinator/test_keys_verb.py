@@ -124,3 +124,26 @@ def test_insecure_must_be_asked_for_and_warns(caplog: pytest.LogCaptureFixture) 
     fleet = parse_fleet({"security": {"mode": "insecure"}})
     assert load_security(fleet, "broker") is None
     assert "insecure" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [
+        {"format": 99, "fleet": "f"},
+        {"format": 99, "fleet": {"of": "another shape"}, "more": 1},
+        {"own": {"format": 99, "more": 1}},
+    ],
+)
+def test_a_file_of_a_newer_format_is_refused_as_that_and_left_as_it_is(
+    newer: dict[str, Any], fleet_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(fleet_file, capsys, "init")
+    path = load_fleet(fleet_file).keys_dir / keys.AUTHORITY
+    path.write_text(json.dumps(newer))
+    for arguments in (["list"], ["init"], ["issue", "operator", "ann"], ["rotate", "rules"], ["revoke", "rules"]):
+        assert cli.main(["keys", *arguments, "--fleet", str(fleet_file)]) == 2
+        said = capsys.readouterr().err
+        assert "format 99" in said
+        assert "knows 1" in said
+        assert "update Interlock" in said
+    assert json.loads(path.read_text()) == newer

@@ -77,6 +77,7 @@ def test_an_export_has_everything_of_each_event_one_a_line(log_file: Path, capsy
         "id": "id-1",
         "time": 100.0,
         "prev": 0,
+        "v": 1,
         "body": {"type": "stage-entered", "migration": "echo-1", "agent": "echo", "stage": "canary", "note": ""},
     }
     assert rows[4]["body"] == {"type": "unheard", "x": 1}

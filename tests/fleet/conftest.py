@@ -335,7 +335,9 @@ class TestFleet:
             text += f'[hosts.{host}]\ncontrol = "tcp://127.0.0.1:{self.ports[host]}"\n'
         for name, host in agents.items():
             kind = name.partition("-")[0]
-            text += f'[agents.{name}]\nhost = "{host}"\nendpoint = "{self.endpoint(name)}"\nserve = "r1"\n'
+            text += (
+                f'[agents.{name}]\nhost = "{host}"\nendpoint = "{self.endpoint(name)}"\nserve = "r1"\nlevel = "low"\n'
+            )
             text += f'health_period_s = 0.3\ncompare = {{ ignore = ["revision"] }}\n{EXTRA[kind]}'
             for revision, trigger in (("r1", "-"), ("r2", "-"), ("odd", str(self.folder / f"{name}.trigger"))):
                 text += (
@@ -584,6 +586,12 @@ def make_fleet() -> Iterator[MakeFleet]:
 def make_module_fleet() -> Iterator[MakeFleet]:
     """The same for all tests of a module."""
     yield from _maker()
+
+
+@pytest.fixture(scope="session")
+def ports() -> Callable[[int], list[int]]:
+    """So many ports that are free."""
+    return free_ports
 
 
 @pytest.fixture

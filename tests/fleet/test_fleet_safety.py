@@ -23,6 +23,21 @@ GPU = """
     baseline_s = 0.3
     observation_s = 100.0
 """
+CAREFUL = "".join(
+    f"""
+    [strategies.{name}]
+    baseline_s = 0.3
+    shadow_requests = 10
+    shadow_min_requests = 5
+    canary = [{{ share = 0.5, seconds = 0.2 }}]
+    observation_s = 0.5
+    drill = true
+    backup = ["configuration", "code", "state", "host"]
+    approve = {approve}
+"""
+    for name, approve in (("framework", "false"), ("custom", "true"))
+)
+STEPS = ["prepare", "drill", "start-candidate", "shadow", "cut-over", "cut-over", "commit"]
 EATER = """
 import sys
 sys.path.insert(0, ".")
@@ -47,7 +62,7 @@ needs = {{ gpu_memory_mb = {gib * 1024} }}
 
 @pytest.fixture(scope="module")
 def running(make_module_fleet: Callable[..., Any]) -> Iterator[Any]:
-    made = make_module_fleet({"calc": "alpha", "rep": "alpha"})
+    made = make_module_fleet({"calc": "alpha", "rep": "alpha"}, more=CAREFUL)
     made.start()
     yield made
     assert made.stop() == 0, made.log
@@ -93,6 +108,51 @@ def test_a_migration_leaves_a_backup_that_a_drill_starts_from_and_a_running_host
     drilled = running.cli("drill", "calc", "--json")
     assert drilled.code == 0, drilled
     assert set(drilled.json["seconds"]) == {"1", "2", "4"}
+
+
+def careful_steps(running: Any, since: int, migration: str) -> list[str]:
+    """What was done, seen that prepare made all levels of a backup and that the rollback was rehearsed from it."""
+    bodies = [event["body"] for event in list(running.events.events)[since:]]
+    mine = [body for body in bodies if body.get("migration") == migration]
+    done = [body for body in mine if body["type"] == "step-done"]
+    assert done[0]["evidence"]["backup"]["levels"] == ["configuration", "code", "state", "host"]
+    (drilled,) = [body for body in mine if body["type"] == "drill-done"]
+    assert set(drilled["seconds"]) == {"1", "2", "4"}
+    assert drilled["problems"] == []
+    return [body["step"] for body in done]
+
+
+def test_the_framework_strategy_backs_up_every_level_rehearses_the_rollback_and_goes_on(
+    running: Any, clients: Any
+) -> None:
+    running.calm()
+    to, since = running.other("calc"), len(running.events.events)
+    with clients(running.endpoint("calc")) as load:
+        done = running.migrate("calc", to, "framework").done()
+        load.served_by(to)
+    assert done.code == 0, done
+    assert load.failures == []
+    assert careful_steps(running, since, done.json["migration"]) == STEPS
+    running.alone("calc", to)
+
+
+def test_the_custom_strategy_rehearses_before_the_first_approval_and_waits_before_each_stage(
+    running: Any, clients: Any
+) -> None:
+    running.calm()
+    to, since = running.other("calc"), len(running.events.events)
+    with clients(running.endpoint("calc")) as load:
+        command = running.start_cli("migrate", "calc", "--to", to, "--level", "critical", "--json")
+        for stage in ("infrastructure", "core-logic", "integration", "observation", "commit"):
+            running.events.wait("migration-waiting", since, agent="calc", stage=stage)
+            assert running.events.find("drill-done", since, agent="calc") is not None
+            assert running.cli("approve", "calc").code == 0
+        done = command.done()
+        load.served_by(to)
+    assert done.code == 0, done
+    assert load.failures == []
+    assert careful_steps(running, since, done.json["migration"]) == STEPS
+    running.alone("calc", to)
 
 
 def test_a_rollback_to_what_does_not_start_keeps_the_candidate_and_a_second_one_restores_the_backup(

@@ -25,6 +25,7 @@ import trio
 
 from interlock.agents.backup import About, copy_live, verify_backup
 from interlock.agents.figures import InstanceView
+from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.launch import Instance, Place
 from interlock.agents.levels import CODE, STATE, newest_verified, restore_code, restore_state
@@ -33,9 +34,10 @@ from interlock.agents.resources import Card, Judgement, Needs, Room, judge
 from interlock.agents.revisions import Revision, RevisionStore
 from interlock.agents.slot_io import DrillEnded, Gone, Healthy, Row, Start
 from interlock.agents.trees import remove_tree
-from interlock.broker.commands import Drill, Evidence
+from interlock.broker.commands import Drill
 from interlock.broker.config import AgentConfig
 from interlock.broker.errors import InterlockError
+from interlock.broker.fields import Evidence
 
 ROUTE_S = 5.0  # for an answer on either side of the switch: level 1 may take no longer
 HOLD_S = 0.05  # live requests go to the spare for at least so long, or until it has answered one
@@ -206,7 +208,7 @@ async def _route(stage: Stage, instance: Instance | None, found: _Findings) -> N
     gateway, permanent = stage.gateway, stage.permanent
     try:
         if live and instance is not None:
-            gateway.attach(instance.name, instance.requests, window=instance.window, idempotent=instance.idempotent)
+            admit(gateway, instance)
             gateway.route({instance.name: 1.0})
             await _answered(gateway, instance, at_least=HOLD_S)
         began = trio.current_time()
@@ -225,8 +227,13 @@ async def _route(stage: Stage, instance: Instance | None, found: _Findings) -> N
 
 
 def _harmless(stage: Stage) -> bool:
-    """Asking another process of the same revision can't be told from asking this one."""
+    """Asking another process of the same revision can't be told from asking this one.
+
+    Not so of connections, which stay with whom they began with, and of a worker, of which only one may work.
+    """
     config, permanent = stage.config, stage.permanent
+    if config.serves != "requests":
+        return False
     if permanent.revision.kind == "class":
         twice = bool(permanent.handlers) and all(handler.idempotent for handler in permanent.handlers.values())
     else:
@@ -245,7 +252,7 @@ async def _answered(gateway: Gateway, instance: Instance, *, at_least: float = 0
 
     async def ask() -> None:
         while True:
-            if (await instance.check()).ok:
+            if gateway.serves(instance.name) and (await instance.check()).ok:
                 note("a probe")
                 return
             await trio.sleep(POLL_S)
@@ -345,7 +352,7 @@ async def _room(stages: Sequence[Stage]) -> Judgement:
         for card in await each.cards(each.row.agent) or ():
             before = cards[card.uuid].agent if card.uuid in cards else 0
             cards[card.uuid] = replace(card, agent=before + card.agent)
-    gpu = any(getattr(each.config, "category", "") == "gpu-model" for each in stages)
+    gpu = any(each.config.category == "gpu-model" for each in stages)
     return judge(Room(memory_available(), held, list(cards.values())), Needs(gpu=gpu))
 
 

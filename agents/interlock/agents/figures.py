@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from interlock.agents.latency import InstanceFigures, quantile
+import msgspec
+
+from interlock.agents.latency import SHORTEST_S, InstanceFigures, quantile
 from interlock.broker.facts import Role
 from interlock.broker.samples import Labels, labels
 
@@ -32,14 +35,32 @@ def baseline(latencies: list[float]) -> dict[str, float] | None:
     return {str(q): quantile(ordered, q) for q in BASELINE_QUANTILES}
 
 
+def measured(latencies: list[float]) -> dict[str, float | None]:
+    """What an observation compares with: count, sums of logarithms of seconds, and how slow 19 of 20 were at most."""
+    logarithms = [math.log(max(latency, SHORTEST_S)) for latency in latencies]
+    return {
+        "requests": len(latencies),
+        "log_sum": math.fsum(logarithms),
+        "log_squares_sum": math.fsum(value * value for value in logarithms),
+        "slow_s": slow if math.isfinite(slow := slow_threshold(baseline(latencies))) else None,
+    }
+
+
+def slow_threshold(recorded: Mapping[str, float] | None) -> float:
+    """The latency that 19 of 20 answers kept below; infinity where that is not known."""
+    return (recorded or {}).get("0.95", math.inf)
+
+
 def samples(
     host: str,
     agent: str,
     views: Mapping[str, InstanceView],
     figures: Mapping[str, InstanceFigures],
     recorded: Mapping[str, float] | None,
+    *,
+    trial: bool = False,
 ) -> dict[Labels, float]:
-    """All series of one agent at one moment. `recorded` is the baseline of a migration in flight."""
+    """All series of one agent at one moment. `recorded` is the baseline of a migration in flight; `trial`: one is."""
     found: dict[Labels, float] = {}
     for instance, view in views.items():
         of = {"host": host, "agent": agent, "revision": view.revision, "role": view.role}
@@ -50,6 +71,14 @@ def samples(
         seen = figures.get(instance)
         if seen is None:
             continue
+        if seen.connections is not None:
+            found[labels("agent_connections", **of)] = float(seen.connections)
+            found[labels("agent_connections_total", **of)] = float(seen.connections_total)
+            found[labels("agent_connection_bytes_total", direction="in", **of)] = float(seen.bytes_in)
+            found[labels("agent_connection_bytes_total", direction="out", **of)] = float(seen.bytes_out)
+        if seen.active is not None:
+            found[labels("agent_active", **of)] = float(seen.active)
+            continue  # there are no requests
         found[labels("agent_requests_total", **of)] = float(seen.requests)
         found[labels("agent_errors_total", **of)] = float(seen.errors)
         found[labels("agent_in_flight", **of)] = float(seen.in_flight)
@@ -57,10 +86,14 @@ def samples(
         for quantile_name, latency in (("0.5", seen.p50), ("0.95", seen.p95), ("0.99", seen.p99)):
             if latency is not None:
                 found[labels("agent_response_seconds", quantile=quantile_name, **of)] = latency
-        if seen.compared or seen.dropped:
+        for name, count in msgspec.structs.asdict(seen.trial).items() if seen.trial is not None and trial else ():
+            suffix = "" if name.endswith("_sum") else "_total"
+            found[labels(f"agent_trial_{name.replace('log_', 'log_seconds_')}{suffix}", **of)] = float(count)
+        if seen.compared or seen.dropped or seen.unjudged:
             found[labels("agent_shadow_compared_total", **of)] = float(seen.compared)
             found[labels("agent_shadow_mismatches_total", **of)] = float(seen.mismatches)
             found[labels("agent_shadow_dropped_total", **of)] = float(seen.dropped)
+            found[labels("agent_shadow_errors_total", **of)] = float(seen.unjudged)
     for quantile_name, latency in (recorded or {}).items():
         key = labels("agent_response_baseline_seconds", host=host, agent=agent, quantile=quantile_name)
         found[key] = latency

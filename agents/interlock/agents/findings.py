@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from interlock.broker.commands import Evidence
+from interlock.broker.fields import Evidence
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import trio
 
 from interlock.agents.answers import error_answer, is_error
-from interlock.agents.compare import Pair, difference
+from interlock.agents.compare import Pair, action_in
+from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
 from interlock.agents.latency import InstanceFigures
 from interlock.agents.routing import Router
 from interlock.agents.routing_types import Answered, Compare, Fail, Gone, Reply, Send
@@ -27,9 +28,8 @@ MAX_FRAMES = 64  # of one request; nobody of ours sends more than a handful
 UNREAD_REPLIES = 4096  # to one client that doesn't read; beyond, its replies (and only its) are dropped
 LOST_GRACE_S = 0.01  # answers that a dead process gave just before are still on their way for so long
 COMPARISONS = 256  # pairs that wait to be compared; beyond, they are dropped
-LARGE_ANSWER = 1 << 15  # bytes: comparing two of these is moved to a thread, so that no client waits for it
 
-_Comparison = tuple[Compare[Any, Any], CompareConfig, Callable[[Pair], None] | None]
+_Waiting = tuple[Compare[Any, Any], Comparison]
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,24 @@ class Gateway(Protocol):
     """What a host needs of the front of an agent. Times are trio's (`trio.current_time()`), in seconds."""
 
     endpoint: str
+    can_mirror: bool  # whether requests can be given to a candidate too
 
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Bind and serve until cancelled; the status is the real endpoint. InUse or ConfigError if it can't bind."""
 
-    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
-        """An instance exists at `endpoint`; it gets no live requests yet. A second one of that name replaces it."""
+    def attach(
+        self,
+        instance: str,
+        endpoint: str,
+        *,
+        window: int,
+        idempotent: Callable[[bytes], bool],
+        mirrorable: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        """An instance exists at `endpoint`; it gets no live requests yet. A second one of that name replaces it.
+
+        mirrorable: which requests may be given to a candidate too; None: the idempotent ones.
+        """
 
     def detach(self, instance: str) -> None:
         """Forget the instance and its figures. What it still owed is handled as by `lost`."""
@@ -57,8 +69,13 @@ class Gateway(Protocol):
         *,
         compare: CompareConfig | None = None,
         on_pair: Callable[[Pair], None] | None = None,
+        judge: Judge | None = None,
+        action_field: str = "action",
     ) -> None:
-        """Give idempotent requests to this instance too, compare the answers, drop its own. None ends it."""
+        """Give idempotent requests to this instance too, compare the answers, drop its own. None ends it.
+
+        judge: of the handlers that have a comparison function; action_field: of a request, to know its handler.
+        """
 
     def lost(self, instance: str) -> None:
         """Its process died: what it owed is retried elsewhere if idempotent, else answered with an error."""
@@ -72,11 +89,20 @@ class Gateway(Protocol):
     async def drained(self, instance: str) -> None:
         """Returns when nothing is in flight there."""
 
+    def serves(self, instance: str) -> bool:
+        """False: it has no requests to answer yet although it is routed to (it waits for the token)."""
+
     def snapshot(self, now: float) -> dict[str, InstanceFigures]:
         """The figures of every attached instance."""
 
     def latencies(self, instance: str, seconds: float, now: float) -> list[float]:
         """Of the last `seconds`, newest first (bounded)."""
+
+    def begin_trial(self, slow_s: float | None) -> None:
+        """Count live requests anew from here for the comparison of instances, those above `slow_s` seconds apart.
+
+        None: don't, until told again.
+        """
 
     def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:
         """Call once, with the time, at its first answer to a live request that it is given after now."""
@@ -85,6 +111,8 @@ class Gateway(Protocol):
 class RoutedGateway(ABC):
     """What both shells share: a `Router`, its timer, the comparison of pairs, and the part of `Gateway` they answer."""
 
+    can_mirror = True
+
     def __init__(self, agent: str, endpoint: str, *, request_timeout_s: float, hold_s: float) -> None:
         self.agent = agent
         self.endpoint = endpoint
@@ -92,9 +120,8 @@ class RoutedGateway(ABC):
         self._settled = trio.lowlevel.ParkingLot()
         self._timer_at = float("inf")
         self._timer_changed = trio.Event()
-        self._compare = CompareConfig()
-        self._on_pair: Callable[[Pair], None] | None = None
-        self._to_compare, self._comparisons = trio.open_memory_channel[_Comparison](COMPARISONS)
+        self._comparison = Comparison()
+        self._to_compare, self._comparisons = trio.open_memory_channel[_Waiting](COMPARISONS)
 
     # --- Gateway
 
@@ -114,10 +141,12 @@ class RoutedGateway(ABC):
         *,
         compare: CompareConfig | None = None,
         on_pair: Callable[[Pair], None] | None = None,
+        judge: Judge | None = None,
+        action_field: str = "action",
     ) -> None:
         self.router.mirror(instance)
-        self._compare = compare or CompareConfig()
-        self._on_pair = on_pair if instance is not None else None
+        given = Comparison(compare or CompareConfig(), on_pair, judge, action_field)
+        self._comparison = given if instance is not None else Comparison()
 
     def lost(self, instance: str) -> None:
         self._carry_out(self.router.lost(instance, trio.current_time(), grace=LOST_GRACE_S))
@@ -133,11 +162,17 @@ class RoutedGateway(ABC):
         while self.in_flight(instance):
             await self._settled.park()
 
+    def serves(self, instance: str) -> bool:
+        return True
+
     def snapshot(self, now: float) -> dict[str, InstanceFigures]:
         return self.router.snapshot(now)
 
     def latencies(self, instance: str, seconds: float, now: float) -> list[float]:
         return self.router.latencies(instance, seconds, now)
+
+    def begin_trial(self, slow_s: float | None) -> None:
+        self.router.begin_trial(slow_s)
 
     def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:
         self.router.watch(instance, callback)
@@ -158,7 +193,7 @@ class RoutedGateway(ABC):
             elif isinstance(command, Compare):
                 self._queue_comparison(command)
             elif isinstance(command, Answered):
-                self._tell(command.tag, command.time)
+                self.tell(command.tag, command.time)
             elif isinstance(command, Gone):
                 self._gone(command.instance)
         self._after()
@@ -195,53 +230,28 @@ class RoutedGateway(ABC):
 
     def _queue_comparison(self, command: Compare[Any, Any]) -> None:
         try:
-            self._to_compare.send_nowait((command, self._compare, self._on_pair))
+            self._to_compare.send_nowait((command, self._comparison))
         except trio.WouldBlock:
             self.router.dropped(command.instance)
 
     async def _run_comparisons(self) -> None:
-        async for command, config, on_pair in self._comparisons:
-            pair = await self._pair(command, config)
-            self.router.compared(command.instance, pair.equal)
-            if on_pair is not None:
-                self._tell(on_pair, pair)
+        async for command, comparison in self._comparisons:
+            pair = await self._pair(command, comparison)
+            self.router.compared(command.instance, pair.equal, error=bool(pair.error))
+            if comparison.on_pair is not None:
+                self.tell(comparison.on_pair, pair)
 
-    async def _pair(self, command: Compare[Any, Any], config: CompareConfig) -> Pair:
-        return await paired(command, command.body, command.old, command.new, config=config)
+    async def _pair(self, command: Compare[Any, Any], comparison: Comparison) -> Pair:
+        name = action_in(command.body, comparison.action_field) if comparison.config.handlers else ""
+        answers = Answers(name, command.body, command.old, command.new)
+        return paired(command, answers, command.body, await verdict_of(answers, comparison))
 
-    def _tell(self, callback: Callable[[Any], None], value: Any) -> None:
+    def tell(self, callback: Callable[[Any], None], value: Any) -> None:
         """Whoever watches the traffic can't stop it: a fault there is logged."""
         try:
             callback(value)
         except Exception:
             log.exception("%s: a watcher of the gateway failed", self.agent)
-
-
-async def paired(
-    command: Compare[Any, Any],
-    request: Sequence[bytes],
-    old: Sequence[bytes],
-    new: Sequence[bytes] | None,
-    *,
-    config: CompareConfig,
-    found: str = "",
-) -> Pair:
-    """The Pair of two answers; `found` is a difference known already."""
-    if not found:
-        if sum(map(len, old)) > LARGE_ANSWER:
-            found = await trio.to_thread.run_sync(difference, old, new, config)
-        else:
-            await trio.lowlevel.checkpoint()
-            found = difference(old, new, config)
-    return Pair(
-        request=b"".join(request),
-        old=b"".join(old),
-        new=b"".join(new) if new is not None else None,
-        old_latency=command.old_latency,
-        new_latency=command.new_latency,
-        equal=not found,
-        difference=found,
-    )
 
 
 class ZmqGateway(RoutedGateway):
@@ -284,7 +294,15 @@ class ZmqGateway(RoutedGateway):
                 back.close(linger_ms=0)
             self._backs.clear()
 
-    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
+    def attach(
+        self,
+        instance: str,
+        endpoint: str,
+        *,
+        window: int,
+        idempotent: Callable[[bytes], bool],
+        mirrorable: Callable[[bytes], bool] | None = None,
+    ) -> None:
         self.detach(instance)
         # no heartbeats: a process that is stopped, not dead, must find its connection when it goes on
         back = self._sockets.open(
@@ -296,7 +314,12 @@ class ZmqGateway(RoutedGateway):
             receive_limit=0,
             send_limit=0,
         )
-        self.router.attach(instance, window=window, idempotent=guarded(idempotent, self.agent))
+        self.router.attach(
+            instance,
+            window=window,
+            idempotent=guarded(idempotent, self.agent),
+            mirrorable=guarded(mirrorable or idempotent, self.agent),
+        )
         self._backs[instance] = back
         if self._nursery is not None:
             self._nursery.start_soon(self._receive_answers, instance, back)
@@ -364,7 +387,7 @@ def guarded(idempotent: Callable[[bytes], bool], agent: str) -> Callable[[Sequen
         try:
             return bool(idempotent(body[0]))
         except Exception as error:
-            log.warning("%s: whether a request is idempotent can't be told: %r", agent, error)
+            log.warning("%s: whether a request may be repeated can't be told: %r", agent, error)
             return False
 
     return ask

@@ -212,6 +212,13 @@ def _row(values: tuple[str, str, str, str | None, str | None, str, str | None, i
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > FORMAT:  # before anything is set or made in the file
+        raise LogError(
+            f"was written by a newer version of Interlock (format {version}, this one knows {FORMAT})",
+            where=str(path),
+            hint="start the newer version again; nothing was changed",
+        )
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("BEGIN IMMEDIATE")  # says now, not at the first slot change, that the file can't be written
@@ -221,12 +228,6 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {FORMAT}")
     connection.execute("COMMIT")
-    if version > FORMAT:
-        raise LogError(
-            f"was written by a newer version of Interlock (format {version}, this one knows {FORMAT})",
-            where=str(path),
-            hint="start the newer version again",
-        )
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
         raise sqlite3.DatabaseError(verdict)
@@ -254,7 +255,12 @@ def _explained(path: Path) -> Iterator[None]:
             where=str(path),
             hint="check that the folder can be written, the disk is not full, and no other program holds the file",
         ) from None
-    except sqlite3.DatabaseError as error:
+    except (
+        sqlite3.DatabaseError,
+        ValueError,
+        TypeError,
+        OverflowError,
+    ) as error:  # of a text that is no UTF-8, for one
         raise LogError(
             f"the host's journal is damaged: {' '.join(str(error).split())}",
             where=str(path),

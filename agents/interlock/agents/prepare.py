@@ -14,7 +14,8 @@ from pathlib import Path
 import trio
 
 from interlock.agents.backup import Backup
-from interlock.agents.figures import baseline
+from interlock.agents.comparer import Bench, check_functions, functions_of
+from interlock.agents.figures import baseline, measured
 from interlock.agents.findings import Finding, first_failed
 from interlock.agents.gateway import Gateway
 from interlock.agents.journal import Journal
@@ -25,9 +26,10 @@ from interlock.agents.preflight import preflight
 from interlock.agents.resources import Card, Judgement, Needs, Room, judge
 from interlock.agents.revisions import Revision, RevisionStore, check_name_free
 from interlock.agents.slot_io import PrepareEnded, Row
-from interlock.broker.commands import Evidence, Prepare
+from interlock.broker.commands import Prepare
 from interlock.broker.config import AgentConfig, FleetConfig, RevisionConfig, source_of
 from interlock.broker.errors import ConfigError, InterlockError, Refused
+from interlock.broker.fields import Evidence
 
 BACKUPS_KEPT = 5  # per agent, where the fleet file does not name the host; each holds the code of one revision
 
@@ -126,13 +128,13 @@ async def _check(given: Preparation, fleet: FleetConfig, recorded: Revision, evi
         recorded, base=fleet.folder, state_dir=fleet.state_dir, host=given.place.marker, room=room,
         disk_bytes=await trio.to_thread.run_sync(_backup_bytes, given),
     )  # fmt: skip
-    needed = getattr(given.config, "depends", [])
-    findings += await dependencies(needed, fleet.agents, given.up, given.place.sockets)
+    findings += await dependencies(given.config.depends, fleet.agents, given.up, given.place.sockets)
     failed = first_failed(findings)
     evidence["preflight"] = {finding.check: finding.reason for finding in findings}
     evidence["rollback_class"] = "cold" if cold else "warm"
     if failed is not None:
         raise _Failed(failed.check, failed.reason + _cold_hint(failed, judged), failed.evidence)
+    await _check_comparison(given, recorded, evidence)
     await _check_old(given, evidence)
 
 
@@ -158,7 +160,7 @@ async def _judge(given: Preparation, revision: RevisionConfig) -> Judgement:
     needs = Needs(
         memory=int(revision.needs.memory_mb * (1 << 20)),
         gpu_memory=int(revision.needs.gpu_memory_mb * (1 << 20)),
-        gpu=getattr(given.config, "category", "") == "gpu-model",
+        gpu=given.config is not None and given.config.category == "gpu-model",
     )
     return judge(Room(memory_available(), held, await given.cards(given.command.agent)), needs)
 
@@ -185,6 +187,18 @@ async def _check_old(given: Preparation, evidence: Evidence) -> None:
     evidence["old"] = f"sick: {reason}. It is no verified way back: on a breach whoever is healthy serves"
 
 
+async def _check_comparison(given: Preparation, recorded: Revision, evidence: Evidence) -> None:
+    """Whether the comparison functions that the fleet file names are there, in the candidate's own environment."""
+    functions = functions_of(given.config.compare) if given.config is not None else []
+    if functions:
+        place = given.place
+        bench = Bench(recorded, place.base, place.marker, place.run_dir, place.log_dir, place.environment)
+        finding = await check_functions(bench, functions)
+        evidence["preflight"][finding.check] = finding.reason
+        if not finding.ok:
+            raise _Failed(finding.check, finding.reason, finding.evidence)
+
+
 async def _back_up(given: Preparation, fleet: FleetConfig) -> Backup:
     """The levels that the command names, of what serves now, verified."""
     row, levels = given.row, given.command.levels
@@ -205,4 +219,4 @@ async def _measure(given: Preparation, evidence: Evidence) -> None:
     assert given.permanent is not None
     latencies = given.gateway.latencies(given.permanent.name, seconds, trio.current_time())
     given.baseline = baseline(latencies)
-    evidence["baseline"] = {"requests": len(latencies), "seconds": seconds, "response_s": given.baseline}
+    evidence["baseline"] = {"seconds": seconds, "response_s": given.baseline} | measured(latencies)

@@ -139,11 +139,18 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         if instance is not None:
             instance.watches.append((self._next_id, tag))
 
-    def compared(self, name: str, equal: bool) -> None:
+    def begin_trial(self, slow_s: float | None) -> None:
+        """Count live requests of all instances anew from here, those above `slow_s` seconds apart; None: don't."""
+        for instance in self._instances.values():
+            instance.tally.begin_trial(slow_s)
+
+    def compared(self, name: str, equal: bool, *, error: bool = False) -> None:
+        """A pair was judged, or (`error`) could not be."""
         instance = self._instances.get(name)
         if instance is not None:
-            instance.tally.compared += 1
-            instance.tally.mismatches += not equal
+            instance.tally.unjudged += error
+            instance.tally.compared += not error
+            instance.tally.mismatches += not (equal or error)
 
     def dropped(self, name: str) -> None:
         """A pair of answers could not be compared."""

@@ -23,6 +23,7 @@ from interlock.agents.slot_io import (
     BeginDrill,
     BeginPrepare,
     BeginShadow,
+    BeginTrial,
     DrillEnded,
     EndDrill,
     EndShadow,
@@ -211,6 +212,7 @@ class Slot(RollingBack):
         return [*actions, *([] if old is None else [Stop(old)]), self._changed()]
 
     def _cut_over(self, command: commands.CutOver, asked: str, target: State, now: Moment) -> list[Action]:
+        first = self.row.state is not State.LIVE or self.permanent is None  # cold: live already, but not on trial
         self._set(target)
         self._asked = ""
         self.share = min(max(command.share, 0.0), 1.0)
@@ -218,6 +220,7 @@ class Slot(RollingBack):
         done = self._done("cut-over", asked, {"share": self.share})
         return [
             Persist(self.row, f"cut over {self.share:.0%}", (asked, done)),
+            *([BeginTrial(command.migration, command.warm_up_s)] if first else []),
             Route(self.shares()),
             Publish(done),
             self._changed(),
@@ -347,8 +350,11 @@ class Slot(RollingBack):
             return []  # done already, or never ours
         if self.row.state in ON_TRIAL:
             return self._roll_back(command.breach, now)
-        again = command.breach.by == "operator" and self.ascent is not None and command.issued > self.ascent.kept_at
-        if self.row.state is State.KEPT and again:  # a rule that goes on firing must not end the one that serves
+        again = self.ascent is not None and command.issued > self.ascent.kept_at
+        asked = command.breach.by.startswith("operator")
+        if (
+            self.row.state is State.KEPT and asked and again
+        ):  # a rule that goes on firing must not end the one that serves
             return self._heard(Sign.ASKED, command.breach.reason, now)
         return []
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from interlock.agents.ladder import Ascent
 from interlock.agents.slot_io import Action, Moment, Publish, Rescue, Route, Row, Start, State, Stop
 from interlock.broker import commands, facts
-from interlock.broker.commands import Evidence
+from interlock.broker.fields import Evidence
 
 RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th restart in a row of a permanent instance
 STEADY_S = 30.0  # a permanent instance that ran for so long begins a new row

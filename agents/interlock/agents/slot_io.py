@@ -7,8 +7,9 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from interlock.broker import commands
-from interlock.broker.commands import Evidence, HostCommand, RollBack
+from interlock.broker.commands import HostCommand, RollBack
 from interlock.broker.facts import Fact, Role
+from interlock.broker.fields import Evidence
 
 
 class State(StrEnum):
@@ -180,6 +181,14 @@ class Route:
 
 
 @dataclass(frozen=True)
+class BeginTrial:
+    """The candidate gets its first live requests: `warm_up_s` later both instances are counted for the comparison."""
+
+    migration: str
+    warm_up_s: float
+
+
+@dataclass(frozen=True)
 class BeginPrepare:
     command: commands.Prepare
 
@@ -262,8 +271,8 @@ class Publish:
 
 
 Action = (
-    Persist | Route | BeginPrepare | BeginDrill | EndDrill | Start | Stop | BeginShadow | EndShadow | Rescue | Verify
-    | RestoreHost | Restore | Publish
+    Persist | Route | BeginTrial | BeginPrepare | BeginDrill | EndDrill | Start | Stop | BeginShadow | EndShadow
+    | Rescue | Verify | RestoreHost | Restore | Publish
 )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.figures import InstanceView, samples
+from interlock.agents.comparer import Bench, Comparer, functions_of
+from interlock.agents.figures import InstanceView, samples, slow_threshold
+from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
@@ -34,6 +36,7 @@ from interlock.agents.slot_io import (
     BeginDrill,
     BeginPrepare,
     BeginShadow,
+    BeginTrial,
     EndDrill,
     EndShadow,
     Gone,
@@ -55,10 +58,10 @@ from interlock.agents.slot_io import (
     Verify,
 )
 from interlock.broker import commands, facts
-from interlock.broker.commands import Evidence
 from interlock.broker.config import AgentConfig, FleetConfig
 from interlock.broker.errors import InterlockError, LogError
 from interlock.broker.facts import Fact
+from interlock.broker.fields import Evidence
 from interlock.broker.samples import Labels
 from interlock.broker.wire import encode
 
@@ -130,6 +133,7 @@ class SlotShell:
     _shadow: ShadowRun | None = None
     _drill: trio.CancelScope | None = None
     _ended: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
 
     @property
@@ -230,6 +234,9 @@ class SlotShell:
             case Route(shares):
                 self.gateway.route(dict(shares))
                 self.routed_at = time.time()
+            case BeginTrial(migration, warm_up_s):
+                self.gateway.begin_trial(None)
+                self.around.nursery.start_soon(self._begin_trial, migration, warm_up_s)
             case Start():
                 self.around.nursery.start_soon(self._live, action)
             case Stop(instance):
@@ -237,8 +244,7 @@ class SlotShell:
             case Rescue(instance):
                 self.gateway.rescue(instance)
             case EndShadow():
-                self.gateway.mirror(None)
-                self._shadow = None
+                self._end_shadow()
             case EndDrill():
                 if self._drill is not None:
                     self._drill.cancel()
@@ -297,9 +303,7 @@ class SlotShell:
 
         def report(given: Healthy | Gone) -> None:
             if isinstance(given, Healthy):
-                self.gateway.attach(
-                    instance.name, instance.requests, window=instance.window, idempotent=instance.idempotent
-                )
+                admit(self.gateway, instance)
             elif not instance.stopping:
                 log.warning("%s: %s", given.instance, given.reason)
             if not instance.stopping:
@@ -360,10 +364,35 @@ class SlotShell:
     # --- shadow
 
     def _begin_shadow(self, command: commands.Shadow, candidate: str) -> None:
-        run = ShadowRun(command, time.time())
+        if not self.gateway.can_mirror:
+            reason = "there are no requests to mirror: this agent has connections of a protocol of its own, or no port"
+            self.give(ShadowEnded(command.migration, False, reason, {"verdict": "error"}))
+            return
+        run = ShadowRun(command, time.time(), self.config.compare.errors)
         self._shadow = run
-        self.gateway.mirror(candidate, compare=self.config.compare, on_pair=lambda pair: self._compared(run, pair))
+        functions = functions_of(self.config.compare)
+        instance = self.instances.get(candidate)
+        if functions and instance is not None:
+            place = instance.place
+            bench = Bench(instance.recorded, place.base, place.marker, place.run_dir, place.log_dir, place.environment)
+            timeout_s = self.config.compare.timeout_s
+            self._comparer = Comparer(bench, functions, timeout_s=timeout_s, number=self.around.next_number())
+            self.around.nursery.start_soon(self._comparer.run)
+        self.gateway.mirror(
+            candidate,
+            compare=self.config.compare,
+            on_pair=lambda pair: self._compared(run, pair),
+            judge=self._comparer,
+            action_field=self.config.action_field,
+        )
         self.around.nursery.start_soon(self._time_shadow, run)
+
+    def _end_shadow(self) -> None:
+        self.gateway.mirror(None)
+        self._shadow = None
+        if self._comparer is not None:
+            self._comparer.close()
+            self._comparer = None
 
     def _compared(self, run: ShadowRun, pair: Pair) -> None:
         if self._shadow is run:
@@ -379,10 +408,14 @@ class SlotShell:
         verdict = run.verdict(time.time())
         if verdict is None:
             return
-        self._shadow = None
-        self.gateway.mirror(None)
+        self._end_shadow()
         evidence = run.evidence() | {"verdict": verdict}
         self.give(ShadowEnded(run.command.migration, verdict == "passed", run.reason(verdict), evidence))
+
+    async def _begin_trial(self, migration: str, warm_up_s: float) -> None:
+        await trio.sleep(warm_up_s)
+        if self.slot.row.migration == migration and self.slot.row.state is State.LIVE:
+            self.gateway.begin_trial(slow_threshold(self.baseline))
 
     # --- rolling back
 
@@ -400,7 +433,7 @@ class SlotShell:
     async def _probe_until(self, name: str, answer: FirstAnswer) -> None:
         while True:
             instance = self.instances.get(name)
-            if instance is not None and (await instance.check()).ok:
+            if instance is not None and self.gateway.serves(name) and (await instance.check()).ok:
                 answer.note("a probe")
                 return
             await trio.sleep(VERIFY_POLL_S)
@@ -417,7 +450,9 @@ class SlotShell:
             for name, instance in self.instances.items()
             if name in (self.slot.permanent, self.slot.candidate)
         }
-        found = samples(self.around.host, self.agent, views, self.gateway.snapshot(trio.current_time()), baseline)
+        figures = self.gateway.snapshot(trio.current_time())
+        trial = self.slot.row.state is State.LIVE
+        found = samples(self.around.host, self.agent, views, figures, baseline, trial=trial)
         ended = [key for key in self._reported if key not in found]
         self._reported = set(found)
         return found, ended

@@ -14,7 +14,7 @@ import trio
 
 from interlock.broker import topics, wire
 from interlock.broker.backlog import Counts
-from interlock.broker.errors import WireError
+from interlock.broker.errors import UnknownVersion, WireError
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import Batch, Labels, SeriesTable
 from interlock.broker.sequence import Deliver, Moved
@@ -31,7 +31,7 @@ class EventFeed:
 
     caught_up: set once everything that was in the log at subscription has been delivered and the consumer has come
     back for more. position: the number up to which everything is delivered. lost: the broker has been silent for 2 s.
-    undecodable: events left out because their body is of no type known here (a newer sender).
+    undecodable: events left out because they are of no type or version known here.
     """
 
     def __init__(self, *, position: int) -> None:
@@ -155,6 +155,9 @@ class SampleFeed:
     def _decode(self, frames: list[bytes], lag: float) -> Batch | None:
         try:
             batch = wire.decode_batch(frames)
+        except UnknownVersion as error:
+            self._rejects.count("a batch of an unknown version", error)
+            return None
         except WireError as error:
             self._rejects.count("what is not a telemetry batch", error)
             return None
@@ -282,6 +285,9 @@ class Bus(Protocol):
 
     def receipts(self, command: str) -> AbstractAsyncContextManager[Receipts]:
         """Who takes the command with this id, of ours or, for operators and the coordinator, of anyone."""
+
+    async def mismatch(self) -> str:
+        """Wait until the broker and this program turn out to speak no version of the wire format in common; how."""
 
     async def direct(
         self, endpoint: str, topic: str, body: Body, *, id: str | None = None, timeout: float = 1.0

@@ -16,7 +16,7 @@ from interlock.broker.config import BrokerConfig
 from interlock.broker.direct import DirectLine
 from interlock.broker.errors import Refused, Unreachable
 from interlock.broker.feed import FeedReader
-from interlock.broker.link import Link
+from interlock.broker.link import Link, Mismatch
 from interlock.broker.outbox import Entry
 from interlock.broker.outbox_file import OutboxFile
 from interlock.broker.pulse import Pulse
@@ -79,7 +79,7 @@ async def _serve(
             async with trio.open_nursery() as nursery:
                 if security is not None:
                     nursery.start_soon(security.watch)
-                link = Link(sockets, config.events, file)
+                link = Link(sockets, config.events, Mismatch(), file)
                 bus = ZmqBus(config, source, sockets, link, nursery, security=security)
                 nursery.start_soon(link.run)
                 task_status.started((bus, scope))
@@ -172,6 +172,9 @@ class ZmqBus:
             self._pulse.feeds.remove(reader.feed)
             reader.close()
 
+    async def mismatch(self) -> str:
+        return await self._link.mismatch.said()
+
     def receipt(self, event: Event, reason: str = "") -> None:
         self._link.receipt(self.source, event.header.id, reason)
 
@@ -185,7 +188,9 @@ class ZmqBus:
 
     def _telemetry_link(self) -> TelemetryLink:
         if self._telemetry is None:
-            self._telemetry = TelemetryLink(self.sockets, self._config.telemetry_in, label=self.source)
+            self._telemetry = TelemetryLink(
+                self.sockets, self._config.telemetry_in, self._link.mismatch, label=self.source
+            )
             self._nursery.start_soon(self._telemetry.run)
             self._nursery.start_soon(self._pulse.run)
         return self._telemetry

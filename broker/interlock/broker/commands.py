@@ -7,9 +7,24 @@ gave to the request that began it: a host refuses a command of an older epoch th
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+from interlock.broker.fields import (
+    AgentName,
+    BackupLevel,
+    Count,
+    Deadline,
+    Epoch,
+    Labels,
+    MigrationId,
+    Reason,
+    RevisionName,
+    Share,
+    Span,
+    says,
+)
 
 
 class _Body(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -17,131 +32,136 @@ class _Body(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Breach(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rule or a check saw. `sample_time` is the time of the first sample that showed it, seconds since 1970."""
+    """What a rule or a check saw."""
 
-    by: str  # "rule gpu-memory", "check shadow", "host process-died", "operator"
-    reason: str  # one line for people
-    labels: dict[str, str] = {}
-    value: float | None = None
-    sample_time: float | None = None
+    by: Annotated[str, says('"rule gpu-memory", "check shadow", "host process-died", "operator"')]
+    reason: Reason
+    labels: Labels = {}
+    value: Annotated[float | None, says("of the sample that showed it")] = None
+    sample_time: Annotated[float | None, says("of the first sample that showed it, in seconds since 1970")] = None
 
 
 # operator -> coordinator, topic command/coordinator/
 
 
 class Migrate(_Body, frozen=True, kw_only=True, tag="migrate"):
-    """Move an agent to a revision. `strategy`: None takes the agent's own.
+    """Move an agent to a revision. Without `strategy` and `level` by what is due to the agent."""
 
-    because: why it may be less careful than is due. accept: the slowest class of rollback that will do ("": warm,
-    "cold", "hand-over").
-    """
-
-    agent: str
-    to: str
-    deadline: float
-    strategy: str | None = None
-    because: str = ""
-    accept: str = ""
+    agent: AgentName
+    to: RevisionName
+    deadline: Deadline
+    strategy: Annotated[str | None, says('"rapid", "staged", "framework" or "custom"')] = None
+    level: Annotated[str | None, says('"low", "medium", "high" or "critical", in place of a strategy')] = None
+    because: Annotated[str, says("why it may be less careful than is due, or happen in a freeze")] = ""
+    host: Annotated[str | None, says("where the candidate runs; none: where the old one does")] = None
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm), "cold" or "hand-over"')] = ""
+    wave: Annotated[str, says("the wave that it is part of")] = ""
 
 
 class RollBackAgent(_Body, frozen=True, kw_only=True, tag="roll-back-agent"):
     """Undo the agent's migration in flight."""
 
-    agent: str
-    reason: str
-    deadline: float
+    agent: AgentName
+    reason: Reason
+    deadline: Deadline
+
+
+SteerAction = Literal["approve", "pause", "resume", "hold", "abort", "commit"]
+
+
+class Steer(_Body, frozen=True, kw_only=True, tag="steer"):
+    """Lead the agent's migration in flight: approve its next stage, let it stand, let it go on, end it."""
+
+    agent: AgentName
+    action: Annotated[SteerAction, says("what is asked for")]
+    deadline: Deadline
+    reason: Reason = ""
 
 
 class RunDrill(_Body, frozen=True, kw_only=True, tag="run-drill"):
-    """Rehearse the rollback of an agent, now. whole_host: level 3 too, so all agents of its host at once."""
+    """Rehearse the rollback of an agent, now."""
 
-    agent: str
-    deadline: float
-    whole_host: bool = False
+    agent: AgentName
+    deadline: Deadline
+    whole_host: Annotated[bool, says("level 3 too, so all agents of its host at once")] = False
 
 
 # coordinator -> host, topic command/<host>/
 
 
 class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
-    """Check, record and back up revision `to`; measure the baseline of the old one for `baseline_s` seconds.
+    """Check and record revision `to`, back up the serving one and measure its baseline."""
 
-    levels: of the backup. accept: as of Migrate. sick_ok: go on though the old revision is not healthy; it is then no
-    verified way back.
-    """
-
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    to: str
-    baseline_s: float
-    levels: list[str] = msgspec.field(default_factory=lambda: ["configuration", "code"])
-    accept: str = ""
-    sick_ok: bool = False
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    to: RevisionName
+    baseline_s: Annotated[Span, says("seconds for which the serving revision is measured")]
+    levels: Annotated[list[BackupLevel], says("what is backed up of the serving revision")] = msgspec.field(
+        default_factory=lambda: ["configuration", "code"]
+    )
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm) or "cold"')] = ""
+    sick_ok: Annotated[bool, says("go on though the serving revision is not healthy: it is no verified way back")] = (
+        False
+    )
 
 
 class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
-    """Rehearse the rollback with the real processes, and measure it; within `promise_s` it is done, else failed.
+    """Rehearse the rollback with the real processes, and measure it."""
 
-    accept: "cold": a slower one will do, and says so. cold: the old process will be stopped, so there is no level 1.
-    whole_host: as of RunDrill. `migration` is empty where there is none.
-    """
-
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    promise_s: float
-    accept: str = ""
-    cold: bool = False
-    whole_host: bool = False
+    migration: Annotated[MigrationId, says("the migration's id; empty where an operator asked for it")]
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    promise_s: Annotated[Span, says("seconds: a rehearsal that takes longer has failed")]
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm) or "cold"')] = ""
+    cold: Annotated[bool, says("the serving process will be stopped, so there is no level 1 to rehearse")] = False
+    whole_host: Annotated[bool, says("level 3 too, so all agents of the host at once")] = False
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
-    """Start the prepared revision beside the serving one, without live requests; done when it is healthy.
+    """Start the prepared revision beside the serving one, without live requests; done when it is healthy."""
 
-    cold: both don't fit, so the old one is stopped before, and all requests go to the candidate once it is healthy.
-    """
-
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    cold: bool = False
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    cold: Annotated[bool, says("both don't fit: stop the serving one first, and give all requests to the new")] = False
 
 
 class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
     """Mirror live requests to the candidate until `requests` were compared or `seconds` are over."""
 
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    requests: int
-    seconds: float
-    min_requests: int
-    max_mismatches: int
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    requests: Annotated[Count, says("so many compared are enough")]
+    seconds: Annotated[Span, says("seconds that it lasts at most")]
+    min_requests: Annotated[Count, says("with fewer compared it has failed")]
+    max_mismatches: Annotated[Count, says("more answers that differ: it has failed")]
 
 
 class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
-    """Give the candidate this share (0 to 1) of the live requests; the host holds a lease of `lease_s` from then on."""
+    """Give the candidate a share of the live requests; the host holds a lease from then on."""
 
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
-    share: float
-    lease_s: float
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    share: Annotated[Share, says("of the live requests, 0 to 1, to the candidate")]
+    lease_s: Annotated[Span, says("seconds: a lease that is not renewed for so long is rolled back")]
+    warm_up_s: Annotated[Span, says("seconds of live requests after which its answers count in the comparison")] = 0.0
 
 
 class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
     """Make the candidate permanent; drain and stop the old one."""
 
-    migration: str
-    agent: str
-    epoch: int
-    deadline: float
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
 
 
 # operator, coordinator -> hosts, topic command/<host>/ or command/all/
@@ -150,7 +170,7 @@ class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
 class RollCall(_Body, frozen=True, kw_only=True, tag="roll-call"):
     """Say that you are there: the host's receipt is all that is asked for. Also to all hosts, topic command/all/."""
 
-    deadline: float
+    deadline: Deadline
 
 
 # rule engine, coordinator, operator -> host, topic rollback/<host>/
@@ -159,31 +179,32 @@ class RollCall(_Body, frozen=True, kw_only=True, tag="roll-call"):
 class RollBack(_Body, frozen=True, kw_only=True, tag="roll-back"):
     """Put the old revision back. Needs no permission, and is done whatever state the migration is in."""
 
-    migration: str
-    agent: str
-    epoch: int
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
     breach: Breach
-    issued: float  # seconds since 1970, when it was decided
+    issued: Annotated[float, says("when it was decided, in seconds since 1970")]
 
 
 # coordinator -> host, directly (not through the log)
 
 
 class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
-    """Keep the candidate live for another `lease_s` seconds; a host whose lease expires rolls back by itself."""
+    """Keep the candidate live for a while more; a host whose lease expires rolls back by itself."""
 
-    migration: str
-    agent: str
-    epoch: int
-    lease_s: float
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    lease_s: Annotated[Span, says("seconds from now, for which the lease holds")]
 
 
-Step = Literal["prepare", "drill", "start-candidate", "shadow", "cut-over", "commit"]
+Step = Literal["prepare", "drill", "start-candidate", "hand-over", "shadow", "cut-over", "commit"]
 
 Command = (
     Migrate
     | RollBackAgent
     | RunDrill
+    | Steer
     | RollCall
     | Prepare
     | Drill
@@ -195,5 +216,3 @@ Command = (
     | RenewLease
 )
 HostCommand = Prepare | Drill | StartCandidate | Shadow | CutOver | Commit
-
-Evidence = dict[str, Any]  # figures and findings by name, as the host or a check measured them

@@ -17,17 +17,26 @@ from typing import Any, Literal
 import msgspec
 
 from interlock.broker.errors import ConfigError
+from interlock.broker.freeze import Window, parse_zone
+from interlock.broker.strategies import (
+    BUILT_IN,
+    STRATEGY_OF,
+    Level,
+    StrategyConfig,
+    StrategyName,
+    _Config,
+    check_strategy,
+)
 from interlock.broker.topics import RESERVED, check_name
 
 _ENDPOINT = re.compile(
-    r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|http://[A-Za-z0-9._*-]+:\d{1,5})"
+    r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|(http|stream)://[A-Za-z0-9._*-]+:\d{1,5})"
 )
 
-Level = Literal["low", "medium"]
+_HTTP_NAME = re.compile(r"[A-Z]+ /\S*")  # a method and a path
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-
-class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
+MAX_FILE = 16 << 20  # characters: 10,000 hosts with an agent each take 3 million
 
 
 class BrokerConfig(_Config, frozen=True, kw_only=True):
@@ -58,6 +67,28 @@ class CoordinatorConfig(_Config, frozen=True, kw_only=True):
 
     lease_s: float = 6.0  # a live candidate loses its share if the coordinator is silent for this long
     step_margin_s: float = 15.0  # added to a step's own time before it counts as failed
+    approval_s: float = 3600.0  # a stage that nobody approves for so long is rolled back: an operator is awake
+    pause_s: float = 3600.0  # so is a migration that is paused for longer: two revisions cost twice
+    hold_s: float = 86_400.0  # and one that is held for longer: somebody looks once a day
+
+
+class FreezeWindow(_Config, frozen=True, kw_only=True):
+    """A time in which no migration begins: each week ("Fri 16:00"), or once ("2026-12-24T12:00"). Rollbacks go on."""
+
+    start: str = msgspec.field(name="from")  # a day and a time of the week, or ISO 8601
+    end: str = msgspec.field(name="to")  # of the same kind; not frozen any more from then on
+    because: str  # told to whoever asks meanwhile
+
+    @property
+    def window(self) -> Window:
+        return Window.parse(self.start, self.end)
+
+
+class FreezeConfig(_Config, frozen=True, kw_only=True):
+    """When the fleet stays as it is. An operator may override it with `--because`."""
+
+    timezone: str = ""  # such as "Europe/Berlin", of times that name no zone; empty: of the coordinator's machine
+    windows: list[FreezeWindow] = []  # times in which no migration begins
 
 
 class RulesConfig(_Config, frozen=True, kw_only=True):
@@ -136,23 +167,41 @@ class RevisionConfig(_Config, frozen=True, kw_only=True):
         return "class" if self.entry else "exec"
 
 
+class HandlerCompare(_Config, frozen=True, kw_only=True):
+    """How the answers to one action are compared. NAME: the action; of HTTP "METHOD /path", which stands for all below.
+
+    A function takes `(request, old, new)` and returns True, False, or the difference as a text.
+    """
+
+    mode: Literal["equal", "exact"] = "equal"  # equal: the same values; exact: the same bytes
+    ignore: list[str] | None = None  # instead of the agent's
+    tolerance: float | None = None  # instead of the agent's
+    function: str = ""  # "module:function" in the candidate's source: it decides alone, in a process of its own
+
+
 class CompareConfig(_Config, frozen=True, kw_only=True):
     """How the answers of a candidate are held against those of the serving revision."""
 
     ignore: list[str] = []  # keys of the answer, at any depth, that may differ
     tolerance: float = 0.0  # numbers may differ by this, relative to the larger
+    handlers: dict[str, HandlerCompare] = {}  # where one action is compared in another way
+    timeout_s: float = 1.0  # for a function to judge one pair; then its process is killed, and the pair is an error
+    errors: int = 0  # pairs that a function may fail to judge; one more, and the shadow run ends with the verdict error
 
 
 class AgentConfig(_Config, frozen=True, kw_only=True):
     """An agent: where it runs, what its clients connect to, and the revisions there are of it."""
 
     host: str  # one of [hosts]
-    endpoint: str  # public: tcp:// or ipc:// for ZeroMQ REQ clients, http://host:port for HTTP clients
+    endpoint: str = ""  # tcp:// or ipc:// for ZeroMQ clients, http://, stream:// for other TCP; empty: it has no port
     serve: str  # the revision that serves until another is committed
     revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
-    level: Level = "medium"  # low: rapid, medium: staged
-    strategy: Literal["rapid", "staged", ""] = ""  # empty: by level
-    idempotent: list[str] | bool = False  # exec: actions that may be asked twice; a class declares its own
+    category: Literal["gpu-model", "service", "worker", "voice", "utility"] = "service"  # what waves go by
+    depends: list[str] = []  # what it needs: agents of this fleet, or endpoints (tcp://, http://)
+    level: Level = "medium"  # low: rapid, medium: staged, high: framework, critical: custom
+    strategy: Literal["rapid", "staged", "framework", "custom", ""] = ""  # empty: by level
+    idempotent: list[str] | bool = False  # exec: actions (HTTP: "METHOD /path") that may be asked twice
+    side_effects: list[str] = []  # actions (HTTP: "METHOD /path") that are never mirrored; a class declares its own
     action_field: str = "action"  # exec: the key of a JSON or MessagePack request that names the action
     window: int = 0  # requests outstanding at an instance at once; 0: 1 for a REP program, 64 for a class or HTTP
     compare: CompareConfig = CompareConfig()  # of the answers in shadow
@@ -162,37 +211,15 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     health_failures: int = 3  # in a row, then a candidate is rolled back and a permanent instance restarted
 
     @property
-    def strategy_name(self) -> Literal["rapid", "staged"]:
-        return self.strategy or ("rapid" if self.level == "low" else "staged")
+    def serves(self) -> Literal["requests", "connections", "nothing"]:
+        """What its clients bring: requests (ZeroMQ, HTTP), connections (other TCP); nothing without an endpoint."""
+        if not self.endpoint:
+            return "nothing"
+        return "connections" if self.endpoint.startswith("stream://") else "requests"
 
-
-class CanaryStep(_Config, frozen=True, kw_only=True):
-    """A share of the live requests, and how long the candidate is watched at it."""
-
-    share: float  # of live requests, 0 to 1
-    seconds: float  # that it stays at this share at least
-
-
-class StrategyConfig(_Config, frozen=True, kw_only=True):
-    """What a strategy does, and for how long."""
-
-    baseline_s: float = 2.0  # the old one is measured for this long before anything starts
-    shadow_requests: int = 0  # mirrored and compared; 0: no shadow
-    shadow_s: float = 30.0  # and at most for so long
-    shadow_min_requests: int = 20  # fewer compared than this in that time: inconclusive, no pass
-    shadow_max_mismatches: int = 0  # one answer more that differs, and it is rolled back
-    canary: list[CanaryStep] = []  # shares before all requests go over; none: all at once
-    observation_s: float = 60.0  # with all requests and the old one still warm, before it is made permanent
-
-
-RAPID = StrategyConfig(baseline_s=1.0, observation_s=60.0)
-STAGED = StrategyConfig(
-    baseline_s=5.0,
-    shadow_requests=200,
-    shadow_s=60.0,
-    canary=[CanaryStep(share=0.1, seconds=30.0), CanaryStep(share=0.5, seconds=30.0)],
-    observation_s=600.0,
-)
+    @property
+    def strategy_name(self) -> StrategyName:
+        return self.strategy or STRATEGY_OF[self.level]
 
 
 class FleetConfig(_Config, frozen=True, kw_only=True):
@@ -206,7 +233,10 @@ class FleetConfig(_Config, frozen=True, kw_only=True):
     coordinator: CoordinatorConfig = CoordinatorConfig()  # its deadlines
     rules: RulesConfig = RulesConfig()  # which rule files hold
     monitor: MonitorConfig = MonitorConfig()  # how often is measured
-    strategies: dict[str, StrategyConfig] = {}  # "rapid" and "staged", where they are not to be the built-in ones
+    strategies: dict[
+        str, StrategyConfig
+    ] = {}  # "rapid", "staged", "framework", "custom", in place of the built-in ones
+    freeze: FreezeConfig = FreezeConfig()  # when no migration begins
     hosts: dict[str, HostConfig] = {}  # by name
     agents: dict[str, AgentConfig] = {}  # by name
     path: str = ""  # not a key of the file: where it was read from
@@ -223,8 +253,8 @@ class FleetConfig(_Config, frozen=True, kw_only=True):
     def keys_dir(self) -> Path:
         return self.state_dir / self.security.keys
 
-    def strategy(self, name: str) -> StrategyConfig:
-        return self.strategies.get(name) or {"rapid": RAPID, "staged": STAGED}[name]
+    def strategy(self, name: StrategyName) -> StrategyConfig:
+        return self.strategies.get(name) or BUILT_IN[name]
 
     def agents_of(self, host: str) -> dict[str, AgentConfig]:
         return {name: agent for name, agent in self.agents.items() if agent.host == host}
@@ -233,17 +263,20 @@ class FleetConfig(_Config, frozen=True, kw_only=True):
 def load_fleet(path: str | os.PathLike[str]) -> FleetConfig:
     """The fleet file at `path`, checked. ConfigError says which key is wrong and what is near it."""
     try:
-        text = Path(path).read_text("utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(
             "there is no such file", where=str(path), hint="name your fleet file with --fleet, or set INTERLOCK_FLEET"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"can't be read: {error}", where=str(path)) from None
+    if len(text) > MAX_FILE:
+        raise ConfigError(f"is longer than {MAX_FILE} characters", where=str(path), hint="is it a fleet file?")
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"is not TOML: {error}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or a number of 5,000 digits
+        raise ConfigError(f"is not TOML: {error or 'nested too deeply'}", where=str(path)) from None
     return parse_fleet(tree, path=str(path))
 
 
@@ -254,6 +287,8 @@ def parse_fleet(tree: dict[str, Any], *, path: str = "") -> FleetConfig:
         raise _explain("Object contains unknown field `path`", tree, where)
     try:
         fleet = msgspec.convert({**tree, "path": path}, FleetConfig)
+    except RecursionError:
+        raise ConfigError("is nested too deeply", where=where) from None
     except msgspec.ValidationError as error:
         raise _explain(str(error), tree, where) from None
     _check(fleet, where)
@@ -268,7 +303,9 @@ def _explain(message: str, tree: dict[str, Any], where: str) -> ConfigError:
     place = _name_path(place, tree, found[1] if found else None)
     if found is None:
         return ConfigError(text[0].lower() + text[1:], where=f"{where}: {place or 'top level'}")
-    known = sorted({name for cls in _Config.__subclasses__() for name in cls.__struct_fields__ if name != "path"})
+    known = sorted(
+        {name for cls in _Config.__subclasses__() for name in cls.__struct_encode_fields__ if name != "path"}
+    )
     near = difflib.get_close_matches(found[1], known, n=1)
     return ConfigError(
         f"unknown key {found[1]!r}",
@@ -302,9 +339,9 @@ def _name_path(place: str, tree: Any, unknown: str | None) -> str:
 def _check(fleet: FleetConfig, where: str) -> None:
     taken: dict[str, str] = {}
 
-    def endpoint(value: str, key: str, *, http: bool = False) -> None:
-        if not _ENDPOINT.fullmatch(value) or (value.startswith("http") and not http):
-            kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", or http://ADDRESS:PORT" if http else "")
+    def endpoint(value: str, key: str, *, public: bool = False) -> None:
+        if not _ENDPOINT.fullmatch(value) or (value.startswith(("http", "stream")) and not public):
+            kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", http://ADDRESS:PORT or stream://ADDRESS:PORT" * public)
             raise ConfigError(f"{value!r} is not an endpoint", where=f"{where}: {key}", hint=f"use {kinds}")
         place = value.split("://", 1)[1]
         if place in taken and not place.endswith(":*"):
@@ -321,15 +358,15 @@ def _check(fleet: FleetConfig, where: str) -> None:
         if host.backups < 1:
             raise ConfigError("keep one at least", where=f"{where}: hosts.{name}.backups")
     for name in fleet.strategies:
-        if name not in ("rapid", "staged"):
-            raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint="rapid or staged")
-        for step in fleet.strategies[name].canary:
-            if not 0 < step.share <= 1:
-                raise ConfigError(f"share {step.share}", where=f"{where}: strategies.{name}.canary", hint="0 to 1")
+        if name not in BUILT_IN:
+            raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint=", ".join(BUILT_IN))
+        check_strategy(fleet.strategies[name], f"{where}: strategies.{name}")
+    _check_freeze(fleet.freeze, f"{where}: freeze")
     for name, agent in fleet.agents.items():
         check_name(name, where=f"{where}: agents")
         key = f"agents.{name}"
-        endpoint(agent.endpoint, f"{key}.endpoint", http=True)
+        if agent.endpoint:
+            endpoint(agent.endpoint, f"{key}.endpoint", public=True)
         if agent.host not in fleet.hosts:
             raise ConfigError(
                 f"unknown host {agent.host!r}", where=f"{where}: {key}.host", hint=_near(agent.host, fleet.hosts)
@@ -340,9 +377,27 @@ def _check(fleet: FleetConfig, where: str) -> None:
                 where=f"{where}: {key}.serve",
                 hint=_near(agent.serve, agent.revisions),
             )
+        _check_needed(fleet, name, f"{where}: {key}.depends")
+        _check_handlers(agent, f"{where}: {key}")
         for revision_name, revision in agent.revisions.items():
             check_name(revision_name, where=f"{where}: {key}.revisions")
             _check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
+
+
+def _check_needed(fleet: FleetConfig, name: str, where: str) -> None:
+    for needed in fleet.agents[name].depends:
+        if needed == name or not (needed in fleet.agents or re.match(r"(tcp|http)://.", needed)):
+            raise ConfigError(
+                f"{needed!r} is no other agent of this fleet, and no endpoint",
+                where=where,
+                hint=_near(needed, {other: None for other in fleet.agents if other != name}),
+            )
+
+
+def _check_freeze(freeze: FreezeConfig, where: str) -> None:
+    parse_zone(freeze.timezone, where=f"{where}.timezone")
+    for number, window in enumerate(freeze.windows):
+        Window.parse(window.start, window.end, where=f"{where}.windows[{number}]")
 
 
 def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionConfig, where: str) -> None:
@@ -350,9 +405,12 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         raise ConfigError("needs an entry or a command, and not both", where=where)
     if revision.entry and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", revision.entry):
         raise ConfigError(f"entry {revision.entry!r} is not module:Class", where=where)
-    if revision.entry and agent.endpoint.startswith("http"):
+    if revision.entry and agent.endpoint.startswith(("http", "stream")):
+        scheme = agent.endpoint.partition(":")[0]
         raise ConfigError(
-            "a class agent answers ZeroMQ requests, its endpoint is http", where=where, hint="use a tcp:// endpoint"
+            f"a class agent answers ZeroMQ requests, its endpoint is {scheme}",
+            where=where,
+            hint="use a tcp:// endpoint",
         )
     if revision.command and revision.probe is None:
         raise ConfigError(
@@ -362,6 +420,28 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         raise ConfigError("a script probe needs a command", where=where)
     if revision.needs.memory_mb < 0 or revision.needs.gpu_memory_mb < 0:
         raise ConfigError("is below 0", where=f"{where}.needs")
+
+
+def _check_handlers(agent: AgentConfig, where: str) -> None:
+    if agent.endpoint.startswith("http"):
+        listed = agent.idempotent if isinstance(agent.idempotent, list) else []
+        for key, names in (("idempotent", listed), ("side_effects", agent.side_effects)):
+            for name in names:
+                _check_request(name, f"{where}.{key}")
+    for name, handler in agent.compare.handlers.items():
+        place = f"{where}.compare.handlers.{name}"
+        if agent.endpoint.startswith("http"):
+            _check_request(name, place)
+        if handler.function and not _FUNCTION.fullmatch(handler.function):
+            raise ConfigError(f"function {handler.function!r} is not module:function", where=place)
+        if handler.function and (handler.ignore is not None or handler.tolerance is not None):
+            raise ConfigError("a function decides alone", where=place, hint="leave ignore and tolerance out")
+        if handler.mode == "exact" and (
+            handler.function or handler.ignore is not None or handler.tolerance is not None
+        ):
+            raise ConfigError(
+                "exact compares bytes", where=place, hint="leave ignore, tolerance and function out, or the mode"
+            )
 
 
 def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Path:
@@ -375,3 +455,8 @@ def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Pa
 def _near(name: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+
+
+def _check_request(name: str, where: str) -> None:
+    if not _HTTP_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} names no request", where=where, hint='write "METHOD /path", as in "GET /ask"')

@@ -1,19 +1,22 @@
 """Events past the broker: a host's own endpoint, where a rollback arrives although broker and coordinator are dead.
 
-A request is the three frames of an event; the answer one map, {"id", "ok", "reason"}.
+A request is the three frames of an event; the answer one map, a `Reply`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import msgspec
 import trio
 
 from interlock.broker import policy, wire
-from interlock.broker.errors import Refused, Unreachable, WireError
+from interlock.broker.errors import Refused, UnknownVersion, Unreachable, WireError
+from interlock.broker.fields import says
 from interlock.broker.gate import Gate
+from interlock.broker.protocol import SEE_REFUSALS
 from interlock.broker.rejects import Rejects
 from interlock.broker.sockets import Socket, Sockets
 from interlock.broker.wire import Event
@@ -23,11 +26,12 @@ REPEAT_S = 0.3  # a request whose connection broke goes out again: thrice within
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """`ok`: it was accepted. `reason`: why not, in one line."""
+    """What a host says to an event."""
 
-    id: str
-    ok: bool
-    reason: str = ""
+    id: Annotated[str, says("the event's, where its header could be read")]
+    ok: Annotated[bool, says("it was accepted")]
+    reason: Annotated[str, says("why not, in one line for people")] = ""
+    kind: Annotated[Literal["", "invalid", "refused", "version"], says(SEE_REFUSALS)] = ""
 
 
 _replies = msgspec.msgpack.Decoder(Reply)
@@ -50,8 +54,11 @@ class _Entrance:
         try:
             event = wire.decode_event(frames)
         except WireError as error:
-            self.rejects.count("what is not an event", error)
-            return Reply(_id_of(frames), ok=False, reason=str(error))
+            unknown = isinstance(error, UnknownVersion)
+            self.rejects.count("an event of an unknown version" if unknown else "what is not an event", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
+            return Reply(_id_of(frames), ok=False, reason=str(error), kind="version" if unknown else "invalid")
         id = event.header.id
         try:
             if self._gate is not None:
@@ -59,7 +66,7 @@ class _Entrance:
             if id not in self._accepted:
                 self._accept(event)
         except Refused as refused:
-            return Reply(id, ok=False, reason=str(refused))
+            return Reply(id, ok=False, reason=str(refused), kind="refused")
         self._accepted[id] = None
         while len(self._accepted) > REMEMBERED:
             self._accepted.popitem(last=False)

@@ -29,6 +29,10 @@ class WireError(InterlockError):
     """Bytes from the network are not a message of ours. The sender is at fault; the receiver goes on."""
 
 
+class UnknownVersion(WireError):
+    """A message of a version of the wire format that is not understood here: one of the two sides is too old."""
+
+
 class Refused(InterlockError):
     """The other side understood the request and said no; nothing was changed there."""
 

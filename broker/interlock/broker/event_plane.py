@@ -21,7 +21,7 @@ import trio
 
 from interlock.broker import policy, wire
 from interlock.broker.config import BrokerConfig, LogConfig
-from interlock.broker.errors import LogError, Refused, WireError
+from interlock.broker.errors import LogError, Refused, UnknownVersion, WireError
 from interlock.broker.gate import Gate, open_gated
 from interlock.broker.keys import Grant
 from interlock.broker.log import Draft, EventLog, Record, open_log
@@ -47,6 +47,7 @@ from interlock.broker.protocol import (
     Watch,
     Why,
     decode_request,
+    refusal,
 )
 from interlock.broker.receipts import Receipts
 from interlock.broker.rejects import Rejects
@@ -120,15 +121,24 @@ class EventPlane:
             for user, (peer, *frames) in await self._ingress.receive_known():
                 try:
                     self._take(user, peer, frames)
+                except UnknownVersion as error:
+                    self.rejects.count("a request of an unknown version", error)
+                    self._answer(peer, refusal(frames[0], error, _id_of(frames[1:])))
                 except WireError as error:
                     self.rejects.count("what is not a request", error)
+                    if self._gate is not None:
+                        self._gate.garbage(user)
                 except Refused:  # noted by the gate
                     self.rejects.count("a request of one who may not ask")
             self._tell_watchers()
 
     def _take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
         if self._gate is not None:
-            self._gate.request(user)
+            try:
+                self._gate.request(user)
+            except Refused as refused:
+                self._answer(peer, Nack("log", str(refused), _id_of(frames[1:])))
+                raise
         request = decode_request(frames[0] if frames else b"")
         match request:
             case Publish():
@@ -137,12 +147,11 @@ class EventPlane:
                 try:
                     self._admit_prefixes(user, request.prefixes)
                 except Refused as refused:
-                    self._answer(peer, ReplayFailed(request.request, str(refused)))
+                    self._answer(peer, ReplayFailed(request.request, str(refused), "refused"))
                     return
                 if len(request.prefixes) > MAX_PREFIXES or any(not p.isascii() for p in request.prefixes):
-                    self._answer(
-                        peer, ReplayFailed(request.request, f"more than {MAX_PREFIXES} prefixes, or not ASCII")
-                    )
+                    reason = f"more than {MAX_PREFIXES} prefixes, or not ASCII"
+                    self._answer(peer, ReplayFailed(request.request, reason, "invalid"))
                     return
                 try:
                     self._replays_in.send_nowait((peer, request))
@@ -175,10 +184,16 @@ class EventPlane:
             event = _checked(frames)
             if self._gate is not None:
                 self._gate.admit(user, lambda grant: policy.publish(grant, event))
+        except UnknownVersion as error:  # its publisher keeps it, and what follows must not overtake it
+            self.rejects.count("an event of an unknown version", error)
+            self._answer(peer, Nack("version", str(error), _id_of(frames)))
+            return
         except (WireError, Refused) as error:
             self.rejects.count("what is not an event, or its sender may not", error)
             self._expect(peer, request, given_up=True)
             kind: Why = "invalid" if isinstance(error, WireError) else "refused"
+            if self._gate is not None and kind == "invalid":
+                self._gate.garbage(user)
             self._answer(peer, Nack(kind, str(error), _id_of(frames)))
             return
         if len(self._queue) >= QUEUE or self._queue_bytes >= QUEUE_BYTES:

@@ -2,171 +2,179 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from interlock.broker.commands import Breach, Evidence, Step, _Body
+import msgspec
+
+from interlock.broker.commands import Breach, SteerAction, Step, _Body
+from interlock.broker.fields import (
+    AgentName,
+    Epoch,
+    Evidence,
+    HostName,
+    InstanceId,
+    Labels,
+    MigrationId,
+    Reason,
+    RevisionName,
+    RuleName,
+    Seq,
+    Time,
+    says,
+)
 
 Role = Literal["permanent", "candidate"]  # of an instance: what serves by right, and what is on trial
 Outcome = Literal["committed", "rolled-back", "held", "refused", "failed"]
+Verdict = Literal["passed", "failed", "inconclusive", "error"]  # error: it could not be measured; no data is no pass
 
 # host, topic fact/host/<host>/
 
 
 class HostUp(_Body, frozen=True, kw_only=True, tag="host-up"):
-    """A host process began. `control`: the endpoint where it takes rollbacks and leases directly."""
+    """A host process began."""
 
-    host: str
-    control: str
-    pid: int
-    boot: str
-    agents: list[str] = []
+    host: HostName
+    control: Annotated[str, says("the endpoint where it takes rollbacks and leases directly")]
+    pid: Annotated[int, says("of the host process")]
+    boot: Annotated[str, says("the machine's boot id: another one after a restart of the machine")]
+    agents: Annotated[list[str], says("whom it serves")] = []
 
 
 class HostDown(_Body, frozen=True, kw_only=True, tag="host-down"):
     """A host process is ending in good order."""
 
-    host: str
+    host: HostName
 
 
 class InstanceStarted(_Body, frozen=True, kw_only=True, tag="instance-started"):
-    """A process of an agent runs. `pid` is also its process group."""
+    """A process of an agent runs."""
 
-    host: str
-    agent: str
-    instance: str
-    revision: str
-    role: Role
-    pid: int
-    started: float
+    host: HostName
+    agent: AgentName
+    instance: InstanceId
+    revision: RevisionName
+    role: Annotated[Role, says("what serves by right, or what is on trial")]
+    pid: Annotated[int, says("of the process, and of its group")]
+    started: Time
 
 
 class InstanceStopped(_Body, frozen=True, kw_only=True, tag="instance-stopped"):
-    """A process of an agent is gone. `returncode` is negative for a signal; `expected`: the host asked for it."""
+    """A process of an agent is gone."""
 
-    host: str
-    agent: str
-    instance: str
-    revision: str
-    role: Role
-    returncode: int
-    expected: bool
-    detail: str = ""
+    host: HostName
+    agent: AgentName
+    instance: InstanceId
+    revision: RevisionName
+    role: Annotated[Role, says("what served by right, or what was on trial")]
+    returncode: Annotated[int, says("its exit code; negative: the number of the signal that ended it")]
+    expected: Annotated[bool, says("the host asked for it")]
+    detail: Annotated[str, says("what is known about why")] = ""
 
 
 class SlotChanged(_Body, frozen=True, kw_only=True, tag="slot-changed"):
-    """An agent's slot entered another state. `share`: of live requests, to the candidate."""
+    """An agent's slot entered another state."""
 
-    host: str
-    agent: str
-    state: str
-    permanent: str
-    candidate: str | None = None
-    share: float = 0.0
-    migration: str | None = None
-    epoch: int = 0
-    endpoint: str = ""
+    host: HostName
+    agent: AgentName
+    state: Annotated[str, says("serving, preparing, prepared, starting, standby, shadowing, live or rolling-back")]
+    permanent: Annotated[str, says("the revision that serves by right")]
+    candidate: Annotated[str | None, says("the revision on trial")] = None
+    share: Annotated[float, says("of the live requests, 0 to 1, to the candidate")] = 0.0
+    migration: Annotated[str | None, says("the id of the migration that it belongs to")] = None
+    epoch: Epoch = 0
+    endpoint: Annotated[str, says("the gateway's, where clients find the agent")] = ""
 
 
 class StepDone(_Body, frozen=True, kw_only=True, tag="step-done"):
-    """A host did what a command asked; `command` is the id of the event that asked."""
+    """A host did what a command asked."""
 
-    host: str
-    agent: str
-    migration: str
-    epoch: int
-    step: Step
-    command: str
+    host: HostName
+    agent: AgentName
+    migration: MigrationId
+    epoch: Epoch
+    step: Annotated[Step, says("what was asked")]
+    command: Annotated[str, says("the id of the event that asked")]
     evidence: Evidence = {}
 
 
 class StepFailed(_Body, frozen=True, kw_only=True, tag="step-failed"):
-    """A host could not do it; the slot serves what it served before. `check` names what failed."""
+    """A host could not do it; the slot serves what it served before."""
 
-    host: str
-    agent: str
-    migration: str
-    epoch: int
-    step: Step
-    command: str
-    check: str
-    reason: str
+    host: HostName
+    agent: AgentName
+    migration: MigrationId
+    epoch: Epoch
+    step: Annotated[Step, says("what was asked")]
+    command: Annotated[str, says("the id of the event that asked")]
+    check: Annotated[str, says("the name of what failed")]
+    reason: Reason
     evidence: Evidence = {}
 
 
 class CommandRefused(_Body, frozen=True, kw_only=True, tag="command-refused"):
     """A host did not accept a command (stale epoch, past its deadline, wrong state, unknown agent)."""
 
-    host: str
-    agent: str
-    migration: str
-    command: str
-    reason: str
+    host: HostName
+    agent: AgentName
+    migration: MigrationId
+    command: Annotated[str, says("the id of the event that asked")]
+    reason: Reason
 
 
 class RolledBack(_Body, frozen=True, kw_only=True, tag="rolled-back"):
-    """The old revision serves again. Times in seconds since 1970, by the host's clock.
+    """The old revision serves again. Times are by the host's clock."""
 
-    received: the host learned of it; routed: live requests went to the old revision from then on; restored: the first
-    answer of the old revision after that (a live request or a probe). `verified`: the old one answered a probe.
-    """
-
-    host: str
-    agent: str
-    migration: str
-    epoch: int
-    revision: str
-    level: int
+    host: HostName
+    agent: AgentName
+    migration: MigrationId
+    epoch: Epoch
+    revision: RevisionName
+    level: Annotated[int, says("1: it was still running; 2: it had to be started again")]
     breach: Breach
-    received: float
-    routed: float
-    restored: float
-    verified: bool
+    received: Annotated[float, says("when the host learned of it, in seconds since 1970")]
+    routed: Annotated[float, says("from then on live requests went to the old revision, in seconds since 1970")]
+    restored: Annotated[float, says("its first answer after that, to a request or a probe, in seconds since 1970")]
+    verified: Annotated[bool, says("it answered a probe")]
     evidence: Evidence = {}
 
 
 class RollBackEscalated(_Body, frozen=True, kw_only=True, tag="roll-back-escalated"):
-    """One level of a rollback has failed or its time is up (`reason`); the host goes on with `level`, 2 to 4."""
+    """One level of a rollback has failed, or its time is up; the host goes on with the next one."""
 
-    host: str
-    agent: str
-    migration: str
-    epoch: int
+    host: HostName
+    agent: AgentName
+    migration: MigrationId
+    epoch: Epoch
     breach: Breach
-    level: int
-    reason: str
+    level: Annotated[int, says("the one that begins, 2 to 4")]
+    reason: Reason
 
 
 class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
-    """The old revision could not be brought back; a human must look. All evidence is kept, the host goes on trying.
+    """The old revision could not be brought back; a human must look. All evidence is kept, the host goes on trying."""
 
-    level: the last one tried. kept: the revision on trial, if it serves instead because it is the healthy one.
-    """
-
-    host: str
-    agent: str
-    migration: str
-    epoch: int
+    host: HostName
+    agent: AgentName
+    migration: MigrationId
+    epoch: Epoch
     breach: Breach
-    reason: str
-    level: int = 1
-    kept: str = ""
+    reason: Reason
+    level: Annotated[int, says("the last one tried, 1 to 4")] = 1
+    kept: Annotated[str, says("the revision on trial, if it serves instead because it is the healthy one")] = ""
     evidence: Evidence = {}
 
 
 class DrillDone(_Body, frozen=True, kw_only=True, tag="drill-done"):
-    """A rollback was rehearsed. `seconds`: what each level ("1", "2") took; problems: what went wrong.
+    """A rollback was rehearsed."""
 
-    skipped: levels that were not rehearsed, and why. command: the id of the event that asked.
-    """
-
-    host: str
-    agent: str
-    revision: str
-    seconds: dict[str, float]
-    problems: list[str] = []
-    skipped: dict[str, str] = {}
-    migration: str = ""
-    command: str = ""
+    host: HostName
+    agent: AgentName
+    revision: RevisionName
+    seconds: Annotated[dict[str, float], says('what each level ("1", "2") took')]
+    problems: Annotated[list[str], says("what went wrong")] = []
+    skipped: Annotated[dict[str, str], says("levels that were not rehearsed, and why")] = {}
+    migration: Annotated[MigrationId, says("the migration's id; empty where an operator asked for it")] = ""
+    command: Annotated[str, says("the id of the event that asked")] = ""
     evidence: Evidence = {}
 
 
@@ -174,50 +182,110 @@ class DrillDone(_Body, frozen=True, kw_only=True, tag="drill-done"):
 
 
 class MigrationStarted(_Body, frozen=True, kw_only=True, tag="migration-started"):
-    """It has begun. `settings`: the strategy's figures as they were at that time; they hold to the end."""
+    """It has begun."""
 
-    migration: str
-    epoch: int
-    agent: str
-    host: str
-    previous: str
-    to: str
-    strategy: str
-    request: str  # id of the event that asked
-    settings: Evidence = {}
+    migration: MigrationId
+    epoch: Epoch
+    agent: AgentName
+    host: HostName
+    previous: Annotated[str, says("the revision that serves so far")]
+    to: RevisionName
+    strategy: Annotated[str, says('"rapid" or "staged"')]
+    request: Annotated[str, says("the id of the event that asked")]
+    settings: Annotated[Evidence, says("the strategy's figures as they were then; they hold to the end")] = {}
 
 
 class MigrationRefused(_Body, frozen=True, kw_only=True, tag="migration-refused"):
     """Nothing was changed."""
 
-    request: str
-    agent: str
-    to: str
-    reason: str
+    request: Annotated[str, says("the id of the event that asked")]
+    agent: AgentName
+    to: RevisionName
+    reason: Reason
 
 
 class StageEntered(_Body, frozen=True, kw_only=True, tag="stage-entered"):
-    migration: str
-    agent: str
-    stage: str
-    note: str = ""
+    """A migration went on to its next stage."""
+
+    migration: MigrationId
+    agent: AgentName
+    stage: Annotated[str, says("prepare, infrastructure, core-logic, integration, observation or commit")]
+    note: Annotated[str, says("more about it, for people")] = ""
+
+
+class MigrationWaiting(_Body, frozen=True, kw_only=True, tag="migration-waiting"):
+    """It waits for an operator to approve its next stage."""
+
+    migration: MigrationId
+    agent: AgentName
+    stage: Annotated[str, says("what is to begin")]
+    until: Annotated[float, says("seconds since 1970, when it is rolled back")]
 
 
 class MigrationHeld(_Body, frozen=True, kw_only=True, tag="migration-held"):
-    """It stays where it is until an operator decides."""
+    """It stays where it is until an operator decides, or its time is up."""
 
-    migration: str
-    agent: str
+    migration: MigrationId
+    agent: AgentName
     breach: Breach
+    blame: Annotated[str, says('whose fault it is, where it is not the candidate\'s: "host" or "permanent"')] = ""
+    until: Annotated[float, says("seconds since 1970, when its time is up; 0: nobody said")] = 0.0
+
+
+class Steered(_Body, frozen=True, kw_only=True, tag="steered"):
+    """What an operator asked for holds."""
+
+    request: Annotated[str, says("the id of the event that asked")]
+    migration: MigrationId
+    agent: AgentName
+    action: Annotated[SteerAction, says("what was asked for")]
+    by: Annotated[str, says("the operator")]
+    reason: Reason = ""
+    until: Annotated[float, says("of pause and hold: seconds since 1970, when its time is up")] = 0.0
+
+
+class Deviation(_Body, frozen=True, kw_only=True, tag="deviation"):
+    """An operator let a migration be less careful than is due, begin in a freeze, or commit early."""
+
+    migration: MigrationId
+    agent: AgentName
+    what: Annotated[str, says("what was left away")]
+    because: Annotated[str, says("the operator's reason")]
+    by: Annotated[str, says("the operator")]
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was measured of a candidate."""
+
+    check: Annotated[str, says("what was measured")]
+    verdict: Annotated[Verdict, says("passed, failed, inconclusive, or error: it could not be measured")]
+    value: Annotated[float | None, says("what was found; none where there was nothing to measure")]
+    limit: Annotated[float, says("what it was held against, in the same unit")]
+    reason: Reason
+
+
+class ChecksMeasured(_Body, frozen=True, kw_only=True, tag="checks-measured"):
+    """How a candidate with live requests does."""
+
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    verdict: Annotated[Verdict, says("of all checks together: the worst counts")]
+    reason: Reason
+    checkpoint: Annotated[float, says("the share of the planned time that was over, 0 to 1")]
+    final: Annotated[bool, says("it was the last measurement: the observation ends as its verdict says")]
+    checks: Annotated[list[Check], says("each of them")] = []
 
 
 class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
-    migration: str
-    agent: str
-    epoch: int
-    outcome: Outcome
-    decided_by: str
-    reason: str
+    """Its outcome."""
+
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    outcome: Annotated[Outcome, says("how it ended")]
+    decided_by: Annotated[str, says("who or what decided so")]
+    reason: Reason
     evidence: Evidence = {}
 
 
@@ -225,34 +293,42 @@ class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
 
 
 class FleetSnapshot(_Body, frozen=True, kw_only=True, tag="fleet-snapshot"):
-    """All that the log said up to event `through`, folded; of what is before `start` nobody needs more than this.
+    """All that the log said up to event `through`, folded; of what is before `start` nobody needs more than this."""
 
-    start: at most `through`; what is in flight began after it, and is folded from the events themselves.
-    state: as `interlock.coordinator.fleet` packs it.
-    """
-
-    through: int
-    start: int
-    state: bytes
+    through: Seq
+    start: Annotated[int, says("at most `through`: what is in flight began after it, and is folded from the events")]
+    state: Annotated[bytes, says("zlib of a MessagePack map, which belongs to the coordinator and may change")]
 
 
 # rule engine, topic fact/alert/<rule>/
 
 
+class Blame(msgspec.Struct, frozen=True, kw_only=True):
+    """A breach that is not held against a candidate: whose fault it is instead, and what says so."""
+
+    who: Annotated[Literal["host", "permanent"], says("whose fault it is")]
+    why: Annotated[str, says("what says so")]
+
+
 class AlertFiring(_Body, frozen=True, kw_only=True, tag="alert-firing"):
-    rule: str
-    labels: dict[str, str]
-    value: float
-    action: str  # rollback | hold | notify
-    sample_time: float  # of the first sample that showed it
-    summary: str = ""
-    dry_run: bool = False
-    migrations: list[str] = []  # in flight, and matched by the labels
+    """A rule has held for its time."""
+
+    rule: RuleName
+    labels: Labels
+    value: Annotated[float, says("of its expression")]
+    action: Annotated[str, says('"rollback", "hold" or "notify"')]
+    sample_time: Annotated[float, says("of the first sample that showed it, in seconds since 1970")]
+    summary: Annotated[str, says("the rule's own words about it")] = ""
+    dry_run: Annotated[bool, says("the rule only says what it would do")] = False
+    migrations: Annotated[list[str], says("ids of those in flight that the labels fit")] = []
+    blamed: Annotated[dict[str, Blame], says("by migration: those that it does not roll back, though it would")] = {}
 
 
 class AlertResolved(_Body, frozen=True, kw_only=True, tag="alert-resolved"):
-    rule: str
-    labels: dict[str, str]
+    """It holds no longer."""
+
+    rule: RuleName
+    labels: Labels
 
 
 Fact = (
@@ -271,7 +347,11 @@ Fact = (
     | MigrationStarted
     | MigrationRefused
     | StageEntered
+    | MigrationWaiting
     | MigrationHeld
+    | ChecksMeasured
+    | Steered
+    | Deviation
     | MigrationEnded
     | FleetSnapshot
     | AlertFiring

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from interlock.broker.bus import EventFeed
-from interlock.broker.errors import WireError
+from interlock.broker.errors import UnknownVersion, WireError
 from interlock.broker.link import Link, read_arrival
 from interlock.broker.protocol import BEAT_TOPIC, decode_beat
 from interlock.broker.rejects import Rejects
@@ -61,6 +61,8 @@ class FeedReader:
             for frames in batch:
                 try:
                     self._do(self._read(frames, now))
+                except UnknownVersion as error:
+                    self._link.mismatch.say(str(error))
                 except WireError as error:
                     self._rejects.count("what is neither event nor beat", error)
             await self.feed.room()

@@ -211,19 +211,64 @@ def decode(data: bytes, kind: type[_T], *, where: str) -> _T:
     try:
         found = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        _check_format(data, where)  # a later one may look different
         raise ConfigError(f"is damaged: {error}", where=where, hint="restore it from a copy") from None
-    if found.format != FORMAT:
-        raise ConfigError(f"has format {found.format}, this program knows {FORMAT}", where=where)
-    if isinstance(found, Authority):
-        for grant in found.grants:
-            _check_hex(grant.curve, where)
-            _check_hex(grant.sign or grant.curve, where)
+    _check_format(data, where)
+    for one in _entries(found):
+        _check_identity(one.identity, where)
+        _check_hex(one.curve, where)
+        _check_hex(one.sign or one.curve, where)
     return found
+
+
+def _entries(found: Authority | PrivateKeys | Enrolment) -> list[Grant | PrivateKeys]:
+    match found:
+        case Authority():
+            return [*found.grants]
+        case Enrolment():
+            return [found.own, *found.authority.grants]
+    return [found]
+
+
+def _check_identity(identity: str, where: str) -> None:
+    """An identity becomes the name of a file."""
+    role, _, name = identity.partition("/")
+    try:
+        if identity_of(role, name) == identity:
+            return
+    except ConfigError:
+        pass
+    raise ConfigError(f"is damaged: {identity[:80]!r} is no identity", where=where, hint="restore it from a copy")
 
 
 def _check_hex(key: str, where: str) -> None:
     if len(key) != 2 * crypto.KEY_BYTES or not set(key) <= set("0123456789abcdef"):
         raise ConfigError("is damaged: a key is not 64 hexadecimal digits", where=where, hint="restore it from a copy")
+
+
+class _Format(msgspec.Struct, frozen=True):
+    format: int = FORMAT
+
+
+class _Formats(_Format, frozen=True):
+    """Of a file, and of the files that an enrolment holds."""
+
+    own: _Format = _Format()
+    authority: _Format = _Format()
+
+
+def _check_format(data: bytes, where: str) -> None:
+    try:
+        found = msgspec.json.decode(data, type=_Formats)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return  # it is damaged, whatever its format
+    for format in (found.format, found.own.format, found.authority.format):
+        if format != FORMAT:
+            raise ConfigError(
+                f"has format {format}, this version of Interlock knows {FORMAT}",
+                where=where,
+                hint="update Interlock here; nothing was changed",
+            )
 
 
 def _read(path: Path, kind: type[_T], hint: str, *, private: bool = False) -> _T:

@@ -11,7 +11,7 @@ import trio
 
 from interlock.broker import wire
 from interlock.broker.bus import Receipts
-from interlock.broker.errors import WireError
+from interlock.broker.errors import UnknownVersion, WireError
 from interlock.broker.outbox import Entry, Outbox
 from interlock.broker.outbox_file import Keeper, OutboxFile
 from interlock.broker.protocol import (
@@ -32,6 +32,7 @@ from interlock.broker.protocol import (
 from interlock.broker.rejects import Rejects
 from interlock.broker.sequence import Arrival, Page
 from interlock.broker.sockets import Sockets
+from interlock.broker.version import check, check_meets
 from interlock.broker.wire import Event
 
 WATCH_FIRST_S = 0.05  # a command that is just being logged is known after some milliseconds,
@@ -41,6 +42,34 @@ _log = logging.getLogger(__name__)
 
 Arrived = Arrival[Event | None]  # None: an event whose body is of no type known here
 Answered = Callable[[Page[Event | None] | None], None]  # None: the broker can't read its log
+
+
+class Mismatch:
+    """Whether the broker speaks no version of the wire format that this program does; what it says of it itself.
+
+    All connections of a role tell it here. Nothing ends by it: the broker, or this program, may be updated.
+    """
+
+    def __init__(self) -> None:
+        self.why = ""
+        self._said = trio.Event()
+
+    def say(self, why: str) -> None:
+        if why != self.why:
+            _log.error("the broker and this program don't understand each other: %s", why)
+        self.why = why
+        self._said.set()
+
+    def over(self) -> None:
+        """It has understood something."""
+        if self.why:
+            _log.warning("the broker and this program understand each other again")
+            self.why, self._said = "", trio.Event()
+
+    async def said(self) -> str:
+        """Wait until there is one, and return what it is."""
+        await self._said.wait()
+        return self.why
 
 
 class _Asked:
@@ -53,7 +82,8 @@ class _Asked:
 class Link:
     """A DEALER to the event plane's ingress, what waits to be sent there, and who waits for answers."""
 
-    def __init__(self, sockets: Sockets, endpoint: str, file: OutboxFile | None = None) -> None:
+    def __init__(self, sockets: Sockets, endpoint: str, mismatch: Mismatch, file: OutboxFile | None = None) -> None:
+        self.mismatch = mismatch
         self._socket = sockets.open("dealer", connect=endpoint, receive_limit=0, label=f"events {endpoint}")
         self._rejects = Rejects(f"events {endpoint}")
         self._asked: dict[int, _Asked] = {}
@@ -198,13 +228,16 @@ class Link:
         self.outbox.heard()
         match answer:
             case Ack():
+                self.mismatch.over()
                 if self.outbox.acked(answer.id, now):
                     self._settle(answer.id, answer.seq)
             case Nack():
                 if self.outbox.nacked(answer, now):
                     self._settle(answer.id, answer.reason)
-                elif answer.kind == "log":
+                elif answer.kind in ("log", "version"):
                     self._refuse_publications(answer)
+                if answer.kind == "version":
+                    self.mismatch.say(answer.reason)
             case ReplayEvent():
                 self._collect(answer, frames[1:])
             case Received():
@@ -244,11 +277,21 @@ class Link:
             return
         match answer:
             case Replayed():
+                self.mismatch.over()
                 if answer.count == len(asked.events):
                     asked.answered(_page(asked, answer))
             case Pong():
+                try:
+                    check_meets(answer.speaks, "the broker")
+                except UnknownVersion as error:
+                    self.mismatch.say(str(error))
+                    asked.answered(None)
+                    return
+                self.mismatch.over()
                 asked.answered(Page(None, [], answer.seq, False, answer.log))
             case ReplayFailed():
+                if answer.kind == "version":
+                    self.mismatch.say(answer.reason)
                 self._rejects.count("(for now) a replay that the broker can't read", answer.reason)
                 asked.answered(None)
 
@@ -261,13 +304,16 @@ def _page(asked: _Asked, answer: Replayed) -> Page[Event | None]:
 
 
 def read_arrival(frames: Sequence[bytes], rejects: Rejects) -> Arrived:
-    """The frames of an event, with its trail. A body of a type unknown here (a newer sender) keeps its place."""
+    """The frames of an event, with its trail. One of a type or version unknown here keeps its place."""
     if len(frames) != 3:
         raise WireError(f"an event has 3 frames, this has {len(frames)}")
     topic, header, trail = wire.decode_topic(frames[0]), wire.decode_header(frames[1]), decode_trail(frames[1])
     payload = None
     try:
+        check(header.v, "event")
         payload = Event(topic, header, wire.decode_body(frames[2]), frames[2])
+    except UnknownVersion as error:
+        rejects.count("an event of an unknown version", error)
     except WireError as error:
         rejects.count("an event body", error)
     return Arrival(topic, header.seq, payload, trail.since, trail.recent)

@@ -98,6 +98,10 @@ class EventLog:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = self._connect(read_only)
             try:
+                self._refuse_newer()
+                if not read_only:
+                    self._writer.execute("PRAGMA journal_mode = WAL")
+                    self._writer.execute("PRAGMA synchronous = FULL")
                 self._prepare(read_only)
                 self._reader = self._connect(read_only)
             except BaseException:
@@ -247,24 +251,20 @@ class EventLog:
 
     def _connect(self, read_only: bool) -> sqlite3.Connection:
         where = f"file:{quote(str(self.path))}?mode=ro" if read_only else str(self.path)
-        connection = sqlite3.connect(
-            where, uri=read_only, timeout=BUSY_S, isolation_level=None, check_same_thread=False
-        )
-        try:
-            if not read_only:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return sqlite3.connect(where, uri=read_only, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
-    def _prepare(self, read_only: bool) -> None:
+    def _refuse_newer(self) -> None:
+        """Before anything is set or made in the file: what a newer program wrote stays as it is."""
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
             raise NewerLog(
-                f"has version {version}, this program knows {VERSION}", where=str(self.path), hint="use a newer one"
+                f"the log was written by a newer version of Interlock (version {version}, this one knows {VERSION})",
+                where=str(self.path),
+                hint="start the newer version again; nothing was changed",
             )
+
+    def _prepare(self, read_only: bool) -> None:
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
         if version == VERSION:
             for statement in () if read_only else _MORE_TABLES:
                 self._writer.execute(statement)
@@ -382,9 +382,10 @@ class EventLog:
     def _translated(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError, WireError) as error:
+        except (sqlite3.Error, OSError, WireError, ValueError, TypeError, OverflowError) as error:
+            # a damaged file gives values of other types, and texts, in SQLite's own errors too, that are no UTF-8
             raise LogError(
-                f"can't be {what}: {error}",
+                f"can't be {what}: {' '.join(str(error).split())}",
                 where=str(self.path),
                 hint="is the disk full, or the file damaged? a copy of the file and its -wal keeps what can be saved",
             ) from error

@@ -152,6 +152,10 @@ class MemoryBus:
         finally:
             self._broker._samples.remove(entry)
 
+    async def mismatch(self) -> str:
+        await trio.sleep_forever()
+        raise AssertionError("it is of one version with itself")
+
     def receipt(self, event: Event, reason: str = "") -> None:
         id = event.header.id
         by = self._broker._receipts.setdefault(id, {})

@@ -73,7 +73,7 @@ class Outbox:
 
     def nacked(self, nack: Nack, now: float) -> bool:
         """True if the event is given up: asking again would not help."""
-        if nack.kind in ("order", "log"):
+        if nack.kind in ("order", "log", "version"):  # another version understands it once somebody has updated
             if nack.id in self._entries:
                 pause = ORDER_PAUSE_S if nack.kind == "order" else LOG_PAUSE_S
                 self._hold_until = max(self._hold_until or 0.0, now + pause)

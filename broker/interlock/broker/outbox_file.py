@@ -1,8 +1,9 @@
 """The outbox on disk: what was posted and is not in the log yet, kept over the end of its process.
 
-An append-only file of records; each is its length and CRC-32 (4 bytes each, little-endian) and a MessagePack array:
-[id, [topic, header, body]] when an event was posted, [id, null] when it was settled. A record that is cut off, as a
-killed process or a power cut leave it, was not kept; the file goes on before it.
+An append-only file: the head (the letters ILOB and the number of the format), then records; each is its length, its
+CRC-32 and a MessagePack array: [id, [topic, header, body]] when an event was posted, [id, null] when it was settled.
+Numbers have 4 bytes, little-endian. Format 1 had no head; it is written anew when it is opened. A record that is cut
+off, as a killed process or a power cut leave it, was not kept; the file goes on before it.
 
 A post leaves for the broker at once, while it is written here: neither waits for the other. It is lost only if this
 process dies before both, some milliseconds at most (the time of one fsync). After a restart what was not settled is
@@ -24,6 +25,9 @@ import trio
 from interlock.broker.errors import LogError
 from interlock.broker.outbox import Entry
 
+FORMAT = 2
+MAGIC = b"ILOB"  # no length of a record is as large, so a file of format 1 never begins so
+HEAD = MAGIC + FORMAT.to_bytes(4, "little")
 COMPACT_BYTES = 8 << 20  # a file that grew beyond it while it never was empty is written anew, without what is settled
 RETRY_S = 1.0  # before writing again after the disk refused: it needs an operator, and the broker may take it meanwhile
 SETTLE_S = 0.2  # notes of what is settled are gathered for so long: losing them costs a repetition, no event
@@ -38,7 +42,8 @@ _encoder = msgspec.msgpack.Encoder()
 class OutboxFile:
     """The file at `path`, made where there is none. `entries`: what was in it when it was opened, in order.
 
-    LogError where it can't be read or written. All methods block. One process at a time: the role's lock sees to it.
+    LogError where it can't be read or written, or was written by a newer program. All methods block. One process at a
+    time: the role's lock sees to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,6 +60,9 @@ class OutboxFile:
         except OSError as error:
             self._file.close()
             raise self._wrong("read", error) from error
+        except BaseException:
+            self._file.close()
+            raise
 
     def close(self) -> None:
         self._file.close()
@@ -69,7 +77,7 @@ class OutboxFile:
             sizes[entry.id] = len(records[-1])
         try:
             if not added and len(settled) == len(self._live):
-                self._write_anew(b"")
+                self._empty()
             elif self._size > COMPACT_BYTES and sum(self._live.values()) < self._size // 2:
                 self._append(b"".join(records), sync=bool(added))
                 self._compact()
@@ -96,11 +104,9 @@ class OutboxFile:
             raise
         self._size += len(records)
 
-    def _write_anew(self, records: bytes) -> None:
-        self._file.truncate(0)
-        self._size = 0
-        if records:
-            self._append(records, sync=True)
+    def _empty(self) -> None:
+        self._file.truncate(len(HEAD))
+        self._size = len(HEAD)
 
     def _compact(self) -> None:
         """By a second file that takes the place of this one: a kill in between leaves one of the two, whole."""
@@ -108,7 +114,7 @@ class OutboxFile:
         fresh = self.path.with_name(f"{self.path.name}.new")
         file = io.FileIO(fresh, "w+")
         try:
-            file.write(b"".join(_record((id, frames)) for id, frames in live.items()))
+            file.write(HEAD + b"".join(_record((id, frames)) for id, frames in live.items()))
             os.fdatasync(file.fileno())
             os.replace(fresh, self.path)
         except OSError:
@@ -118,6 +124,7 @@ class OutboxFile:
         self._file, self._size = file, file.tell()
 
     def _read(self) -> int:
+        headed = self._check_head()
         rows, end, total = self._whole()
         live = _unsettled(rows)
         self.entries = [Entry(id, frames) for id, frames in live.items()]
@@ -125,14 +132,33 @@ class OutboxFile:
         if end < total:
             _log.warning("%s: the last %d bytes are no whole record; they were never kept", self.path, total - end)
             self._file.truncate(end)
+        if not headed:
+            self._compact()
+            return self._size
         return end
+
+    def _check_head(self) -> bool:
+        """Whether the file has a head. LogError for one of a newer format, which is left as it is."""
+        self._file.seek(0)
+        head = self._file.read(len(HEAD))
+        if not head.startswith(MAGIC) or len(head) < len(HEAD):
+            return False
+        found = int.from_bytes(head[len(MAGIC) :], "little")
+        if found > FORMAT:
+            raise LogError(
+                f"the outbox was written by a newer version of Interlock (format {found}, this one knows {FORMAT})",
+                where=str(self.path),
+                hint="start the newer version again, or move the file away: what it holds is then never sent",
+            )
+        return True
 
     def _whole(self) -> tuple[list[_Row], int, int]:
         """(the records there are, where they end, where the file ends)"""
         self._file.seek(0)
         content = self._file.read()
-        rows, end = [], 0
-        for row, end in _records(content):  # noqa: B007
+        begin = len(HEAD) if content.startswith(MAGIC) else 0
+        rows, end = [], min(begin, len(content))
+        for row, end in _records(content, begin):  # noqa: B007
             rows.append(row)
         return rows, end, len(content)
 
@@ -145,8 +171,7 @@ def _record(row: _Row) -> bytes:
     return len(packed).to_bytes(4, "little") + zlib.crc32(packed).to_bytes(4, "little") + packed
 
 
-def _records(content: bytes) -> Iterator[tuple[_Row, int]]:
-    begin = 0
+def _records(content: bytes, begin: int) -> Iterator[tuple[_Row, int]]:
     while len(content) - begin >= 8:
         size, check = (int.from_bytes(content[at : at + 4], "little") for at in (begin, begin + 4))
         packed = content[begin + 8 : begin + 8 + size]
@@ -154,7 +179,7 @@ def _records(content: bytes) -> Iterator[tuple[_Row, int]]:
             return
         try:
             row = _rows.decode(packed)
-        except msgspec.DecodeError:
+        except ValueError:  # msgspec's errors are ValueErrors, and so is a text that is not UTF-8
             return
         begin += 8 + size
         yield row, begin

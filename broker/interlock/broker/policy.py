@@ -20,7 +20,7 @@ RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the
 
 EVERYTHING = ("",)
 
-_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent, commands.RunDrill)
+_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent, commands.Steer, commands.RunDrill)
 _ASKED_OF_HOST = get_args(commands.HostCommand)
 _BY_HOST = (
     facts.HostUp,
@@ -156,4 +156,4 @@ def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
 
 
 def _of_migration(body: Body) -> bool:
-    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES))
+    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES, facts.FleetSnapshot))

@@ -1,4 +1,4 @@
-"""What travels between a client and the event plane besides events: requests, answers, beats. `docs/wire-format.md`
+"""What travels between a client and the event plane besides events: requests, answers, beats. `docs/wire.md`
 tells it to programs in other languages.
 
 A request is `[request]`, or `[request, topic, header, body]` to publish; an answer is `[answer]`, or
@@ -7,11 +7,14 @@ A request is `[request]`, or `[request, topic, header, body]` to publish; an ans
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from interlock.broker import wire
+from interlock.broker.errors import UnknownVersion
+from interlock.broker.fields import EventId, Identity, Number, Prefixes, Reason, Seq, says
+from interlock.broker.version import SPEAKS, WIRE_VERSION, Speaks, V, check, check_meets
 
 PAGE_EVENTS = 500  # events in one answer to a replay; with the ROUTER's limit of 4000 messages a peer: 8 pages
 PAGE_BYTES = 4 << 20  # bytes of bodies in one answer, so that 10,000 hosts asking at once can't take all memory
@@ -22,103 +25,120 @@ BEAT_MEMORY = 6  # a beat tells what changed in so many beats: 5 lost in a row n
 LINK_LOST_S = 2.0  # seconds without a beat: 4 beats, and as long as ZeroMQ takes to find a dead peer
 TRAIL_EVENTS = 64  # an event tells the topics of so many events before it
 
-# Why an event was not taken. invalid: it is none, and asking again won't help. refused: the sender may not. order: an
-# earlier one of this connection is missing, repeat from the oldest unacknowledged. log: it can't be written now, repeat
-# later.
-Why = Literal["invalid", "refused", "order", "log"]
+Why = Literal["invalid", "refused", "version", "order", "log"]
+REFUSALS: dict[Why, str] = {  # why something was not done -> what it means, and what to do
+    "invalid": "it is not what it claims to be, or too large; repeating won't help: mend the sender",
+    "refused": "this key may not; repeating won't help: ask whoever keeps the keys",
+    "version": "its version of the wire format is not understood here; send one that a pong names, or update",
+    "order": "an earlier event of this connection has not arrived: repeat from the oldest unacknowledged one on",
+    "log": "the log can't be written or read now (full disk, too much at once, damage): repeat later",
+}
+SEE_REFUSALS = "why not: see the table of refusals"
+Kind = Annotated[Why, says(SEE_REFUSALS)]
+
+
+LogIdentity = Annotated[str, says("the identity of the log; another one: it is gone, and numbers began anew")]
 
 
 class Publish(msgspec.Struct, frozen=True, tag_field="op", tag="publish"):
-    """`n` numbers the events of one publisher, `oldest` is its first unacknowledged one. 0: no order is asked for.
+    """Log the event that follows. With `n`, never before one that its publisher sent earlier, whatever was lost."""
 
-    With them an event is never logged before one that its publisher sent earlier, whatever was lost in between.
-    """
-
-    n: int = 0
-    oldest: int = 0
+    n: Annotated[int, says("counts the publisher's events on this connection; 0: no order is asked for")] = 0
+    oldest: Annotated[int, says("the `n` of its first event that has not been acknowledged")] = 0
+    v: V = WIRE_VERSION
 
 
 class Replay(msgspec.Struct, frozen=True, tag_field="op", tag="replay"):
-    """Send what was logged after sequence number `after` under any of the prefixes; `request` marks the answers."""
+    """Send what was logged after number `after` under any of the prefixes."""
 
-    request: int
-    after: int
-    prefixes: list[str]
-    limit: int = PAGE_EVENTS
+    request: Number
+    after: Seq
+    prefixes: Prefixes
+    limit: Annotated[int, says("events in the answer at most")] = PAGE_EVENTS
+    v: V = WIRE_VERSION
 
 
 class Ping(msgspec.Struct, frozen=True, tag_field="op", tag="ping"):
-    request: int = 0
+    """Are you there, which versions do you speak, and where does the log end? Answered whatever its version."""
+
+    request: Number = 0
+    v: V = WIRE_VERSION
 
 
 class Receipt(msgspec.Struct, frozen=True, tag_field="op", tag="receipt"):
     """`source` has taken the command with this id; with a reason it has refused it. Not logged, and not answered."""
 
-    source: str
-    command: str
-    reason: str = ""
+    source: Identity
+    command: EventId
+    reason: Annotated[str, says("why it won't do it, in one line for people")] = ""
+    v: V = WIRE_VERSION
 
 
 class Watch(msgspec.Struct, frozen=True, tag_field="op", tag="watch"):
     """Tell me who has taken the command with this id. Asked again, all is told again."""
 
-    command: str
+    command: EventId
+    v: V = WIRE_VERSION
 
 
 class Ack(msgspec.Struct, frozen=True, tag_field="op", tag="ack"):
     """The event is on disk under this sequence number, now or since an earlier attempt."""
 
-    id: str
-    seq: int
+    id: EventId
+    seq: Seq
 
 
 class Nack(msgspec.Struct, frozen=True, tag_field="op", tag="nack"):
-    """The event is not in the log. `id` is empty where the header could not be read."""
+    """The event is not in the log; or another request, without an id, was not understood."""
 
-    kind: Why
-    reason: str
-    id: str = ""
+    kind: Kind
+    reason: Reason
+    id: Annotated[str, says("the event's, where its header could be read")] = ""
 
 
 class Replayed(msgspec.Struct, frozen=True, tag_field="op", tag="replayed"):
-    """End of an answer of `count` events: up to `through` nothing else matches. `more`: the log goes on after it.
+    """End of an answer: up to `through` nothing else matches."""
 
-    start: what was asked for begins only after this number, because the log has dropped what is before, or because a
-    snapshot stands for it. snapshot: the first of the events is that snapshot, whatever its number.
-    """
-
-    request: int
-    through: int
-    more: bool
-    count: int
-    log: str
-    start: int = 0
-    snapshot: bool = False
+    request: Number
+    through: Seq
+    more: Annotated[bool, says("the log goes on after it")]
+    count: Annotated[int, says("events that were sent for it")]
+    log: LogIdentity
+    start: Annotated[
+        int, says("the answer begins only after this number: before it is nothing any more, or the snapshot")
+    ] = 0
+    snapshot: Annotated[bool, says("the first of the events is a snapshot, whatever its number")] = False
 
 
 class ReplayEvent(msgspec.Struct, frozen=True, tag_field="op", tag="event"):
-    request: int
+    """One event of an answer; its topic, header and body follow."""
+
+    request: Number
 
 
 class ReplayFailed(msgspec.Struct, frozen=True, tag_field="op", tag="failed"):
-    request: int
-    reason: str
+    """A replay that can't be answered."""
+
+    request: Number
+    reason: Reason
+    kind: Annotated[Literal["invalid", "refused", "version", "log"], says(SEE_REFUSALS)] = "log"
 
 
 class Pong(msgspec.Struct, frozen=True, tag_field="op", tag="pong"):
-    request: int
-    seq: int
-    log: str
+    """Where the log ends, and which versions are spoken."""
+
+    request: Number
+    seq: Seq
+    log: LogIdentity
+    speaks: Speaks = SPEAKS
 
 
 class Received(msgspec.Struct, frozen=True, tag_field="op", tag="received"):
-    """Who has taken the command, each with an empty reason or why not. `seq` 0: the broker does not know the command,
-    which is not logged yet, or was before the broker's start.
-    """
+    """Who has taken the command, as far as it is new to who asked."""
 
-    command: str
-    seq: int = 0
-    by: dict[str, str] = {}
+    command: EventId
+    seq: Annotated[int, says("of the command; 0: the broker does not know it (yet, or since its start)")] = 0
+    by: Annotated[dict[str, str], says("identity: empty, or why it won't do it")] = {}
 
 
 Request = Publish | Replay | Ping | Receipt | Watch
@@ -126,36 +146,57 @@ Answer = Ack | Nack | Replayed | ReplayEvent | ReplayFailed | Pong | Received
 
 
 class Trail(msgspec.Struct, frozen=True):
-    """Further keys in the header of a live event: every topic with an event after `since` and before this one, each
-    with its last number. A subscriber that has everything up to `since` sees in it what it missed, on any topic.
-    """
+    """Further keys in the header of a live event. Who has everything up to `since` sees in it what it missed."""
 
-    since: int | None = None  # None: an event of a replay, which needs no trail
-    recent: dict[str, int] = {}
+    since: Annotated[int | None, says("a number of the log (none: an event of a replay, which needs no trail)")] = None
+    recent: Annotated[
+        dict[str, int], says("every topic with an event after `since` and before this one, with its last number")
+    ] = {}
 
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True):
-    """The pulse of the feed. `topics`: every topic with an event after `since`, with its last number.
+    """The pulse of the feed."""
 
-    epoch: the broker's start, nanoseconds since 1970. seq: the newest event's number. log: the identity of the log.
-    """
+    beat: Annotated[int, says("1, 2, 3, ...")]
+    epoch: Annotated[int, says("the broker's start, nanoseconds since 1970")]
+    seq: Annotated[int, says("the newest event's number")]
+    since: Annotated[int, says("`topics` tells of what is after this number")]
+    topics: Annotated[dict[str, int], says("every topic with an event after `since`, with its last number")]
+    log: LogIdentity
+    speaks: Speaks = SPEAKS
 
-    beat: int
-    epoch: int
-    seq: int
-    since: int
-    topics: dict[str, int]
-    log: str
+
+class _Asking(msgspec.Struct, frozen=True):
+    """What every version has of a request."""
+
+    op: str = ""
+    request: int = 0
 
 
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+_askings = msgspec.msgpack.Decoder(_Asking)
 _trails = msgspec.msgpack.Decoder(Trail)
 _beats = msgspec.msgpack.Decoder(Beat)
 
 
 def decode_request(frame: bytes) -> Request:
-    return wire.decode(frame, _requests, what="request")
+    """WireError if it is none; UnknownVersion for one of those, but a ping, which is answered in any version."""
+    request = wire.decode(frame, _requests, what="request")
+    if not isinstance(request, Ping):
+        check(request.v, "request")
+    return request
+
+
+def refusal(frame: bytes, error: UnknownVersion, id: str) -> Answer:
+    """What to answer to a request of an unknown version. `id`: of the event in it, if it is one."""
+    try:
+        asked = _askings.decode(frame)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        asked = _Asking()
+    if asked.op == "replay":
+        return ReplayFailed(asked.request, str(error), "version")
+    return Nack("version", str(error), id)
 
 
 def decode_answer(frame: bytes) -> Answer:
@@ -167,11 +208,17 @@ def decode_trail(header: bytes) -> Trail:
 
 
 def decode_beat(frame: bytes) -> Beat:
-    return wire.decode(frame, _beats, what="beat")
+    """UnknownVersion if the broker speaks none of ours."""
+    beat = wire.decode(frame, _beats, what="beat")
+    check_meets(beat.speaks, "the broker")
+    return beat
 
 
 class LiveHeader(wire.Header, frozen=True, kw_only=True):
     """A header as the feed sends it: the logged one, and the trail beside it."""
 
-    since: int
-    recent: dict[str, int]
+    since: Annotated[int, says("on the feed only: `recent` tells of what is after this number")]
+    recent: Annotated[
+        dict[str, int],
+        says("on the feed only: every topic with an event after `since` and before this one, with its last number"),
+    ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from interlock.broker.bus import SampleFeed
-from interlock.broker.errors import WireError
+from interlock.broker.errors import UnknownVersion, WireError
 from interlock.broker.rejects import Rejects
 from interlock.broker.sockets import Sockets
 from interlock.broker.telemetry_link import TelemetryLink
@@ -94,6 +94,8 @@ class SampleReader:
                 if frames[0] == BEAT_TOPIC.encode():
                     try:
                         self._beat(decode_beat(frames), now)
+                    except UnknownVersion as error:
+                        self._link.mismatch.say(str(error))
                     except WireError as error:
                         self._rejects.count("what is no beat", error)
                 else:

@@ -6,44 +6,58 @@ repeated (see `SeriesTable`), since the telemetry plane may drop a batch and a c
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Annotated
+
 import msgspec
+
+from interlock.broker.fields import says
+from interlock.broker.version import WIRE_VERSION, V
 
 NAME = "__name__"  # the label that holds the metric's name, as in Prometheus
 
 KEYFRAME_S = 1.0  # a batch with all announcements at least this often; what a late joiner waits at most
 LATE_S = 2.0  # a sample that waited longer on its way is history: nobody may take it for how things stand now
+MAX_LABELS = 64  # of a series; Prometheus' usual limit is 30
+MAX_LABELS_TEXT = 4096  # characters of all names and values: they come back in alerts, which must fit into a frame
+MAX_SERIES = 5_000  # of one source: 50 agents with 100 series each; what comes later is not resolved
+MAX_IN_BATCH = 20_000  # announcements, samples: four sources that are full; decoding so many takes some 15 ms
+MAX_SOURCES = 20_000  # two roles on each of 10,000 hosts; the one heard of longest ago goes first
 ANNOUNCEMENTS = 3  # a new series is announced in so many batches in a row: one lost batch costs no second
 
 
-class Announcement(msgspec.Struct, frozen=True, array_like=True):
+_Many = msgspec.Meta(max_length=MAX_IN_BATCH)  # msgspec looks at it before it decodes the first
+
+
+class Announcement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`[id, labels]`; labels hold the metric's name under `__name__`."""
 
-    id: int
-    labels: dict[str, str]
+    id: Annotated[int, says("the series' number in its publisher's epoch")]
+    labels: Annotated[dict[str, str], says("name and value, `__name__` among them")]
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """Samples that one publisher took at one time. `ids[i]` has the value `values[i]`.
+    """Samples that one publisher took at one time. `ids[i]` has the value `values[i]`."""
 
-    epoch: the publisher's start, in nanoseconds since 1970; a larger one means it restarted: ids and counters begin
-    anew. seq: 1, 2, 3, ... within the epoch; a hole is a lost batch. time: when the samples were taken, in seconds
-    since 1970 by the publisher's clock. stale: ids of series that have ended. whole: `series` names all there are, any
-    other has ended. delay: seconds for which the batch is known to have waited on its way, 0 where it did not.
-    cached: no new batch, but the state after batch `seq`, as the broker or a reader remembers it.
-    """
+    v: V = WIRE_VERSION
+    source: Annotated[str, says("`<host>/<publisher>`")]
+    epoch: Annotated[
+        int, says("the publisher's start, nanoseconds since 1970; a larger one: it restarted, ids and counters anew")
+    ]
+    seq: Annotated[int, says("1, 2, 3, ... in the epoch; a hole is a lost batch")]
+    time: Annotated[float, says("when the samples were taken, seconds since 1970 by the publisher's clock")]
+    series: Annotated[list[Announcement], _Many, says("announcements, `[id, labels]` each")] = []
+    ids: Annotated[list[int], _Many, says("the series `ids[i]` has the value `values[i]`")] = []
+    values: Annotated[list[float], _Many, says("as many as ids")] = []
+    stale: Annotated[list[int], _Many, says("ids of series that have ended")] = []
+    whole: Annotated[bool, says("`series` names all series there are, any other has ended")] = False
+    delay: Annotated[float, says("seconds that the batch is known to have waited on its way")] = 0.0
+    cached: Annotated[bool, says("no new batch, but the state after batch `seq`, as the broker remembers it")] = False
 
-    v: int = 1
-    source: str
-    epoch: int
-    seq: int
-    time: float
-    series: list[Announcement] = []
-    ids: list[int] = []
-    values: list[float] = []
-    stale: list[int] = []
-    whole: bool = False
-    delay: float = 0.0
-    cached: bool = False
+
+def fits(labels: dict[str, str]) -> bool:
+    """Whether a series with these labels is one that anybody remembers."""
+    return len(labels) <= MAX_LABELS and sum(map(len, labels)) + sum(map(len, labels.values())) <= MAX_LABELS_TEXT
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -104,7 +118,7 @@ class SeriesReader:
 
     def __init__(self) -> None:
         self._epochs: dict[str, int] = {}
-        self._labels: dict[str, dict[int, Labels]] = {}
+        self._labels: OrderedDict[str, dict[int, Labels]] = OrderedDict()
         self.unresolved = 0  # samples whose announcement has not arrived (yet)
         self.outdated = 0  # batches of an epoch that is over
 
@@ -119,12 +133,17 @@ class SeriesReader:
             ended = list(self._labels.get(batch.source, {}).values())
             self._epochs[batch.source] = batch.epoch
             self._labels[batch.source] = {}
+            while len(self._labels) > MAX_SOURCES:
+                gone, _ = self._labels.popitem(last=False)
+                del self._epochs[gone]
+        self._labels.move_to_end(batch.source)
         table = self._labels[batch.source]
         if batch.whole:  # a series that it does not name has ended, though the batch that said so was lost
             live = {announced.id for announced in batch.series}
             ended += [table.pop(number) for number in [number for number in table if number not in live]]
         for announced in batch.series:
-            table[announced.id] = tuple(sorted(announced.labels.items()))
+            if announced.id in table or len(table) < MAX_SERIES:
+                table[announced.id] = tuple(sorted(announced.labels.items()))
         samples = []
         for number, value in zip(batch.ids, batch.values, strict=False):
             key = table.get(number)

@@ -15,10 +15,11 @@ import trio
 from interlock.broker import wire
 from interlock.broker.backlog import MARK_LATE_S, Backlog, Counts, Entry
 from interlock.broker.errors import WireError
+from interlock.broker.link import Mismatch
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import Batch
 from interlock.broker.sockets import Sockets
-from interlock.broker.telemetry_protocol import AskLast, Page, decode_page
+from interlock.broker.telemetry_protocol import AskFailed, AskLast, Page, decode_answer
 
 # Batches that the connection itself may hold. A publisher that sent fewer lately has not filled it: where it takes no
 # more, the connection is gone. 2 MB at most of a large host, for the 3 s that a half-open connection is believed in.
@@ -36,7 +37,8 @@ class _Asked:
 class TelemetryLink:
     """Owned by the bus of a role; `run` ends with it."""
 
-    def __init__(self, sockets: Sockets, endpoint: str, *, label: str) -> None:
+    def __init__(self, sockets: Sockets, endpoint: str, mismatch: Mismatch, *, label: str) -> None:
+        self.mismatch = mismatch
         self._socket = sockets.open(
             "dealer", connect=endpoint, send_limit=LINK_QUEUE, immediate=True, label=f"{label} telemetry"
         )
@@ -77,7 +79,7 @@ class TelemetryLink:
         while True:
             for frames in await self._socket.receive_batch():
                 try:
-                    self._take(*decode_page(frames))
+                    self._take(*decode_answer(frames))
                 except WireError as error:
                     self._rejects.count("what is no answer", error)
 
@@ -107,7 +109,12 @@ class TelemetryLink:
                 return
             self._backlog.sent(now)
 
-    def _take(self, page: Page, batches: list[list[bytes]]) -> None:
+    def _take(self, page: Page | AskFailed, batches: list[list[bytes]]) -> None:
+        if isinstance(page, AskFailed):  # whoever asked does so again
+            if page.kind == "version":
+                self.mismatch.say(page.reason)
+            self._rejects.count("(for now) what the plane remembers: it refuses", page.reason)
+            return
         asked = self._asked.get(page.request)
         if asked is None or page.page != asked.pages + 1:  # one was lost: whoever asked does so again
             return

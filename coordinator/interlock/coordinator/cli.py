@@ -8,33 +8,36 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
 import os
 import re
-import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import msgspec
-import trio
+from typing import TYPE_CHECKING, NoReturn
 
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused, Unreachable
-from interlock.broker.role import log_to_stderr, run_role
+from interlock.broker.role import run_role
+from interlock.coordinator.options import (
+    STEERING,
+    drill_options,
+    keys_options,
+    log_options,
+    migrate_options,
+    steer_options,
+)
+from interlock.coordinator.terminal import EXIT_INTERRUPTED, Output, mute, note, on_bus, say_json
 
 if TYPE_CHECKING:  # a verb imports what it needs when it runs, so that `--version` and `--help` answer at once
     from interlock.broker.bus import Bus
-    from interlock.broker.wire import Event
-    from interlock.coordinator.verbs import Report
 
 FLEET = "INTERLOCK_FLEET"  # the environment variable that names the fleet file
 DEFAULT_FLEET = "fleet.toml"
 TIMEOUT_S = 10.0  # for an answer of the broker or the coordinator; both answer within milliseconds when they are well
 MAX_TIMEOUT_S = 86_400.0  # a day: a longer wait is a slip of the finger
-EXIT_USAGE, EXIT_SILENT, EXIT_REFUSED, EXIT_INTERRUPTED = 2, 3, 12, 130
+EXIT_USAGE, EXIT_SILENT, EXIT_REFUSED = 2, 3, 12
 
 # Roles that live in other packages, which the coordinator doesn't import: verb -> (module, what it is).
 ELSEWHERE = {
@@ -83,21 +86,16 @@ def parser() -> Parser:
     def verb(name: str, help: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=help, description=help, parents=[common])
 
+    migrate_options(verb("plan", "what a migration would do, what it promises, and whether it would be refused now"))
     migrate = verb("migrate", "move an agent to another revision, and follow it to its outcome")
-    migrate.add_argument("agent", metavar="AGENT")
-    migrate.add_argument("--to", required=True, metavar="REVISION")
-    migrate.add_argument("--strategy", choices=["rapid", "staged"], help="instead of the agent's own")
-    migrate.add_argument(
-        "--accept", choices=["cold", "hand-over"], default="", help="a slower class of rollback, where no other will do"
-    )
-    migrate.add_argument("--because", default="", metavar="TEXT", help="why it may go on though the old one is sick")
+    migrate_options(migrate)
     migrate.add_argument("--detach", action="store_true", help="return as soon as it has begun")
     rollback = verb("rollback", "undo an agent's migration in flight")
     rollback.add_argument("agent", metavar="AGENT")
     rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
-    drill = verb("drill", "rehearse the rollback of an agent with real processes, and measure it")
-    drill.add_argument("agent", metavar="AGENT")
-    drill.add_argument("--host", action="store_true", help="level 3 too: a second process of every agent of its host")
+    drill_options(verb("drill", "rehearse the rollback of an agent with real processes, and measure it"))
+    for name, help in STEERING.items():
+        steer_options(verb(name, help), name)
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
     ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
@@ -106,8 +104,9 @@ def parser() -> Parser:
     watch.add_argument("--telemetry", action="store_true", help="only measurements")
     watch.add_argument("--after", type=int, metavar="N", help="events from number N of the log on (0: all)")
     watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
-    _log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
-    _keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
+    log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
+    keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
+    verb("asyncapi", "print the AsyncAPI 3 document of the bus, for programs in other languages")
     verb("shell", "a prompt with these verbs")
     up = verb("up", "run every role of a fleet on this machine")
     up.add_argument("path", nargs="?", type=Path, metavar="FLEET.TOML")
@@ -120,22 +119,6 @@ def parser() -> Parser:
     for name, (_, help) in ELSEWHERE.items():
         verbs.add_parser(name, help=help if name in TOOLS else f"run {help} in this process", add_help=False)
     return top
-
-
-def _log_options(log: argparse.ArgumentParser) -> None:
-    log.add_argument(
-        "act", nargs="?", choices=["list", "follow", "export", "verify"], default="list",
-        help="list: the newest; follow: all and what comes; export: all as JSON lines; verify: its hash chain",
-    )  # fmt: skip
-    log.add_argument("--file", type=Path, metavar="PATH", help="a log file instead of the fleet's broker; only read")
-    log.add_argument("--topic", action="append", default=[], metavar="PREFIX", help="only topics that start with it")
-    log.add_argument("--type", action="append", default=[], metavar="NAME", help="only this type, such as rolled-back")
-    log.add_argument("--agent", default="", metavar="AGENT", help="only what concerns this agent")
-    log.add_argument("--since", metavar="TIME", help="logged since: 10m (ago), 2026-01-31T12:00, seconds since 1970")
-    log.add_argument("--until", metavar="TIME", help="logged until")
-    log.add_argument("--after", type=int, default=0, metavar="N", help="only numbers above N")
-    log.add_argument("--limit", type=int, metavar="N", help="list: at most so many, the newest (default 50)")
-    log.add_argument("--expect", default="", metavar="N:HASH", help="verify: a head that was printed earlier")
 
 
 def _seconds(text: str) -> float:
@@ -181,14 +164,18 @@ def _run(chosen: argparse.Namespace) -> int:
     except* KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except* BrokenPipeError:
-        _mute()  # the reader has seen enough
+        mute()  # the reader has seen enough
     return code
 
 
 def _become(verb: str, arguments: Sequence[str]) -> NoReturn:
     """Replace this process by `python -m` of the role's own package. -P: the working directory is not searched."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", ELSEWHERE[verb][0], *_with_fleet(arguments)])
+    os.execv(sys.executable, _elsewhere(verb, arguments))
+
+
+def _elsewhere(verb: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-P", "-m", ELSEWHERE[verb][0], *_with_fleet(arguments)]
 
 
 def _with_fleet(arguments: Sequence[str]) -> list[str]:
@@ -206,7 +193,7 @@ def _complain(error: InterlockError, *, as_json: bool) -> int:
         outcome, code = "error", EXIT_USAGE
     print(f"interlock: {error}", file=sys.stderr, flush=True)
     if as_json:
-        _say_json({"outcome": outcome, "reason": error.what, "where": error.where, "hint": error.hint})
+        say_json({"outcome": outcome, "reason": error.what, "where": error.where, "hint": error.hint})
     return code
 
 
@@ -215,137 +202,63 @@ def _first(group: BaseExceptionGroup[InterlockError]) -> InterlockError:
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
-def _say_json(tree: Any) -> None:
-    print(msgspec.json.encode(tree).decode(), flush=True)
-
-
-def _mute() -> None:
-    """Standard output leads nowhere from here on; nothing more can fail on it."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-
-
-def _note(text: str) -> None:
-    print(f"interlock: {text}", file=sys.stderr, flush=True)
-
-
-def _on_bus(
-    chosen: argparse.Namespace, verb: Callable[[Bus, FleetConfig], Awaitable[int]], *, on_interrupt: Callable[[], None]
-) -> int:
-    """Run a verb on the bus of the fleet until it ends or is interrupted (Interrupted)."""
-    from interlock.broker.client import open_bus
-    from interlock.broker.security import load_operator
-
-    fleet = load_fleet(chosen.fleet)
-    _log_quietly()
-    security = load_operator(fleet)
-
-    async def run() -> int:
-        code = EXIT_INTERRUPTED
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async with trio.open_nursery() as nursery:
-
-                async def stop_on_signal() -> None:
-                    async for _ in signals:
-                        on_interrupt()
-                        nursery.cancel_scope.cancel()
-
-                nursery.start_soon(stop_on_signal)
-                async with open_bus(fleet.broker, f"cli/{os.getpid()}", security=security) as bus:
-                    code = await verb(bus, fleet)
-                nursery.cancel_scope.cancel()
-        return code
-
-    return trio.run(run)
-
-
-def _log_quietly() -> None:
-    """The verbs say themselves what concerns an operator; the library's log is shown when INTERLOCK_LOG asks for it."""
-    if os.environ.get("INTERLOCK_LOG"):
-        log_to_stderr()
-    elif not logging.getLogger().handlers:
-        logging.getLogger().addHandler(logging.NullHandler())
-
-
-class _Output:
-    """Where a migration is told. A reader that went away does not end it: the exit code still tells the outcome."""
-
-    def __init__(self, chosen: argparse.Namespace) -> None:
-        from interlock.coordinator.screen import Screen
-
-        self.screen = Screen(sys.stdout)
-        self._json = chosen.json
-
-    def tell(self, event: Event) -> None:
-        if not self._json:
-            self._safely(lambda: self.screen.event(event))
-
-    def end(self, report: Report) -> None:
-        self._safely(lambda: _say_json(report.to_json()) if self._json else self.screen.report(report))
-
-    @staticmethod
-    def _safely(say: Callable[[], None]) -> None:
-        try:
-            say()
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _mute()
-
-
 def _migrate(chosen: argparse.Namespace) -> int:
     from interlock.coordinator import verbs
 
-    output = _Output(chosen)
+    output = Output(chosen)
     started: list[str] = []
 
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         report = await verbs.migrate(
-            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, accept=chosen.accept,
-            because=chosen.because, timeout=chosen.timeout,
-            detach=chosen.detach, tell=output.tell, note=_note, begun=started.append,
+            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, level=chosen.level, accept=chosen.accept,
+            because=chosen.because, timeout=chosen.timeout, detach=chosen.detach, tell=output.tell, note=note,
+            begun=started.append,
         )  # fmt: skip
         output.end(report)
         return report.exit_code
 
     def interrupted() -> None:
         if started:
-            _note(f"migration {started[0]} goes on without you; to undo it: interlock rollback {chosen.agent}")
+            note(f"migration {started[0]} goes on without you; to undo it: interlock rollback {chosen.agent}")
         else:
-            _note("interrupted before an answer came; look with: interlock status")
+            note("interrupted before an answer came; look with: interlock status")
 
-    return _on_bus(chosen, run, on_interrupt=interrupted)
+    return on_bus(chosen, run, on_interrupt=interrupted)
 
 
 def _rollback(chosen: argparse.Namespace) -> int:
     from interlock.coordinator import verbs
 
-    output = _Output(chosen)
+    output = Output(chosen)
 
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         report = await verbs.roll_back(
-            bus, fleet, chosen.agent, reason=chosen.reason, timeout=chosen.timeout, tell=output.tell, note=_note
+            bus, fleet, chosen.agent, reason=chosen.reason, timeout=chosen.timeout, tell=output.tell, note=note
         )
         output.end(report)
         return 0 if report.outcome == "rolled-back" else report.exit_code
 
-    return _on_bus(
-        chosen, run, on_interrupt=lambda: _note("the rollback goes on without you; look with: interlock status")
+    return on_bus(
+        chosen, run, on_interrupt=lambda: note("the rollback goes on without you; look with: interlock status")
     )
 
 
 def _drill(chosen: argparse.Namespace) -> int:
-    from interlock.coordinator.drill_verb import drill
+    from interlock.coordinator import drill_verb
 
-    async def run(bus: Bus, fleet: FleetConfig) -> int:
-        told = await drill(bus, fleet, chosen.agent, whole_host=chosen.host, timeout=chosen.timeout)
-        if chosen.json:
-            _say_json(told)
-        else:
-            print("\n".join(told.lines()), flush=True)
-        return told.exit_code
+    return drill_verb.run(chosen)
 
-    return _on_bus(chosen, run, on_interrupt=lambda: _note("the drill goes on without you, and ends by itself"))
+
+def _plan(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import plan_verb
+
+    return plan_verb.run(chosen)
+
+
+def _steer(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import steer_verbs
+
+    return steer_verbs.run(chosen)
 
 
 def _ping(chosen: argparse.Namespace) -> int:
@@ -355,12 +268,12 @@ def _ping(chosen: argparse.Namespace) -> int:
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         roll = await ping(bus, fleet, chosen.host, timeout=chosen.timeout)
         if chosen.json:
-            _say_json(roll)
+            say_json(roll)
         else:
             Screen(sys.stdout).roll(roll)
         return roll.exit_code
 
-    return _on_bus(chosen, run, on_interrupt=lambda: None)
+    return on_bus(chosen, run, on_interrupt=lambda: None)
 
 
 def _status(chosen: argparse.Namespace) -> int:
@@ -370,12 +283,12 @@ def _status(chosen: argparse.Namespace) -> int:
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         status = await verbs.status(bus, fleet, timeout=chosen.timeout)
         if chosen.json:
-            _say_json(status.to_json())
+            say_json(status.to_json())
         else:
             Screen(sys.stdout).status(status)
         return 0
 
-    return _on_bus(chosen, run, on_interrupt=lambda: None)
+    return on_bus(chosen, run, on_interrupt=lambda: None)
 
 
 def _watch(chosen: argparse.Namespace) -> int:
@@ -393,49 +306,41 @@ def _watch(chosen: argparse.Namespace) -> int:
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         await watch(
             bus, fleet, events, telemetry, after=chosen.after, timeout=chosen.timeout, as_json=chosen.json,
-            screen=Screen(sys.stdout), note=_note,
+            screen=Screen(sys.stdout), note=note,
         )  # fmt: skip
         return 0
 
-    return _on_bus(chosen, run, on_interrupt=lambda: None)
+    return on_bus(chosen, run, on_interrupt=lambda: None)
 
 
 def _log(chosen: argparse.Namespace) -> int:
     from interlock.coordinator import log_verb
 
-    def on_bus(run: Callable[[Bus, FleetConfig], Awaitable[int]]) -> int:
-        return _on_bus(chosen, run, on_interrupt=lambda: None)
+    def with_bus(run: Callable[[Bus, FleetConfig], Awaitable[int]]) -> int:
+        return on_bus(chosen, run, on_interrupt=lambda: None)
 
-    return log_verb.run(chosen, lambda: load_fleet(chosen.fleet), on_bus)
+    return log_verb.run(chosen, lambda: load_fleet(chosen.fleet), with_bus)
+
+
+def _asyncapi(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.asyncapi import rendered
+
+    sys.stdout.write(rendered())
+    return 0
 
 
 def _shell(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.shell import Shell
 
-    Shell(load_fleet(chosen.fleet), chosen.fleet, main).cmdloop()
+    Shell(load_fleet(chosen.fleet), chosen.fleet, _run_line).cmdloop()
     return 0
 
 
-def _keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    def action(name: str, help: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=help, description=help, parents=[common])
-
-    action("init", "make the authority, and keys for everybody whom the fleet file names")
-    issue = action("issue", "keys for one more: broker, coordinator, rules, host, monitor, operator or subscriber")
-    issue.add_argument("role", metavar="ROLE")
-    issue.add_argument("name", metavar="NAME", nargs="?", default="")
-    issue.add_argument("--topic", action="append", default=[], metavar="PREFIX", help="what a subscriber may hear")
-    action("list", "everybody who belongs, or did")
-    revoke = action("revoke", "end the keys of one: at once, on open connections too")
-    rotate = action("rotate", "new keys for one; the old ones end at once")
-    for one in (revoke, rotate):
-        one.add_argument("identity", metavar="NAME", help="for example host/alpha, or alpha if only one is called so")
-    for one in (issue, rotate):
-        one.add_argument("--out", type=Path, metavar="FILE", help="an enrolment file to carry to where it runs")
-    install = action("install", "take over an enrolment file that was made where the authority is")
-    install.add_argument("file", type=Path, metavar="FILE")
+def _run_line(words: list[str]) -> int:
+    """A verb of the shell: one of another package in a process of its own, which must not replace the shell's."""
+    if words[0] not in TOOLS:
+        return main(words)
+    return subprocess.run(_elsewhere(words[0], words[1:]), check=False).returncode
 
 
 def _keys(chosen: argparse.Namespace) -> int:
@@ -443,7 +348,7 @@ def _keys(chosen: argparse.Namespace) -> int:
 
     tree, lines = keys_verb.run(load_fleet(chosen.fleet), chosen)
     if chosen.json:
-        _say_json(tree)
+        say_json(tree)
     else:
         print("\n".join(lines), flush=True)
     return 0
@@ -484,11 +389,14 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "migrate": _migrate,
     "rollback": _rollback,
     "drill": _drill,
+    "plan": _plan,
+    **dict.fromkeys(STEERING, _steer),
     "ping": _ping,
     "status": _status,
     "watch": _watch,
     "log": _log,
     "keys": _keys,
+    "asyncapi": _asyncapi,
     "shell": _shell,
     "up": _up,
     "demo": _demo,

@@ -3,30 +3,24 @@ migrations go on. Pure: a fold over the log, and `decide(now)`."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import msgspec
 
 from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach
-from interlock.broker.config import AgentConfig, FleetConfig, StrategyConfig
+from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError
+from interlock.broker.strategies import Level
 from interlock.broker.wire import Event
-from interlock.coordinator.fleet import SNAPSHOT_BYTES, Alert, Fleet
-from interlock.coordinator.migration import DRILL_S, PROMISE_S, Emit, Migration, plan
+from interlock.coordinator import steering
+from interlock.coordinator.admission import Case, Settings, busy, consider, near
+from interlock.coordinator.fleet import SNAPSHOT_BYTES, Fleet
+from interlock.coordinator.migration import Emit, Migration
+from interlock.coordinator.steps import DRILL_S, Terms, plan
 
 DRILL_ID = "/drill"  # a host's command to rehearse has the id of the operator's request, and this
 SNAPSHOT_EVENTS = 1000  # between snapshots of the fleet: a joiner folds at most so many events and those in flight
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a migration keeps from the fleet file of the moment it began; it travels in MigrationStarted."""
-
-    strategy: StrategyConfig
-    start_timeout_s: float
-    accept: str = ""
-    sick_ok: bool = False
 
 
 class Coordinator:
@@ -35,6 +29,7 @@ class Coordinator:
     def __init__(self, load: Callable[[], FleetConfig], config: FleetConfig) -> None:
         self.fleet = Fleet()
         self.migrations: dict[str, Migration] = {}  # those whose end is not in the log yet
+        self.risk: dict[str, Level] = {}  # by agent; an agent that nobody scored is not in it
         self._load = load
         self._config = config
         self._waiting: dict[str, Event] = {}  # requests nobody has answered, by event id
@@ -53,15 +48,15 @@ class Coordinator:
             self._snapshot_at = max(self._snapshot_at, body.through)
             return
         match body:
-            case commands.Migrate() | commands.RollBackAgent() | commands.RunDrill():
+            case commands.Migrate() | commands.RollBackAgent() | commands.Steer() | commands.RunDrill():
                 self._waiting[event.header.id] = event
             case facts.MigrationStarted():
                 self._answer_logged(body.request)
                 self._begin(body, event)
-            case facts.MigrationRefused():
+            case facts.MigrationRefused() | facts.Steered():
                 self._answer_logged(body.request)
-            case facts.AlertFiring() if body.action == "hold" and not body.dry_run:
-                self._hold(body)
+            case facts.AlertFiring() if not body.dry_run and (body.action == "hold" or body.blamed):
+                self._hold(body, event.header.logged or event.header.time)
             case commands.Drill() if event.header.id.endswith(DRILL_ID):
                 self._answer_logged(event.header.id.removesuffix(DRILL_ID))
             case commands.RollBack():
@@ -91,18 +86,19 @@ class Coordinator:
             steps=plan(settings.strategy, start_timeout_s=settings.start_timeout_s),
             config=self._config.coordinator,
             strategy=settings.strategy,
-            accept=settings.accept,
-            sick_ok=settings.sick_ok,
+            terms=Terms(accept=settings.accept, sick_ok=settings.sick_ok),
         )
 
-    def _hold(self, body: facts.AlertFiring) -> None:
-        breach = Breach(
-            by=f"rule {body.rule}", reason=body.summary, labels=body.labels, value=body.value,
-            sample_time=body.sample_time,
-        )  # fmt: skip
-        for name in body.migrations:
-            if name in self.migrations:
-                self._holds += self.migrations[name].hold(breach)
+    def _hold(self, body: facts.AlertFiring, at: float) -> None:
+        for name in body.migrations if body.action == "hold" else body.blamed:
+            if name not in self.migrations:
+                continue
+            blame = body.blamed.get(name)
+            breach = Breach(
+                by=f"rule {body.rule}", reason=body.summary + (f"; {blame.why}" if blame else ""),
+                labels=body.labels, value=body.value, sample_time=body.sample_time,
+            )  # fmt: skip
+            self._holds += self.migrations[name].hold(breach, at, blame.who if blame else "")
 
     # --- deciding
 
@@ -110,7 +106,7 @@ class Coordinator:
         """All that is to be sent now. To be asked once the log has been folded to its end, never before."""
         wanted, self._holds = self._holds, []
         for request, event in list(self._waiting.items()):
-            if request not in self._answered:
+            if request not in self._answered and not self._is_steered(event):
                 self._answered.add(request)
                 wanted += self._answer(event, now)
         for migration in self.migrations.values():
@@ -132,15 +128,24 @@ class Coordinator:
     def next_deadline(self, now: float) -> float:
         return min((m.next_deadline(now) for m in self.migrations.values()), default=float("inf"))
 
+    def _is_steered(self, event: Event) -> bool:
+        """One request after the other: what the one before did to the migration is not in the log yet."""
+        if not isinstance(event.body, commands.Steer):
+            return False
+        migration = self._flying(event.body.agent)
+        return migration is not None and bool(migration.steering)
+
     def _answer(self, event: Event, now: float) -> list[Emit]:
         body = event.body
         if isinstance(body, commands.RollBackAgent):
             return self._answer_rollback(body, event.header.id, now)
+        if isinstance(body, commands.Steer):
+            return self._answer_steer(event, now)
         if isinstance(body, commands.RunDrill):
             return [self._answer_drill(body, event.header.id, now)]
         assert isinstance(body, commands.Migrate)
         try:
-            return [self._start(body, event, now)]
+            return self._start(body, event, now)
         except ConfigError as error:
             return [self._refuse(event.header.id, body.agent, body.to, str(error))]
 
@@ -150,17 +155,33 @@ class Coordinator:
         if now > body.deadline:
             return [self._refuse(request, body.agent, "", "the request's deadline has passed")]
         if not found:
-            current = self.fleet.agents.get(body.agent)
-            reason = (
-                f"no migration of {body.agent} is in flight; to go back: interlock migrate {body.agent} --to REVISION"
-                if current
-                else f"there is no agent {body.agent!r}; {near(body.agent, self.fleet.agents)}"
-            )
-            return [self._refuse(request, body.agent, "", reason)]
+            return [self._refuse(request, body.agent, "", self._nothing(body.agent))]
         emits = [emit for migration in found for emit in migration.roll_back(breach, now)]
         if not emits:
             return [self._refuse(request, body.agent, "", "the migration has just ended")]
         return emits
+
+    def _answer_steer(self, event: Event, now: float) -> list[Emit]:
+        body, request = event.body, event.header.id
+        assert isinstance(body, commands.Steer)
+        migration = self._flying(body.agent)
+        if now > body.deadline:
+            reason: str | None = "the request's deadline has passed"
+        elif migration is None:
+            reason = self._nothing(body.agent, f"nothing to {body.action}: ")
+        else:
+            reason = steering.refusal(migration, body.action, body.reason, now)
+        if migration is None or reason is not None:
+            return [self._refuse(request, body.agent, "", reason or "")]
+        return steering.steer(migration, body, request, event.header.source, now)
+
+    def _flying(self, agent: str) -> Migration | None:
+        return next((m for m in self.migrations.values() if m.started.agent == agent), None)
+
+    def _nothing(self, agent: str, what: str = "") -> str:
+        if agent in self.fleet.agents:
+            return f"{what}no migration of {agent} is in flight; to go back: interlock migrate {agent} --to REVISION"
+        return f"there is no agent {agent!r}; {near(agent, self.fleet.agents)}"
 
     def _answer_drill(self, body: commands.RunDrill, request: str, now: float) -> Emit:
         """The host's command, or why there is none."""
@@ -168,110 +189,60 @@ class Coordinator:
             if now > body.deadline:
                 raise ConfigError("the request's deadline has passed")
             config = self._load()
-            agent = config.agents.get(body.agent)
-            slot = self.fleet.agents.get(body.agent)
+            agent, slot = config.agents.get(body.agent), self.fleet.agents.get(body.agent)
             if agent is None or slot is None:
                 known = config.agents if agent is None else self.fleet.agents
                 raise ConfigError(f"there is no agent {body.agent!r}", hint=near(body.agent, known))
-            self._admit_host(agent)
-            self._admit_alone(body.agent)
+            for objection in busy(body.agent, agent, self.fleet, self._in_flight(body.agent)):
+                raise objection
         except ConfigError as error:
             return self._refuse(request, body.agent, "", str(error))
-        strategy = config.strategy(agent.strategy_name)
         slowest = max(revision.start_timeout_s for revision in agent.revisions.values())
         asked = commands.Drill(
             migration="", agent=body.agent, epoch=slot.epoch, deadline=now + DRILL_S + 2 * slowest,
-            whole_host=body.whole_host,
-            promise_s=getattr(strategy, "promise_s", PROMISE_S),
+            whole_host=body.whole_host, promise_s=config.strategy(agent.strategy_name).promise_s,
         )  # fmt: skip
         return Emit(topics.command(agent.host), asked, f"{request}{DRILL_ID}")
 
-    def _start(self, body: commands.Migrate, event: Event, now: float) -> Emit:
-        """MigrationStarted; ConfigError with the reason if it can't be."""
+    def _in_flight(self, agent: str) -> str:
+        """The migration that the agent is in, or is about to be in."""
+        flying = [m.id for m in self.migrations.values() if m.started.agent == agent]
+        flying += [migration for name, migration in self._starting.values() if name == agent]
+        return flying[0] if flying else ""
+
+    def consider(self, asked: commands.Migrate, now: float) -> Case:
+        """What speaks for and against this request; ConfigError if it names nothing there is."""
+        in_flight = self._in_flight(asked.agent)
+        return consider(asked, self._load(), self.fleet, in_flight=in_flight, risk=self.risk, now=now)
+
+    def _start(self, body: commands.Migrate, event: Event, now: float) -> list[Emit]:
+        """MigrationStarted, and what of it is not the rule; ConfigError with the reason if it can't be."""
         if now > body.deadline:
             raise ConfigError("the request's deadline has passed", hint="is the coordinator overloaded? ask again")
-        config = self._load()
-        agent = config.agents.get(body.agent)
-        if agent is None:
-            raise ConfigError(f"there is no agent {body.agent!r}", hint=near(body.agent, config.agents))
-        revision = agent.revisions.get(body.to)
-        if revision is None:
-            raise ConfigError(f"agent {body.agent} has no revision {body.to!r}", hint=near(body.to, agent.revisions))
-        strategy = body.strategy or agent.strategy_name
-        if strategy not in ("rapid", "staged"):
-            raise ConfigError(f"there is no strategy {strategy!r}", hint="rapid or staged")
-        permanent = self._admit(body, agent)
+        case = self.consider(body, now)
+        if case.objections:
+            raise case.objections[0]
         # A log that began anew numbers from 1: never an epoch, or a migration's name, that the host has seen before.
         epoch = max(event.header.seq, self.fleet.agents[body.agent].epoch + 1)
-        if body.accept not in ("", "cold", "hand-over"):
-            raise ConfigError(f"there is no class of rollback {body.accept!r}", hint="cold or hand-over")
-        settings = Settings(
-            strategy=config.strategy(strategy), start_timeout_s=revision.start_timeout_s, accept=body.accept,
-            sick_ok=bool(body.because),
-        )  # fmt: skip
-        migration = f"{body.agent}-{epoch}"
+        migration, topic = f"{body.agent}-{epoch}", topics.migration_fact(body.agent)
         started = facts.MigrationStarted(
-            migration=migration, epoch=epoch, agent=body.agent, host=agent.host, previous=permanent,
-            to=body.to, strategy=strategy, request=event.header.id, settings=msgspec.to_builtins(settings),
+            migration=migration, epoch=epoch, agent=body.agent, host=case.agent.host, previous=case.previous,
+            to=body.to, strategy=case.choice.strategy, request=event.header.id,
+            settings=msgspec.to_builtins(case.settings),
         )  # fmt: skip
         self._starting[event.header.id] = (body.agent, migration)
-        return Emit(topics.migration_fact(body.agent), started, f"{migration}/started")
-
-    def _admit(self, body: commands.Migrate, agent: AgentConfig) -> str:
-        """The permanent revision, if the fleet is in a state to move this agent."""
-        self._admit_host(agent)
-        slot = self.fleet.agents.get(body.agent)
-        if slot is None or not slot.permanent:
-            raise ConfigError(
-                f"host {agent.host} does not serve {body.agent} yet", hint="restart the host to add an agent"
+        emits = [Emit(topic, started, f"{migration}/started")]
+        for number, what in enumerate(case.deviations):
+            deviation = facts.Deviation(
+                migration=migration, agent=body.agent, what=what, because=body.because, by=event.header.source
             )
-        self._admit_alone(body.agent)
-        if slot.permanent == body.to:
-            raise ConfigError(f"{body.agent} serves revision {body.to} already")
-        for alert in self.fleet.alerts.values():
-            if body.because and alert.labels.get("agent") == body.agent:
-                continue  # it is about the sick old one, which is to be replaced
-            if alert.action == "rollback" and not alert.dry_run and concerns(alert, body.agent, agent.host):
-                raise ConfigError(
-                    f"rule {alert.rule} fires already ({alert.summary or alert.labels})",
-                    hint="mend that first: a bad candidate could not be told from it",
-                )
-        return slot.permanent
-
-    def _admit_host(self, agent: AgentConfig) -> None:
-        host = self.fleet.hosts.get(agent.host)
-        if host is None or not host.up:
-            raise ConfigError(f"host {agent.host} is not up", hint=f"start it: interlock host --name {agent.host}")
-
-    def _admit_alone(self, name: str) -> None:
-        """Nothing else moves the agent."""
-        in_flight = [m.id for m in self.migrations.values() if m.started.agent == name]
-        in_flight += [migration for agent, migration in self._starting.values() if agent == name]
-        if in_flight:
-            raise ConfigError(
-                f"migration {in_flight[0]} of {name} is in flight",
-                hint=f"wait for it, or: interlock rollback {name}",
-            )
+            emits.append(Emit(topic, deviation, f"{migration}/deviation/{number}"))
+        return emits
 
     @staticmethod
     def _refuse(request: str, agent: str, to: str, reason: str) -> Emit:
         refused = facts.MigrationRefused(request=request, agent=agent, to=to, reason=reason)
         return Emit(topics.migration_fact(agent if _plain(agent) else "unknown"), refused, f"{request}/refused")
-
-
-def concerns(alert: Alert, agent: str, host: str) -> bool:
-    """The alert is about this agent's permanent revision, or about its host as a whole."""
-    labels = alert.labels
-    if labels.get("role") == "candidate" or not ({"agent", "host"} & set(labels)):
-        return False
-    return labels.get("agent", agent) == agent and labels.get("host", host) == host
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"
 
 
 def _plain(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 import uuid
 
@@ -12,7 +13,9 @@ from interlock.broker import commands, facts, topics
 from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import Refused, Unreachable
+from interlock.broker.fields import Evidence
 from interlock.coordinator.decisions import DRILL_ID
+from interlock.coordinator.terminal import note, on_bus, say_json
 from interlock.coordinator.verbs import ANSWER_MARGIN_S, listening
 
 LEVELS = {"1": "route", "2": "code", "3": "host", "4": "backup"}
@@ -28,7 +31,7 @@ class Drilled(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float]
     skipped: dict[str, str]
     problems: list[str]
-    evidence: commands.Evidence
+    evidence: Evidence
 
     @property
     def exit_code(self) -> int:
@@ -46,6 +49,20 @@ class Drilled(msgspec.Struct, frozen=True, kw_only=True):
         promise = self.evidence.get("promise_s")
         good = "within" if promise is None else f"within the promised {promise:g} s"
         return [*rows, f"DONE, {good}" if self.outcome == "done" else f"FAILED: {self.reason}"]
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """0 if it was done within the promise, 13 if not."""
+
+    async def verb(bus: Bus, fleet: FleetConfig) -> int:
+        told = await drill(bus, fleet, chosen.agent, whole_host=chosen.host, timeout=chosen.timeout)
+        if chosen.json:
+            say_json(told)
+        else:
+            print("\n".join(told.lines()), flush=True)
+        return told.exit_code
+
+    return on_bus(chosen, verb, on_interrupt=lambda: note("the drill goes on without you, and ends by itself"))
 
 
 async def drill(bus: Bus, fleet: FleetConfig, agent: str, *, whole_host: bool, timeout: float) -> Drilled:

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from interlock.broker import facts
-from interlock.broker.commands import Breach, Evidence
+from interlock.broker.commands import Breach
+from interlock.broker.fields import Evidence
 from interlock.broker.wire import Event
 
 SNAPSHOT_BYTES = 900_000  # of a packed fleet: it travels in one event, of 1 MiB at most
@@ -49,6 +50,16 @@ class Instance:
 
 
 @dataclass
+class Drill:
+    """A rehearsed rollback to `revision`: seconds of each level, by its number; `time`: when, seconds since 1970."""
+
+    revision: str
+    seconds: dict[str, float]
+    problems: list[str]
+    time: float
+
+
+@dataclass
 class Agent:
     """An agent's slot as its host last told it. `migration`: the last one that touched it, in flight or not."""
 
@@ -62,6 +73,7 @@ class Agent:
     epoch: int = 0
     migration: str | None = None
     instances: dict[str, Instance] = field(default_factory=dict)
+    drill: Drill | None = None
 
 
 @dataclass
@@ -88,6 +100,9 @@ class Migration:
     evidence: Evidence = field(default_factory=dict)
     rollback: dict[str, Any] | None = None
     times: dict[str, float] = field(default_factory=dict)
+    phase: str = "running"  # while it is in flight, as the coordinator says; see phases.py
+    blame: str = ""  # of a held one: whose fault it is, if not the candidate's
+    deviations: list[str] = field(default_factory=list)
 
     @property
     def in_flight(self) -> bool:
@@ -106,6 +121,7 @@ class Alert:
     since: float
     migrations: list[str] = field(default_factory=list)
     sample_time: float = 0.0
+    blamed: dict[str, facts.Blame] = field(default_factory=dict)
 
 
 class _State(msgspec.Struct):
@@ -115,6 +131,15 @@ class _State(msgspec.Struct):
     alerts: list[Alert]
 
 
+# what an operator's word makes of a migration
+_LED = {
+    "approve": "running",
+    "pause": "paused",
+    "resume": "running",
+    "hold": "held",
+    "abort": "rolling-back",
+    "commit": "running",
+}
 _states = msgspec.msgpack.Decoder(_State)
 
 
@@ -148,6 +173,11 @@ class Fleet:
                 self._advanced(body, time)
             case facts.MigrationHeld() | facts.MigrationEnded():
                 self._decided(body, time)
+            case facts.MigrationWaiting() | facts.Steered() | facts.Deviation():
+                self._steered(body, time)
+            case facts.DrillDone():
+                drill = Drill(body.revision, dict(body.seconds), list(body.problems), time)
+                self._agent(body.agent, body.host).drill = drill
             case facts.StepDone():
                 self._step_done(body, time)
             case facts.RolledBack() | facts.RollBackFailed():
@@ -185,7 +215,7 @@ class Fleet:
             return
         try:
             state = _states.decode(zlib.decompressobj().decompress(snapshot.state, STATE_BYTES))
-        except (zlib.error, msgspec.DecodeError) as error:
+        except (zlib.error, msgspec.DecodeError, RecursionError, ValueError) as error:
             _log.error("a snapshot of the fleet can't be read: %s", error)
             return
         self.hosts = {host.name: host for host in state.hosts}
@@ -204,7 +234,7 @@ class Fleet:
                 name: asdict(migration) | {"in_flight": migration.in_flight}
                 for name, migration in self.migrations.items()
             },
-            "alerts": [asdict(alert) for alert in self.alerts.values()],
+            "alerts": [msgspec.to_builtins(alert) for alert in self.alerts.values()],
         }
 
     # --- inside
@@ -294,9 +324,29 @@ class Fleet:
             migration.decided_by, migration.reason, migration.evidence = body.decided_by, body.reason, body.evidence
             migration.times["ended"] = time
         elif migration.in_flight:
-            migration.outcome = "held"
+            migration.outcome = migration.phase = "held"
+            migration.blame = body.blame
             self._blame(migration, body.breach)
             migration.times["held"] = time
+
+    def _steered(self, body: facts.MigrationWaiting | facts.Steered | facts.Deviation, time: float) -> None:
+        migration = self._migration(body.migration, body.agent)
+        if isinstance(body, facts.Deviation):
+            migration.deviations.append(f"{body.what}; because: {body.because} ({body.by})")
+            return
+        if not migration.in_flight:
+            return
+        if isinstance(body, facts.MigrationWaiting):
+            migration.phase = "waiting"
+            migration.times["waiting"] = time
+            return
+        migration.phase = _LED[body.action]
+        migration.blame = ""
+        if body.action == "hold":
+            migration.outcome, migration.decided_by, migration.reason = "held", "operator hold", body.reason
+        elif migration.outcome == "held":  # whatever else was said, it is held no more
+            migration.outcome, migration.decided_by, migration.reason = "", "", ""
+        migration.times[migration.phase] = time
 
     def _step_done(self, body: facts.StepDone, time: float) -> None:
         """A commit settles it, whether or not a coordinator lives to say so."""
@@ -339,4 +389,5 @@ class Fleet:
             before.since if before else time,
             list(body.migrations),
             body.sample_time,
+            dict(body.blamed),
         )

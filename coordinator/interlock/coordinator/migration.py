@@ -6,92 +6,24 @@ it sends a second time carries the same id, so it is logged and done once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from interlock.broker import commands, facts, topics
-from interlock.broker.commands import Breach, Evidence, Step
-from interlock.broker.config import CoordinatorConfig, StrategyConfig
+from interlock.broker.commands import Breach, SteerAction
+from interlock.broker.config import CoordinatorConfig
 from interlock.broker.facts import Outcome
+from interlock.broker.fields import Evidence
+from interlock.broker.strategies import StrategyConfig
 from interlock.broker.wire import Body, Event
+from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
+from interlock.coordinator.observation import Baseline, Measurement
+from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
+from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of
 
 ROLLBACK_ANSWER_S = 90.0  # a host that reports no rollback for so long has failed it: the slowest level takes 60 s
-DRILL_S = 120.0  # for a rehearsal: a start, a copy of the data folder and a start from a backup
-BACKUP_LEVELS = ["configuration", "code"]  # of a strategy that names none
-PROMISE_S = 5.0  # of a strategy that promises nothing else
 LEASE_RENEWALS = 3  # per lease: two may be lost
-
-
-class Stage(StrEnum):
-    PREPARE = "prepare"
-    INFRASTRUCTURE = "infrastructure"
-    CORE_LOGIC = "core-logic"
-    INTEGRATION = "integration"
-    OBSERVATION = "observation"
-    COMMIT = "commit"
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One command to the host, and what it may take. `dwell_s`: seconds to wait and watch after it is done."""
-
-    stage: Stage
-    step: Step
-    time_s: float
-    share: float = 0.0
-    dwell_s: float = 0.0
-
-
-def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedStep]:
-    """The steps of a strategy in order; the first stage a strategy leaves out is simply not there."""
-    steps = [PlannedStep(Stage.PREPARE, "prepare", strategy.baseline_s + 60.0)]
-    if getattr(strategy, "drill", False):
-        steps.append(PlannedStep(Stage.PREPARE, "drill", DRILL_S + 2 * start_timeout_s))
-    steps.append(PlannedStep(Stage.INFRASTRUCTURE, "start-candidate", start_timeout_s))
-    if strategy.shadow_requests:
-        steps.append(PlannedStep(Stage.CORE_LOGIC, "shadow", strategy.shadow_s))
-    for canary in strategy.canary:
-        if canary.share < 1:
-            steps.append(PlannedStep(Stage.INTEGRATION, "cut-over", 0.0, canary.share, canary.seconds))
-    steps.append(PlannedStep(Stage.OBSERVATION, "cut-over", 0.0, 1.0, strategy.observation_s))
-    steps.append(PlannedStep(Stage.COMMIT, "commit", 0.0))
-    return steps
-
-
-def cold(steps: list[PlannedStep]) -> list[PlannedStep]:
-    """The same where old and new don't fit together: there is nothing to compare with, and no share to give."""
-    return [step for step in steps if step.step != "shadow" and (step.step != "cut-over" or step.share >= 1)]
-
-
-class Phase(StrEnum):
-    RUNNING = "running"
-    HELD = "held"
-    ROLLING_BACK = "rolling-back"
-    ENDED = "ended"
-
-
-# what a fact about the migration makes of it; a fact that has no row in a phase says nothing new there
-TRANSITIONS: dict[tuple[Phase, str], Phase] = {
-    (Phase.RUNNING, "step-done"): Phase.RUNNING,
-    (Phase.RUNNING, "committed"): Phase.ENDED,
-    (Phase.RUNNING, "not-prepared"): Phase.ENDED,
-    (Phase.RUNNING, "step-failed"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "refused"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "held"): Phase.HELD,
-    (Phase.RUNNING, "roll-back"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "rolled-back"): Phase.ENDED,
-    (Phase.HELD, "roll-back"): Phase.ROLLING_BACK,
-    (Phase.HELD, "rolled-back"): Phase.ENDED,
-    (Phase.HELD, "step-failed"): Phase.ROLLING_BACK,
-    (Phase.ROLLING_BACK, "rolled-back"): Phase.ENDED,
-    (Phase.ROLLING_BACK, "committed"): Phase.ENDED,
-    (Phase.ROLLING_BACK, "roll-back-failed"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "roll-back-failed"): Phase.ROLLING_BACK,
-    (Phase.HELD, "roll-back-failed"): Phase.ROLLING_BACK,
-    (Phase.RUNNING, "kept"): Phase.HELD,
-    (Phase.HELD, "kept"): Phase.HELD,
-    (Phase.ROLLING_BACK, "kept"): Phase.HELD,
-}
 
 
 @dataclass(frozen=True)
@@ -110,26 +42,36 @@ class Migration:
 
     def __init__(
         self, started: facts.MigrationStarted, *, at: float, steps: list[PlannedStep], config: CoordinatorConfig,
-        strategy: StrategyConfig, accept: str = "", sick_ok: bool = False,
+        strategy: StrategyConfig, terms: Terms,
     ) -> None:  # fmt: skip
         self.started = started
-        self._accept, self._sick_ok = accept, sick_ok
-        self._cold = False  # the old one is stopped before the candidate starts
-        self._failures = 0  # rollbacks that the host could not do
-        self._kept: Breach | None = None  # the candidate serves on, and nobody was told yet
         self.id = started.migration
         self.steps = steps
         self.phase = Phase.RUNNING
         self.index = 0
         self.outcome: Outcome | None = None
         self.closed = False
-        self._strategy = strategy
+        self.steering = ""  # the request whose answer is not in the log yet
+        self.strategy = strategy
+        self.judgement = Judgement(strategy.observe)
+        self.baseline = Baseline()  # of the old revision, once prepare has measured it
+        self._terms = terms
         self._config = config
         self._since = at  # seconds since 1970: when the step before this one was done
         self._sent_at: float | None = None  # when this step was asked for
+        self._stood_at: float | None = None  # since when no time counts
+        self._until = float("inf")  # of a phase that waits for an operator
+        self._blame = ""  # whose fault a hold is
+        self._stops = 0  # how often it was stopped, or asked to go on: no event has the id of an earlier one
+        self._approved = -1  # the step whose stage an operator let begin
+        self._committed: facts.Steered | None = None
         self._breach: Breach | None = None
         self._breached_at = at
         self._asked_rollback = False
+        self._failures = 0  # rollbacks that the host could not do
+        self._kept: Breach | None = None  # the candidate serves on, since the old revision can't
+        self._gave_up = False
+        self._asked_stop = -1  # the stop that was asked for and is not in the log yet
         self._said_end = False
         self._renewed = float("-inf")
         self._evidence: Evidence = {}
@@ -148,26 +90,24 @@ class Migration:
                 self._step_done(body, at)
             case facts.StepFailed():
                 self._step_failed(body, at)
-            case facts.CommandRefused():
-                if body.command == self._command_id():
-                    self._refused(Breach(by=f"host {self.started.host}", reason=body.reason), at)
-            case commands.RollBack():
-                self._turn("roll-back", body.breach, at)
-                self._asked_rollback = True
-            case facts.RolledBack():
-                self._rolled_back(body, at)
-            case facts.RollBackFailed():
-                self._roll_back_failed(body, at)
-            case facts.MigrationHeld():
-                self._kept = None
-                self._turn("held", body.breach, at)
+            case facts.CommandRefused() if body.command == self._command_id():
+                self._refused(Breach(by=f"host {self.started.host}", reason=body.reason), at)
+            case commands.RollBack() | facts.RolledBack() | facts.RollBackFailed():
+                self._going_back(body, at)
+            case facts.ChecksMeasured():
+                self._measured(body, at)
+            case facts.MigrationWaiting() | facts.MigrationHeld():
+                self._stopped(body, at)
+            case facts.Steered() | facts.Deviation():
+                self._led(body, at)
             case facts.MigrationEnded():
-                self.phase, self.outcome, self.closed = Phase.ENDED, body.outcome, True
+                self._turn("closed", None, at)
+                self.outcome, self.closed = body.outcome, True
             case _ if event.header.id == self._command_id():
                 self._sent_at = at  # a coordinator before this one asked for it
 
     def _turn(self, what: str, breach: Breach | None, at: float) -> bool:
-        to = TRANSITIONS.get((self.phase, what))
+        to = TRANSITIONS[self.phase, what]
         if to is None:
             return False
         if to is Phase.ROLLING_BACK and self.phase is not to:
@@ -177,13 +117,57 @@ class Migration:
         self.phase = to
         return True
 
+    def _stopped(self, body: facts.MigrationWaiting | facts.MigrationHeld, at: float) -> None:
+        what, breach, blame = "waiting", None, ""
+        if isinstance(body, facts.MigrationHeld):
+            what, breach, blame = "held", body.breach, body.blame
+        if self._turn(what, breach, at):
+            self._stops += 1
+            self._blame = blame
+            self._until = body.until or float("inf")
+            self._stood_at = at if self._stood_at is None else self._stood_at
+
+    def _led(self, body: facts.Steered | facts.Deviation, at: float) -> None:
+        if isinstance(body, facts.Deviation):
+            told = {"what": body.what, "because": body.because, "by": body.by, "time": at}
+            self._evidence.setdefault("deviations", []).append(told)
+            return
+        self.steering = ""
+        breach = Breach(by=f"operator {body.action}", reason=body.reason, sample_time=at)
+        if not self._turn(body.action, breach if body.action in ("hold", "abort") else None, at):
+            return
+        self._stops += 1
+        told = {"action": body.action, "by": body.by, "reason": body.reason, "time": at}
+        self._evidence.setdefault("steered", []).append(told)
+        if body.action in ("pause", "hold"):
+            self._until, self._blame = body.until or float("inf"), ""
+            self._stood_at = at if self._stood_at is None else self._stood_at
+            return
+        if body.action == "approve":
+            self._approved = self.index
+        elif body.action == "resume":
+            self.judgement.again()
+        elif body.action == "commit":
+            self._committed = body
+        self._go_on(at)
+
+    def _go_on(self, at: float) -> None:
+        """The time that it stood does not count: neither as watched, nor against the step under way."""
+        if self._stood_at is not None:
+            self._since = at - max(0.0, self._stood_at - self._since)
+            if self._sent_at is not None:
+                self._sent_at = at - max(0.0, self._stood_at - self._sent_at)
+        self._stood_at, self._until, self._blame, self._breach = None, float("inf"), "", None
+
     def _step_done(self, body: facts.StepDone, at: float) -> None:
         if body.command != self._command_id():
             return
         if body.evidence:
             self._evidence[f"{self.index}-{body.step}"] = body.evidence
-        if body.step == "prepare" and body.evidence.get("rollback_class") == "cold":
-            self._cold, self.steps = True, cold(self.steps)
+        if body.step == "prepare":
+            self.baseline = Baseline.from_evidence(body.evidence)
+            if body.evidence.get("rollback_class") == "cold":
+                self._terms, self.steps = replace(self._terms, cold=True), cold(self.steps)
         if body.step == "commit":
             if self._turn("committed", None, at):
                 self.outcome = "committed"
@@ -204,16 +188,34 @@ class Migration:
         else:
             self._turn("step-failed", breach, at)
 
+    def _measured(self, body: facts.ChecksMeasured, at: float) -> None:
+        self._evidence[f"checks-{body.checkpoint:.2f}"] = msgspec.to_builtins(body.checks)
+        self.judgement.apply(body, at)
+        if body.final and body.verdict == "failed":
+            self._turn("checks-failed", self.judgement.breach(at), at)
+
     def _refused(self, breach: Breach, at: float) -> None:
         if self.steps[self.index].step != "prepare":
             self._turn("refused", breach, at)
         elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
             self.outcome = "refused"
 
+    def _going_back(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
+        match body:
+            case commands.RollBack():
+                if self._kept is not None and self.phase is Phase.HELD and not body.breach.by.startswith("operator"):
+                    return  # a host that keeps a candidate listens to nobody else
+                self._turn("roll-back", body.breach, at)
+                self._asked_rollback = True
+            case facts.RolledBack():
+                self._rolled_back(body, at)
+            case facts.RollBackFailed():
+                self._roll_back_failed(body, at)
+
     def _rolled_back(self, body: facts.RolledBack, at: float) -> None:
         if self._turn("rolled-back", None, at):
             self._breach = body.breach
-            self.outcome = "rolled-back"
+            self.outcome = self._undone()
             first = body.breach.sample_time
             self._evidence["rollback"] = {
                 "level": body.level,
@@ -227,7 +229,7 @@ class Migration:
             }
 
     def _roll_back_failed(self, body: facts.RollBackFailed, at: float) -> None:
-        """Where the candidate is kept, it is for an operator to say what becomes of it."""
+        """Where the candidate is kept it has all requests: what is left is to commit it, or to try again."""
         self._evidence["roll_back_failed"] = {"reason": body.reason, "level": body.level, "kept": body.kept}
         self._failures += 1
         if not body.kept:
@@ -235,6 +237,10 @@ class Migration:
         elif self._turn("kept", body.breach, at):
             reason = f"{body.kept} is kept, since the old revision can't be brought back: {body.reason}"
             self._kept = Breach(by=f"host {body.host}", reason=reason, sample_time=body.breach.sample_time)
+            self._stops += 1
+            self._until, self._asked_rollback, self._gave_up = 0.0, False, False
+            self.index, self._sent_at = len(self.steps) - 1, None
+            self._breach, self._blame = self._kept, "permanent"
 
     def _slot_changed(self, body: facts.SlotChanged, at: float) -> None:
         """A slot that has no candidate, and has seen this epoch, has settled it, whatever else was lost on the way."""
@@ -245,7 +251,7 @@ class Migration:
             if self._turn("committed", None, at):
                 self.outcome = "committed"
         elif self._turn("rolled-back", None, at):
-            self.outcome = "rolled-back"
+            self.outcome = self._undone()
             self._breach = self._breach or Breach(by="host restarted", reason="the host restarted", sample_time=at)
 
     # --- deciding
@@ -253,7 +259,7 @@ class Migration:
     @property
     def live(self) -> bool:
         """The candidate is there, on trial: its lease must be renewed."""
-        return self.phase in (Phase.RUNNING, Phase.HELD) and self.index >= 1
+        return self.phase in ON_TRIAL and self.index >= 1
 
     def decide(self, now: float) -> list[Emit]:
         """What to send at this moment, in seconds since 1970. Sending the same again does no harm."""
@@ -266,19 +272,16 @@ class Migration:
                 migration=self.id, agent=self.started.agent, epoch=self.started.epoch, lease_s=self._lease_s()
             )
             wanted.append(Emit(topics.command(self.started.host), renew, f"{self.id}/lease/{now}", direct=True))
-        match self.phase:
-            case Phase.RUNNING:
-                wanted += self._advance(now)
-            case Phase.ROLLING_BACK:
-                wanted += self._undo(now)
-            case Phase.HELD if self._kept is not None:
-                held = facts.MigrationHeld(migration=self.id, agent=self.started.agent, breach=self._kept)
-                wanted.append(Emit(topics.migration_fact(self.started.agent), held, f"{self.id}/kept/{self._failures}"))
-                self._kept = None
-            case Phase.ENDED if not self._said_end:
-                wanted.append(self._end())
-            case _:
-                pass
+        if self._unsettled:
+            pass  # what was said is not in the log yet
+        elif self.phase is Phase.RUNNING:
+            wanted += self._advance(now)
+        elif self.phase in STANDING:
+            wanted += self._stand(now)
+        if self.phase is Phase.ROLLING_BACK:
+            wanted += self._undo(now)
+        elif self.phase is Phase.ENDED and not self._said_end:
+            wanted.append(self._end())
         return wanted
 
     def next_deadline(self, now: float) -> float:
@@ -286,20 +289,17 @@ class Migration:
         if self.closed or self._said_end:
             return float("inf")
         times = [self._renewed + self._lease_s() / LEASE_RENEWALS] if self.live else []
-        if self.phase is Phase.RUNNING:
-            times.append(self._due() if self._sent_at is None else self._sent_at + self._limit_s())
-        elif self.phase is Phase.ROLLING_BACK:
-            times.append(self._breached_at + ROLLBACK_ANSWER_S)
-        elif self.phase is Phase.ENDED:
+        if self.phase is Phase.ENDED:
             times.append(now)
+        elif self.phase is Phase.ROLLING_BACK or not self._unsettled:
+            times.append(self.due)
         return max(min(times, default=float("inf")), now)
 
-    def hold(self, breach: Breach) -> list[Emit]:
-        """Stop where it is and leave it to an operator."""
-        if self.phase is not Phase.RUNNING:
+    def hold(self, breach: Breach, now: float, blame: str = "") -> list[Emit]:
+        """Stop where it is and leave it to an operator. `blame`: whose fault it is, if not the candidate's."""
+        if self.phase not in (Phase.RUNNING, Phase.PAUSED, Phase.WAITING):
             return []
-        held = facts.MigrationHeld(migration=self.id, agent=self.started.agent, breach=breach)
-        return [Emit(topics.migration_fact(self.started.agent), held, f"{self.id}/held")]
+        return [self._hold(breach, now, blame)]
 
     def roll_back(self, breach: Breach, now: float) -> list[Emit]:
         """Ask the host, both ways, to put the old revision back."""
@@ -308,40 +308,173 @@ class Migration:
         body = commands.RollBack(
             migration=self.id, agent=self.started.agent, epoch=self.started.epoch, breach=breach, issued=now
         )
-        again = f"/{self._failures}" if self._failures else ""  # the one before was heard, and is not done twice
-        return [Emit(topics.rollback(self.started.host), body, f"{self.id}/roll-back{again}", also_direct=True)]
+        emit = Emit(topics.rollback(self.started.host), body, f"{self.id}/roll-back{self._again}", also_direct=True)
+        return [emit]
+
+    # --- what is measured
+
+    def watched(self, now: float) -> Watched | None:
+        """How far the candidate's trial with live requests is; None while it has none, or nothing is to be judged."""
+        before = self.steps[self.index - 1] if self.index else None
+        over = self.judgement.last is not None or self._sent_at is not None or self._committed is not None
+        if self.phase is not Phase.RUNNING or before is None or before.step != "cut-over" or over:
+            return None
+        elapsed, planned = max(0.0, now - self._since), before.dwell_s * self.judgement.time
+        return Watched(elapsed / planned if planned > 0 else 1.0, elapsed, before.stage is Stage.OBSERVATION)
+
+    def observe(self, measured: Measurement, now: float) -> list[Emit]:
+        """What follows from a measurement: nothing, a checkpoint for the record, or the last word."""
+        watched = self.watched(now)
+        if watched is None:
+            return []
+        told, final = self.judgement.due(watched, measured, now)
+        if not told:
+            return []
+        body = facts.ChecksMeasured(
+            migration=self.id, agent=self.started.agent, epoch=self.started.epoch, verdict=measured.verdict,
+            reason=Judgement.words(measured, watched, final=final), checkpoint=measured.checkpoint, final=final,
+            checks=measured.checks,
+        )  # fmt: skip
+        return [Emit(topics.migration_fact(self.started.agent), body, self.judgement.next_id(self.id))]
+
+    # --- what an operator's request is held against; see steering.py
+
+    @property
+    def observing(self) -> bool:
+        """All requests go to the candidate, and the commit is all that is left."""
+        return self.phase in ON_TRIAL and self.steps[self.index].step == "commit" and self._sent_at is None
+
+    def passed(self, now: float) -> bool:
+        """The observation has seen all that it was to see, and nothing stands against a commit."""
+        return self.observing and self.phase in (Phase.RUNNING, Phase.WAITING) and self.judgement.passed
+
+    def watched_s(self, now: float) -> float:
+        """Seconds since the last step was done; what it stood does not count."""
+        return max(0.0, (now if self._stood_at is None else self._stood_at) - self._since)
+
+    @property
+    def breach(self) -> Breach | None:
+        return self._breach
+
+    @property
+    def kept(self) -> bool:
+        """The host could not bring the old revision back: the candidate serves, until an operator decides."""
+        return self._kept is not None
+
+    @property
+    def blame(self) -> str:
+        """Whose fault a hold is, if it is not the candidate's: "host" or "permanent"."""
+        return self._blame
+
+    @property
+    def under_way(self) -> bool:
+        """The host was asked for a step and has not answered."""
+        return self._sent_at is not None
+
+    @property
+    def due(self) -> float:
+        """When something happens by itself in this phase, in seconds since 1970; infinity: never."""
+        if self.phase is Phase.ROLLING_BACK:
+            return self._breached_at + ROLLBACK_ANSWER_S
+        if self.phase is not Phase.RUNNING:
+            return self._until
+        if self._sent_at is not None:
+            return self._sent_at + self._limit_s()
+        judged = self.observing and self._committed is None and self.judgement.last is None
+        return self._due() + (LAST_WORD_S if judged else 0.0)
 
     # --- inside
 
+    @property
+    def _unsettled(self) -> bool:
+        """What was said last is not in the log yet: nothing else is decided before."""
+        return bool(self.steering) or self._gave_up or self._asked_stop == self._stops
+
     def _command_id(self) -> str:
-        return f"{self.id}/{self.index}"
+        return f"{self.id}/{self.index}{self._again}"
+
+    @property
+    def _again(self) -> str:
+        """What was heard before a rollback failed is not done twice: after it, ids are others."""
+        return f"/{self._failures}" if self._failures else ""
 
     def _lease_s(self) -> float:
         return self._config.lease_s
 
     def _due(self) -> float:
-        """When the next step may be asked for: the dwell of the one before is over."""
-        return self._since + (self.steps[self.index - 1].dwell_s if self.index else 0.0)
+        """When the next step may be asked for: the dwell of the one before is over, or it was ended before."""
+        if not self.index or self._committed is not None or (self.observing and self.judgement.passed):
+            return self._since
+        prolonged = self.judgement.time if self.observing else 1.0
+        return self._since + self.steps[self.index - 1].dwell_s * prolonged
 
     def _limit_s(self) -> float:
         return self.steps[self.index].time_s + self._config.step_margin_s
 
+    def _undone(self) -> Outcome:
+        """What fails in prepare was never begun."""
+        failed = self._breach is not None and self._breach.by.startswith("check ")
+        return "refused" if failed and self.steps[self.index].stage is Stage.PREPARE else "rolled-back"
+
+    def _hold(self, breach: Breach, now: float, blame: str) -> Emit:
+        held = facts.MigrationHeld(
+            migration=self.id, agent=self.started.agent, breach=breach, blame=blame, until=now + self._config.hold_s
+        )
+        return Emit(topics.migration_fact(self.started.agent), held, f"{self.id}/held/{self._stops}")
+
+    def limit_of(self, action: SteerAction, now: float) -> float:
+        """Until when an operator may leave it as this makes it, in seconds since 1970; 0: it does not stand."""
+        limits = {"pause": self._config.pause_s, "hold": self._config.hold_s}
+        return now + limits[action] if action in limits else 0.0
+
+    def _give_up(self, by: str, reason: str, now: float) -> list[Emit]:
+        self._gave_up = True
+        return self.roll_back(Breach(by=f"coordinator {by}", reason=reason, sample_time=now), now)
+
+    def _stand(self, now: float) -> list[Emit]:
+        """Nothing, until the time of whoever should have decided is up."""
+        if now < self._until:
+            return []
+        if self.phase is Phase.WAITING:
+            stage, limit = self.steps[self.index].stage, self._config.approval_s
+            return self._give_up("approval-overdue", f"nobody approved {stage} within {limit:.0f} s", now)
+        if self.phase is Phase.PAUSED:
+            return self._give_up("pause-overdue", f"it was paused for over {self._config.pause_s:.0f} s", now)
+        if self._blame and self._breach is not None:  # the old one is no better: somebody must look
+            self._until = now + self._config.hold_s
+            return [self._hold(self._breach, now, self._blame)]
+        return self._give_up("hold-overdue", f"it was held for over {self._config.hold_s:.0f} s", now)
+
     def _advance(self, now: float) -> list[Emit]:
         wanted = []
-        step = self.steps[self.index]
+        step, topic = self.steps[self.index], topics.migration_fact(self.started.agent)
         if self._sent_at is not None:
             if now < self._sent_at + self._limit_s():
                 return []
-            reason = f"{step.step} was not done within {self._limit_s():.0f} s"
-            return self.roll_back(Breach(by="coordinator step-overdue", reason=reason, sample_time=now), now)
+            return self._give_up("step-overdue", f"{step.step} was not done within {self._limit_s():.0f} s", now)
         if now < self._due():
             return []
+        if self.observing and self._committed is None and not self.judgement.passed:
+            return self._unjudged(now)
+        if step.gate and self._approved != self.index and self._committed is None:
+            waiting = facts.MigrationWaiting(
+                migration=self.id, agent=self.started.agent, stage=step.stage, until=now + self._config.approval_s
+            )
+            self._asked_stop = self._stops
+            return [Emit(topic, waiting, f"{self.id}/waiting/{self._stops}")]
         if not self.index or self.steps[self.index - 1].stage is not step.stage:
             entered = facts.StageEntered(migration=self.id, agent=self.started.agent, stage=step.stage)
-            wanted.append(Emit(topics.migration_fact(self.started.agent), entered, f"{self.id}/stage/{step.stage}"))
+            wanted.append(Emit(topic, entered, f"{self.id}/stage/{step.stage}"))
         wanted.append(Emit(topics.command(self.started.host), self._command(step, now), self._command_id()))
         self._sent_at = now
         return wanted
+
+    def _unjudged(self, now: float) -> list[Emit]:
+        """The observation's time is over, and the candidate has not passed: an operator decides."""
+        if self.judgement.last is None and now < self._due() + LAST_WORD_S:
+            return []
+        self._asked_stop = self._stops
+        return [self._hold(self.judgement.breach(now), now, "")]
 
     def _undo(self, now: float) -> list[Emit]:
         breach = self._breach or Breach(by="coordinator", reason="unknown")
@@ -360,8 +493,11 @@ class Migration:
     def _end(self) -> Emit:
         self._said_end = True
         breach = self._breach
-        if self.outcome == "committed":
-            decided, reason = "observation", "every stage passed and no rule fired"
+        if self.outcome == "committed" and self._committed is not None:
+            decided, reason = "operator commit", self._committed.reason
+        elif self.outcome == "committed":
+            decided = "observation"
+            reason = self.judgement.last.reason if self.judgement.last is not None else "the host has committed it"
         elif breach is not None:
             decided, reason = breach.by, breach.reason
         else:
@@ -379,34 +515,5 @@ class Migration:
 
     def _command(self, step: PlannedStep, now: float) -> commands.HostCommand:
         deadline = now + self._limit_s()
-        migration, agent, epoch = self.id, self.started.agent, self.started.epoch
-        match step.step:
-            case "prepare":
-                return commands.Prepare(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    to=self.started.to, baseline_s=self._strategy.baseline_s, accept=self._accept,
-                    sick_ok=self._sick_ok, levels=getattr(self._strategy, "backup", BACKUP_LEVELS),
-                )  # fmt: skip
-            case "drill":
-                return commands.Drill(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline, accept=self._accept,
-                    cold=self._cold, promise_s=getattr(self._strategy, "promise_s", PROMISE_S),
-                )  # fmt: skip
-            case "start-candidate":
-                return commands.StartCandidate(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline, cold=self._cold
-                )
-            case "shadow":
-                return commands.Shadow(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    requests=self._strategy.shadow_requests, seconds=self._strategy.shadow_s,
-                    min_requests=self._strategy.shadow_min_requests,
-                    max_mismatches=self._strategy.shadow_max_mismatches,
-                )  # fmt: skip
-            case "cut-over":
-                return commands.CutOver(
-                    migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                    share=step.share, lease_s=self._lease_s(),
-                )  # fmt: skip
-            case "commit":
-                return commands.Commit(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
+        lease_s = self._lease_s()
+        return command_of(step, self.started, self.strategy, self._terms, deadline=deadline, lease_s=lease_s)

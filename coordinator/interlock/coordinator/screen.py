@@ -13,6 +13,7 @@ from rich.table import Table
 from interlock.broker.wire import Event
 from interlock.coordinator.fleet import Fleet, Migration
 from interlock.coordinator.ping import Roll
+from interlock.coordinator.planning import Forecast
 from interlock.coordinator.verbs import Report, Status
 from interlock.coordinator.wording import Tone, sentence, tone
 
@@ -70,12 +71,18 @@ class Screen:
         if flying:
             self._table(
                 "Migrations in flight",
-                ["migration", "agent", "from", "to", "stage", "since", "state"],
+                ["migration", "agent", "from", "to", "since", "stage", "phase", "waits for", "time left"],
                 [
-                    [m.id, m.agent, m.previous, m.to, m.stage, clock(m.times.get("started", 0.0)), _state(m)]
+                    [m.id, m.agent, m.previous, m.to, clock(m.times.get("started", 0.0)), *_standing(m, status)]
                     for m in flying
                 ],
             )
+            for m in flying:
+                if m.outcome == "held":
+                    fault = f" (the fault of the {m.blame})" if m.blame else ""
+                    self.line(f"{m.agent} is held by {m.decided_by}{fault}: {m.reason}", "warn")
+                for deviation in m.deviations:
+                    self.line(f"{m.agent} deviates: {deviation}", "warn")
         else:
             self.line("No migration is in flight.", "dim")
         if view.alerts:
@@ -94,6 +101,38 @@ class Screen:
                 ],
                 tone="bad",
             )
+
+    def forecast(self, found: Forecast) -> None:
+        """What `interlock plan` shows."""
+        self.line(f"{found.agent} on {found.host}: {found.previous or '?'} -> {found.to}")
+        self.line(f"strategy {found.strategy}; due is {found.due}: {found.why}")
+        self.line(f"risk {found.risk or 'unknown: nobody scored it'}; backup of {', '.join(found.backup)}")
+        promised = found.promise
+        self.line(
+            f"rollback within {promised.seconds:g} s: {promised.source}", "good" if promised.rehearsed else "warn"
+        )
+        self._table(
+            "Stages",
+            ["stage", "asked of the host", "what must hold", "takes"],
+            [
+                [
+                    s.stage + " (after approval)" * s.gate,
+                    ", ".join(s.steps),
+                    "; ".join(s.checks),
+                    _span(s.least_s, s.most_s),
+                ]
+                for s in found.stages
+            ],
+        )
+        self.line(f"takes {_span(found.least_s, found.most_s)} in all")
+        for missing in found.left_out:
+            self.line(f"left out: {missing}", "warn")
+        for deviation in found.deviations:
+            self.line(f"deviates: {deviation}", "warn")
+        for reason in found.refused:
+            self.line(f"would be REFUSED now: {reason}", "bad")
+        if not found.refused:
+            self.line("would begin now", "good")
 
     # --- inside
 
@@ -155,12 +194,31 @@ def closing(told: Report) -> str:
         case "rolled-back":
             return f"ROLLED BACK{took}: {told.agent} runs {told.previous or 'its old revision'} again{why}"
         case "held":
-            return f"HELD: {told.agent} stays where it is until you decide{why}; undo: interlock rollback {told.agent}"
+            return (
+                f"HELD: {told.agent} stays where it is until you decide{why}; go on: interlock resume {told.agent}; "
+                f"undo: interlock abort {told.agent}"
+            )
         case "refused":
             return f"REFUSED, nothing was changed: {told.reason}"
         case _:
             return f"FAILED: {told.agent}{why}"
 
 
-def _state(migration: Migration) -> str:
-    return f"held by {migration.decided_by}: {migration.reason}" if migration.outcome == "held" else migration.note
+def _standing(migration: Migration, status: Status) -> list[str]:
+    """Stage, phase, what is waited for, and the time left; as far as the log tells."""
+    found = status.standings.get(migration.id)
+    if found is None:
+        return [migration.stage, migration.phase, migration.note, ""]
+    left = max(0.0, found.until - status.now)
+    return [found.stage, found.phase, found.waits_for, f"{span(left)}, then {found.then}" if found.until else ""]
+
+
+def _span(least: float, most: float) -> str:
+    return span(least) if span(least) == span(most) else f"{span(least)} to {span(most)}"
+
+
+def span(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "24 h": rounded to what matters."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,7 @@ import trio
 
 from interlock.broker import signing, topics
 from interlock.broker.client import Bus, open_bus
-from interlock.broker.commands import Migrate, RollBackAgent
+from interlock.broker.commands import Migrate, RollBackAgent, Steer
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused
 from interlock.broker.role import held
@@ -18,6 +18,7 @@ from interlock.broker.security import Security, load_security
 from interlock.broker.wire import Event
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.migration import Emit
+from interlock.coordinator.observers import observe
 
 log = logging.getLogger("interlock.coordinator")
 
@@ -39,7 +40,7 @@ def _loader(fleet: FleetConfig) -> Callable[[], FleetConfig]:
 
 def is_genuine(event: Event, security: Security | None) -> bool:
     """False of a request that no operator signed: whatever the broker says, it was not asked for."""
-    if security is None or not isinstance(event.body, Migrate | RollBackAgent):
+    if security is None or not isinstance(event.body, Migrate | RollBackAgent | Steer):
         return True
     try:
         signing.check(event, security.roll, now=time.time())
@@ -75,6 +76,7 @@ async def _serve(bus: Bus, core: Coordinator, ready: Callable[[], None], securit
         await feed.caught_up.wait()
         log.info("the log is read up to event %d; %d migrations in flight", feed.position, len(core.migrations))
         ready()
+        nursery.start_soon(observe, bus, core, lambda emit: _send(bus, core, nursery, emit))
         while True:
             changed = trio.Event()
             now = time.time()

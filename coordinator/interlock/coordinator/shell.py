@@ -12,8 +12,11 @@ from pathlib import Path
 
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
+from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
+from interlock.coordinator.options import STEERING
 
-OFFERED = ("migrate", "rollback", "ping", "status", "watch", "log")
+OFFERED = ("plan", "migrate", *STEERING, "rollback", "drill", "backup", "ping", "status", "watch", "log")
+CHOICES: dict[str, list[str]] = {"--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF)}
 LEAVING = ("exit", "quit", "EOF")
 
 
@@ -66,13 +69,15 @@ class Shell(cmd.Cmd):
         return [name for name in (*OFFERED, "help", "exit") if name.startswith(text)]
 
     def completedefault(self, text: str, line: str, begidx: int, endidx: int) -> list[str]:
-        """An agent's name, or after --to a revision of the agent that stands in the line."""
+        """What may stand after an option: a revision of the agent in the line, say; else an agent's name."""
         with suppress(ConfigError):  # completion goes on with what was read last; the verb will say what is wrong
             self._fleet = load_fleet(self._path)  # a revision may have been added meanwhile
         before = line[:begidx].split()
         if before[-1] == "--to":
             agents = [self._fleet.agents[word] for word in before if word in self._fleet.agents]
             names = [name for agent in agents for name in agent.revisions]
+        elif before[-1] in CHOICES:
+            names = CHOICES[before[-1]]
         else:
             names = list(self._fleet.agents)
         return [name for name in names if name.startswith(text)]
@@ -82,8 +87,12 @@ class Shell(cmd.Cmd):
             self._run([words[0], "--help"])
         else:
             self.stdout.write(
+                "plan AGENT --to REVISION      what that move would do, and promise\n"
                 "migrate AGENT --to REVISION   move an agent, and follow it to its outcome\n"
+                "approve, pause, resume, hold, abort, commit AGENT    lead its migration in flight\n"
                 "rollback AGENT                undo its migration in flight\n"
+                "drill AGENT                   rehearse its rollback, and measure it\n"
+                "backup list|verify|restore    the backups of this machine's hosts\n"
                 "status                        hosts, agents, migrations, alerts\n"
                 "watch [PREFIX]                what happens, until Ctrl-C\n"
                 "log [verify]                  what is in the event log; its hash chain\n"

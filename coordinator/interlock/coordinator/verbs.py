@@ -17,7 +17,9 @@ from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import InterlockError, Refused, Unreachable
 from interlock.broker.wire import Event
+from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.fleet import Fleet, Host, Migration
+from interlock.coordinator.steering import Standing, standing
 from interlock.coordinator.wording import concerns
 
 EXITS = {"committed": 0, "started": 0, "rolled-back": 10, "held": 11, "refused": 12, "failed": 13}
@@ -91,7 +93,7 @@ async def listening(
         raise broker_silent(fleet, timeout)
 
 
-async def catch_up(feed: EventFeed, view: Fleet, fleet: FleetConfig, *, timeout: float) -> None:
+async def catch_up(feed: EventFeed, view: Fleet | Coordinator, fleet: FleetConfig, *, timeout: float) -> None:
     """Fold all that is in the log; Unreachable if nothing moves for `timeout` seconds."""
 
     async def fold() -> None:
@@ -111,6 +113,15 @@ async def catch_up(feed: EventFeed, view: Fleet, fleet: FleetConfig, *, timeout:
         raise broker_silent(fleet, timeout)
 
 
+async def survey(bus: Bus, fleet: FleetConfig, *, timeout: float) -> Coordinator:
+    """What the coordinator knows: the same fold over the same log. It is never asked to decide."""
+    core = Coordinator(lambda: fleet, fleet)
+    prefixes = [topics.FACTS, topics.SNAPSHOTS, topics.COMMANDS, topics.ROLLBACKS]
+    async with listening(bus, fleet, prefixes, timeout=timeout, after=0) as feed:
+        await catch_up(feed, core, fleet, timeout=timeout)
+    return core
+
+
 # --- migrate
 
 
@@ -121,6 +132,7 @@ async def migrate(
     to: str,
     *,
     strategy: str | None = None,
+    level: str | None = None,
     accept: str = "",
     because: str = "",
     timeout: float,
@@ -137,7 +149,13 @@ async def migrate(
     view = Fleet()
     async with listening(bus, fleet, [topics.FACTS], timeout=timeout) as feed:
         asked = commands.Migrate(
-            agent=agent, to=to, strategy=strategy, accept=accept, because=because, deadline=time.time() + timeout
+            agent=agent,
+            to=to,
+            strategy=strategy,
+            level=level,
+            accept=accept,
+            because=because,
+            deadline=time.time() + timeout,
         )
         await bus.publish(topics.COORDINATOR, asked, id=request, timeout=timeout)
         answer: Event | None = None
@@ -158,7 +176,7 @@ async def migrate(
         begun(number)
         if detach:
             return report(view.migrations[number], "started")
-        return report(await _follow(feed, view, number, tell=tell, note=note))
+        return report(await follow(feed, view, number, tell=tell, note=note))
 
 
 async def _answer(feed: EventFeed, view: Fleet, request: str) -> Event:
@@ -169,7 +187,7 @@ async def _answer(feed: EventFeed, view: Fleet, request: str) -> Event:
     raise AssertionError("a feed does not end")
 
 
-async def _follow(feed: EventFeed, view: Fleet, number: str, *, tell: Tell, note: Note) -> Migration:
+async def follow(feed: EventFeed, view: Fleet, number: str, *, tell: Tell, note: Note) -> Migration:
     """Until the coordinator has ended or held it, or the host has settled it and the coordinator says no more."""
     give_up = math.inf
     lost = False
@@ -315,11 +333,15 @@ async def _rolled_back(feed: EventFeed, view: Fleet, number: str, *, tell: Tell,
 
 @dataclass
 class Status:
-    """The fold, and when each host last sent telemetry (seconds since 1970; 0: nothing was heard)."""
+    """The fold, and when each host last sent telemetry (seconds since 1970; 0: nothing was heard).
+
+    standings: where each migration in flight stands, by its id.
+    """
 
     view: Fleet
     heard: dict[str, float]
     now: float
+    standings: dict[str, Standing] = field(default_factory=dict)
 
     def condition(self, host: Host) -> str:
         """ "down", "up", or "silent": it never said goodbye, but sends nothing either."""
@@ -331,16 +353,19 @@ class Status:
         tree = self.view.to_json()
         for name, host in self.view.hosts.items():
             tree["hosts"][name] |= {"condition": self.condition(host), "heard": self.heard.get(name)}
+        for name, found in self.standings.items():
+            if name in tree["migrations"]:
+                left = max(0.0, found.until - self.now) if found.until else None
+                tree["migrations"][name] |= asdict(found) | {"left_s": left}
         return tree | {"time": self.now}
 
 
 async def status(bus: Bus, fleet: FleetConfig, *, timeout: float) -> Status:
     """What the log says, and which hosts speak. Needs the broker only."""
-    view = Fleet()
     heard: dict[str, float] = {}
     async with bus.samples([topics.TELEMETRY]) as samples:
-        async with listening(bus, fleet, [topics.FACTS, topics.SNAPSHOTS], timeout=timeout, after=0) as feed:
-            await catch_up(feed, view, fleet, timeout=timeout)
+        core = await survey(bus, fleet, timeout=timeout)
+        view = core.fleet
         expected = {host.name for host in view.hosts.values() if host.up}
         with trio.move_on_after(LISTEN_S):
             while not all(time.time() - heard.get(name, 0.0) <= FRESH_S for name in expected):
@@ -348,4 +373,5 @@ async def status(bus: Bus, fleet: FleetConfig, *, timeout: float) -> Status:
                     name, _, publisher = batch.source.rpartition("/")
                     if publisher == "host":  # a monitor outlives the host process
                         heard[name] = max(heard.get(name, 0.0), batch.time)
-    return Status(view, heard, time.time())
+    now = time.time()
+    return Status(view, heard, now, {migration.id: standing(migration, now) for migration in core.migrations.values()})

@@ -7,6 +7,15 @@ from typing import Literal
 from interlock.broker import commands, facts
 from interlock.broker.wire import Body, Event
 
+_STEERED = {
+    "approve": "approved",
+    "pause": "PAUSED",
+    "resume": "resumed",
+    "hold": "HELD",
+    "abort": "ABORTED",
+    "commit": "committed early",
+}
+
 Tone = Literal["plain", "good", "warn", "bad", "dim"]
 
 
@@ -18,7 +27,8 @@ def sentence(body: Body) -> str:
         case facts.AlertFiring():
             dry = ", a dry run" if body.dry_run else ""
             about = body.summary or _labels(body.labels)
-            return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]"
+            fault = "".join(f"; held, the fault of the {each.who}: {each.why}" for each in body.blamed.values())
+            return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]{fault}"
         case facts.FleetSnapshot():
             return f"snapshot of the fleet as of event {body.through}"
         case facts.AlertResolved():
@@ -27,7 +37,11 @@ def sentence(body: Body) -> str:
             facts.MigrationStarted()
             | facts.MigrationRefused()
             | facts.StageEntered()
+            | facts.MigrationWaiting()
             | facts.MigrationHeld()
+            | facts.ChecksMeasured()
+            | facts.Steered()
+            | facts.Deviation()
             | facts.MigrationEnded()
         ):
             return _of_migration(body)
@@ -37,6 +51,12 @@ def sentence(body: Body) -> str:
             return _of_safety(body)
         case _:
             return _of_command(body)
+
+
+def _left_out(body: facts.MigrationStarted) -> list[object]:
+    """Stages that the agent can't go through, and why."""
+    found = body.settings.get("left_out")
+    return found if isinstance(found, list) else []
 
 
 def _of_processes(body: facts.HostUp | facts.HostDown | facts.InstanceStarted | facts.InstanceStopped) -> str:
@@ -56,20 +76,35 @@ def _of_migration(
     body: facts.MigrationStarted
     | facts.MigrationRefused
     | facts.StageEntered
+    | facts.MigrationWaiting
     | facts.MigrationHeld
+    | facts.ChecksMeasured
+    | facts.Steered
+    | facts.Deviation
     | facts.MigrationEnded,
 ) -> str:
     match body:
         case facts.MigrationStarted():
             route = f"{body.previous} -> {body.to}" if body.previous else f"to {body.to}"
-            return f"{body.agent}: migration {body.migration} started, {route}, {body.strategy}, on {body.host}"
+            said = f"{body.agent}: migration {body.migration} started, {route}, {body.strategy}, on {body.host}"
+            return "; ".join([said, *map(str, _left_out(body))])
         case facts.MigrationRefused():
             to = f" to {body.to}" if body.to else ""
             return f"{body.agent}{to}: refused: {body.reason}"
         case facts.StageEntered():
             return f"{body.agent}: stage {body.stage}{_more(body.note)}"
+        case facts.MigrationWaiting():
+            return f"{body.agent}: WAITS for approval of stage {body.stage}: interlock approve {body.agent}"
         case facts.MigrationHeld():
-            return f"{body.agent}: HELD by {body.breach.by}: {body.breach.reason}"
+            fault = f", the fault of the {body.blame}" if body.blame else ""
+            return f"{body.agent}: HELD by {body.breach.by}{fault}: {body.breach.reason}"
+        case facts.Steered():
+            return f"{body.agent}: {_STEERED[body.action]} by {body.by}{_more(body.reason)}"
+        case facts.Deviation():
+            return f"{body.agent}: DEVIATION by {body.by}: {body.what}; because: {body.because}"
+        case facts.ChecksMeasured():
+            when = "" if body.final else f" at {body.checkpoint:.0%} of the time"
+            return f"{body.agent}: checks {body.verdict}{when}: {body.reason}"
         case facts.MigrationEnded():
             return f"{body.agent}: {body.outcome.upper()}, decided by {body.decided_by}{_more(body.reason)}"
 
@@ -115,6 +150,8 @@ def _of_command(body: Body) -> str:
             return f"{agent}: asked to roll back: {body.reason}"
         case commands.RunDrill():
             return f"{agent}: asked for a drill"
+        case commands.Steer():
+            return f"{agent}: asked to {body.action} it{_more(body.reason)}"
         case commands.RollCall():
             return "hosts are asked whether they are there"
         case commands.RollBack():
@@ -137,7 +174,10 @@ def tone(body: Body) -> Tone:
         case (
             facts.RolledBack()
             | facts.RollBackEscalated()
+            | facts.MigrationWaiting()
             | facts.MigrationHeld()
+            | facts.Steered(action="hold" | "abort")
+            | facts.Deviation()
             | facts.MigrationRefused()
             | facts.MigrationEnded()
             | facts.AlertFiring()
@@ -145,7 +185,7 @@ def tone(body: Body) -> Tone:
             | commands.RollBackAgent()
         ):
             return "warn"
-        case facts.StageEntered() | facts.MigrationStarted():
+        case facts.StageEntered() | facts.MigrationStarted() | facts.Steered() | facts.DrillDone():
             return "plain"
         case _:
             return "dim"

@@ -112,6 +112,11 @@ class Alerts:
         alerts = [*self._active.values(), *self._restored.values()]
         return [self._transition(alert, state) for alert in alerts if alert.firing is (state == "firing")]
 
+    def breaches(self) -> list[Transition]:
+        """What breaches by a sample that is there: not what is silent, kept on, or of before a restart."""
+        seen = [alert for alert in self._active.values() if not alert.silent and alert.keep_until is None]
+        return [self._transition(alert, "firing" if alert.firing else "pending") for alert in seen]
+
     def __bool__(self) -> bool:
         return bool(self._active)
 

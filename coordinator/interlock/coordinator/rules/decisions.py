@@ -2,6 +2,9 @@
 
 A rollback goes out before the alert that explains it, and never waits for anything. One rollback per migration and
 epoch: its id is made of them, so that a repeated one, also from another life of this process, is recognised.
+
+A breach that is not the candidate's fault (see blame.py) is told with that, and holds the migration. It stays under
+watch: when the evidence is gone and the breach is not, the migration is rolled back after all.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ from dataclasses import dataclass
 
 from interlock.broker import topics
 from interlock.broker.commands import Breach, RollBack
-from interlock.broker.facts import AlertFiring, AlertResolved
+from interlock.broker.facts import AlertFiring, AlertResolved, Blame
 from interlock.broker.samples import Labels
 from interlock.broker.wire import Event
-from interlock.coordinator.rules.alerts import Transition
+from interlock.coordinator.rules.alerts import RESTORE_GRACE_S, Transition
+from interlock.coordinator.rules.blame import twin, whose
 from interlock.coordinator.rules.engine import Engine, Skew
-from interlock.coordinator.rules.inflight import InFlight, Migration
+from interlock.coordinator.rules.inflight import AlertKey, InFlight, Migration, alert_key
 from interlock.coordinator.rules.rule import Rule
+
+EXCUSED_S = 2.0  # a breach that nothing excuses any more for so long is the candidate's: well within the 5 s promised
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,26 @@ class Send:
     direct: str = ""
 
 
+@dataclass
+class Excused:
+    """An alert that did not roll a migration back. `gone_since`: nothing speaks for the candidate since then."""
+
+    key: AlertKey
+    migration: str
+    not_before: float  # it is judged again from then on
+    gone_since: float | None = None
+
+
 class RuleDecisions:
     """The engine beside the migrations in flight. `controls`: where hosts listen that have not said so themselves."""
 
     def __init__(self, rules: Sequence[Rule], controls: Mapping[str, str]) -> None:
-        self.engine = Engine(rules)
+        names = {rule.name for rule in rules}
+        twins = [(rule.name, made) for rule in rules if (made := twin(rule)) is not None and made.name not in names]
+        self.engine = Engine([*rules, *(made for _, made in twins)])
+        self._twins = {name: made.name for name, made in twins}
+        self._silent = set(self._twins.values())
+        self._excused: list[Excused] = []
         self.in_flight = InFlight()
         self._controls = controls
         self._log_clock = Skew()
@@ -47,8 +68,15 @@ class RuleDecisions:
         begun = self.in_flight.apply(event, self._log_clock.to_ours(logged, now) if self._live else logged)
         if begun is None or not self._live:
             return []
-        firing = self.engine.current("firing")
-        return [send for alert in firing if (send := self._rollback(alert, begun, now)) is not None]
+        sends: list[Send] = []
+        for alert in self.firing():
+            if alert.since < begun.started or not begun.matches(alert.labels):
+                continue
+            if blamed := self._blamed(alert, [begun], now):
+                sends.append(_firing(alert, [begun], blamed))
+            elif (rollback := self._rollback(alert, begun, now)) is not None:
+                sends.append(rollback)
+        return sends
 
     def go_live(self, now: float) -> list[Send]:
         """The log is read: alerts that it says are firing go on, those of rules that are gone resolve."""
@@ -61,7 +89,18 @@ class RuleDecisions:
             )
             if not known:
                 sends.append(_resolved(alert.rule, alert.labels))
+            again = now + RESTORE_GRACE_S + EXCUSED_S  # until then what speaks for the candidate may not have come
+            self._excused += [Excused(alert_key(alert.rule, alert.labels), name, again) for name in alert.blamed]
         return sends
+
+    def firing(self) -> list[Transition]:
+        """All alerts that fire, as the transitions that said so."""
+        return [alert for alert in self.engine.current("firing") if alert.rule.name not in self._silent]
+
+    def next_deadline(self) -> float:
+        """When `tick` has something to do at the latest; infinity where nothing is known yet."""
+        watched = [max(each.not_before, (each.gone_since or 0.0) + EXCUSED_S) for each in self._excused]
+        return min([self.engine.next_deadline(), *watched])
 
     def ingest(
         self,
@@ -83,16 +122,57 @@ class RuleDecisions:
         rollbacks: list[Send] = []
         alerts: list[Send] = []
         for transition in transitions:
+            if transition.rule.name in self._silent:
+                continue
             if transition.state == "firing":
                 matching = self.in_flight.matching(transition.labels)
+                blamed = self._blamed(transition, matching, now)
                 for migration in matching:
-                    rollback = self._rollback(transition, migration, now)
+                    rollback = None if migration.migration in blamed else self._rollback(transition, migration, now)
                     if rollback is not None:
                         rollbacks.append(rollback)
-                alerts.append(_firing(transition, matching))
+                alerts.append(_firing(transition, matching, blamed))
             elif transition.state == "resolved":
                 alerts.append(_resolved(transition.rule.name, transition.labels))
-        return rollbacks + alerts
+        return rollbacks + self._judge_again(now) + alerts
+
+    def _blamed(self, alert: Transition, matching: Sequence[Migration], now: float) -> dict[str, Blame]:
+        """Those of the migrations that it would roll back, and does not; they are watched from now on."""
+        if alert.rule.action != "rollback" or alert.rule.dry_run:
+            return {}
+        open_ = [each for each in matching if _rollback_id(each) not in self._undone]
+        found = {each.migration: made for each in open_ if (made := self._whose(alert, each)) is not None}
+        key = alert_key(alert.rule.name, alert.labels)
+        self._excused += [Excused(key, migration, now) for migration in found]
+        return found
+
+    def _whose(self, alert: Transition, migration: Migration) -> Blame | None:
+        names = {alert.rule.name, self._twins.get(alert.rule.name, "")}
+        return whose(alert, migration, self.engine.breaches(names))
+
+    def _judge_again(self, now: float) -> list[Send]:
+        """What was excused and is excused no longer."""
+        if not self._excused:
+            return []
+        sends: list[Send] = []
+        kept: list[Excused] = []
+        firing = {alert_key(alert.rule.name, alert.labels): alert for alert in self.firing()}
+        flying = {migration.migration: migration for migration in self.in_flight.migrations.values()}
+        for each in self._excused:
+            alert, migration = firing.get(each.key), flying.get(each.migration)
+            if alert is None or migration is None:
+                continue
+            if now < each.not_before or self._whose(alert, migration) is not None:
+                each.gone_since = None
+            elif each.gone_since is None:
+                each.gone_since = now
+            elif now >= each.gone_since + EXCUSED_S:
+                rollback = self._rollback(alert, migration, now)
+                sends += [rollback] if rollback is not None else []
+                continue
+            kept.append(each)
+        self._excused = kept
+        return sends
 
     def _rollback(self, alert: Transition, migration: Migration, now: float) -> Send | None:
         """The rollback that this firing alert asks for, if it asks for one that was not decided before."""
@@ -101,7 +181,7 @@ class RuleDecisions:
             return None
         if alert.since < migration.started:  # whatever it is, the candidate didn't do it
             return None
-        id = f"{migration.migration}/{migration.epoch}/rules"
+        id = _rollback_id(migration)
         if id in self._undone:
             return None
         self._undone.add(id)
@@ -119,7 +199,11 @@ class RuleDecisions:
         return Send(topics.rollback(migration.host), body, id, "" if control.endswith(":*") else control)
 
 
-def _firing(alert: Transition, matching: Sequence[Migration]) -> Send:
+def _rollback_id(migration: Migration) -> str:
+    return f"{migration.migration}/{migration.epoch}/rules"
+
+
+def _firing(alert: Transition, matching: Sequence[Migration], blamed: dict[str, Blame]) -> Send:
     body = AlertFiring(
         rule=alert.rule.name,
         labels=alert.labels,
@@ -129,6 +213,7 @@ def _firing(alert: Transition, matching: Sequence[Migration]) -> Send:
         summary=alert.summary,
         dry_run=alert.rule.dry_run,
         migrations=[migration.migration for migration in matching],
+        blamed=blamed,
     )
     return Send(topics.alert_fact(alert.rule.name), body)
 

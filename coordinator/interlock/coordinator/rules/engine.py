@@ -11,7 +11,7 @@ staleness. A publisher's clock is brought to ours by the smallest difference see
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Literal
 
 from interlock.broker.samples import NAME, Labels
@@ -185,6 +185,10 @@ class Engine:
     def current(self, state: Literal["pending", "firing"]) -> list[Transition]:
         """Every alert in this state, as the transition that would say so."""
         return [made for running in self._running for made in running.alerts.current(state)]
+
+    def breaches(self, names: Container[str]) -> list[Transition]:
+        """What is breached now of the rules with these names, whether for long enough or not."""
+        return [made for running in self._running if running.rule.name in names for made in running.alerts.breaches()]
 
     # --- inside
 

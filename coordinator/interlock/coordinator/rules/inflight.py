@@ -18,6 +18,7 @@ from interlock.broker.facts import (
     MigrationHeld,
     MigrationStarted,
     RolledBack,
+    Steered,
 )
 from interlock.broker.samples import Labels
 from interlock.broker.wire import Event
@@ -93,6 +94,10 @@ class InFlight:
                 known = self.migrations.get(agent)
                 if known is not None and known.migration == migration:
                     self.migrations[agent] = replace(known, held=True)
+            case Steered(agent=agent, migration=migration, action="hold" | "resume" | "commit" as action):
+                known = self.migrations.get(agent)
+                if known is not None and known.migration == migration:
+                    self.migrations[agent] = replace(known, held=action == "hold")
             case HostUp(host=host, control=control):
                 self.control[host] = control
             case AlertFiring(rule=rule, labels=labels) as fired:
@@ -123,7 +128,7 @@ class InFlight:
             fired = AlertFiring(
                 rule=alert.rule, labels=alert.labels, value=alert.value, action=alert.action,
                 sample_time=alert.sample_time, summary=alert.summary, dry_run=alert.dry_run,
-                migrations=alert.migrations,
+                migrations=alert.migrations, blamed=alert.blamed,
             )  # fmt: skip
             self.firing[key] = before.get(key, Fired(fired, alert.since))
 

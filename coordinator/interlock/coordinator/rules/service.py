@@ -106,7 +106,7 @@ class RuleService:
         while True:
             await trio.sleep(TICK_S)
             now = self._now()
-            if now >= self._decisions.engine.next_deadline():
+            if now >= self._decisions.next_deadline():
                 self._send(nursery, self._decisions.tick(now))
 
     def _send(self, nursery: trio.Nursery, sends: Sequence[Send]) -> None:
@@ -147,7 +147,7 @@ class RuleService:
                 "rules_batches_lost_total": intake.lost,
                 "rules_late_total": intake.late,
                 "rules_series_refused_total": engine.refused + intake.oversized,
-                "rules_alerts_firing": len(engine.current("firing")),
+                "rules_alerts_firing": len(self._decisions.firing()),
             }
             samples = {labels(name, host=TELEMETRY_HOST): float(value) for name, value in figures.items()}
             publisher.send(samples, time=time.time())
