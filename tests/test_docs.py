@@ -38,6 +38,7 @@ from interlock.agents.slot_io import (
 )
 from interlock.broker import commands, config, fields
 from interlock.broker import strategies as strategy_tables
+from interlock.broker.bounds import range_of
 from interlock.broker.commands import Breach
 from interlock.broker.config import parse_fleet
 from interlock.broker.errors import ConfigError
@@ -132,10 +133,12 @@ def _key_row(owner: str, field: ast.AnnAssign, lines: list[str]) -> str:
     if not comment and above.startswith("#"):
         comment = above[1:]
     assert comment.strip(), f"{owner}.{key} has no comment that says what it means"
+    annotation = ast.unparse(field.annotation)
+    allowed = f", {range_of(owner, key)}" if annotation.split(" ")[0] in ("int", "float") else ""
     field_of = {each.name: each for each in msgspec.structs.fields(_class(owner))}
     cells = [
         f"`{field_of[key].encode_name}`",
-        _type(ast.unparse(field.annotation)),
+        _type(annotation) + allowed,
         _default(owner, key),
         comment.strip(),
     ]
@@ -456,9 +459,16 @@ def test_what_the_rules_page_calls_unsupported_is_refused() -> None:
             language.parse(expression)
 
 
+ENTRY = (
+    "name", "agent", "from", "to", "outcome", "decided_by", "breach_to_event_ms", "breach_to_restored_ms", "requests",
+    "failed_requests", "longest_gap_ms",
+)  # fmt: skip
+
+
 def test_the_report_of_the_demo_is_of_the_scenarios_that_it_plays() -> None:
     report = json.loads((DOCS / "demo-report.json").read_text("utf-8"))
     played = [(entry["name"], entry["outcome"], entry["failed_requests"]) for entry in report["scenarios"]]
+    assert {tuple(entry) for entry in report["scenarios"]} == {ENTRY}
     assert played == [(scenario.name, scenario.expected, 0) for scenario in SCENARIOS]
 
 

@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from interlock.agents import guard, ladder, resources, slot_shell
+from interlock.agents.answers import MAX_BODY
 from interlock.agents.gateway import ZmqGateway
 from interlock.agents.instance import InstanceControl
 from interlock.agents.journal import Journal
@@ -50,7 +51,7 @@ class LaunchedAgent:
                 [python, "-m", "interlock.agents.run", "--spec", str(spec_file)], cwd=folder, stdout=log, stderr=log
             )
         self.control = InstanceControl(sockets, spec["control"])
-        self.requests: Socket = sockets.open("dealer", connect=spec["requests"])
+        self.requests: Socket = sockets.open("dealer", connect=spec["requests"], max_message=MAX_BODY)
         self.raw_control: Socket = sockets.open("dealer", connect=spec["control"])
 
     @property

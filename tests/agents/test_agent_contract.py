@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from interlock.agents.agent import MAX_METRICS, Agent, Metrics, RequestError, background, handler, thread
 from interlock.agents.contract import (
+    MAX_REPLY,
     ContractError,
     bind_arguments,
     contract_of,
@@ -190,7 +191,7 @@ def test_a_result_that_can_not_be_sent_is_a_fault_of_the_handler() -> None:
     with pytest.raises(TypeError):
         reply_ok({"a": object()}, "json")
     with pytest.raises(RequestError, match="bytes, at most"):
-        reply_ok({"a": "x" * 3_000_000}, "json")
+        reply_ok({"a": "x" * MAX_REPLY}, "json")
 
 
 def faulty(body: dict[str, Any]) -> str:

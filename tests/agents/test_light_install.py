@@ -32,6 +32,7 @@ HELD = {
         "__init__.py",
         "py.typed",
         "activity.py",
+        "answers.py",
         "agent.py",
         "contract.py",
         "serving.py",

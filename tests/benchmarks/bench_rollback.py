@@ -11,6 +11,7 @@ starting the same program to its first healthy answer), which is what people do 
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -198,4 +199,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # its folder goes, and its fleet
+    code = 0
+    try:
+        main()
+    except* KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

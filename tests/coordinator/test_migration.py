@@ -427,8 +427,8 @@ def test_a_cold_migration_leaves_out_what_needs_both_and_says_cold_to_the_host()
 
 
 def test_a_class_of_rollback_that_nobody_knows_is_refused() -> None:
-    log = Log().up()
-    log.say(topics.COORDINATOR, commands.Migrate(agent="tutor", to="r2", deadline=log.now + 9, accept="tepid"))
+    log, body = Log().up(), commands.Migrate(agent="tutor", to="r2", deadline=1e9, accept="tepid")
+    log.say(topics.COORDINATOR, body)
     assert "no class of rollback 'tepid'" in log.run()[0].reason  # type: ignore[union-attr]
 
 

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import msgspec
 
 from interlock.agents.agent import MARK, ActiveMark, Agent, BackgroundMark, HandlerMark, RequestError, ThreadMark
+from interlock.agents.answers import MAX_BODY
 from interlock.broker.errors import InterlockError
-from interlock.broker.sockets import MAX_MESSAGE
 
 ACTION = "action"  # the key of a request that names its handler
 HEALTH = "health"  # the action that every agent answers, through its `health` method
-MAX_REPLY = MAX_MESSAGE  # bytes: the gateway would disconnect an instance that sends more
+MAX_REPLY = MAX_BODY  # bytes: the gateway would disconnect an instance that sends more
 MAX_MESSAGE_TEXT = 2000  # characters of an error's or a health check's text: it ends up in logs and tables
 
 Encoding = Literal["json", "msgpack"]

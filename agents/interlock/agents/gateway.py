@@ -7,6 +7,7 @@ What goes where is decided in `routing.py`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import trio
 
-from interlock.agents.answers import error_answer, is_error
+from interlock.agents.answers import MAX_BODY, error_answer, is_error
 from interlock.agents.compare import Pair, action_in
 from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
 from interlock.agents.latency import InstanceFigures
@@ -23,10 +24,11 @@ from interlock.agents.routing_types import Answered, Compare, Fail, Gone, Reply,
 from interlock.broker.config import CompareConfig
 from interlock.broker.sockets import Socket, Sockets
 
-MAX_MESSAGE = 64 << 20  # bytes per frame: images and audio pass; a larger one disconnects its sender only
+MAX_FRAME = 2 * MAX_BODY  # bytes: up to here a client is told that it is too much; beyond, it is disconnected
 MAX_FRAMES = 64  # of one request; nobody of ours sends more than a handful
 UNREAD_REPLIES = 4096  # to one client that doesn't read; beyond, its replies (and only its) are dropped
 LOST_GRACE_S = 0.01  # answers that a dead process gave just before are still on their way for so long
+BREAK_GRACE_S = 0.1  # and those that came over a connection before it broke; whether the process died is known too
 COMPARISONS = 256  # pairs that wait to be compared; beyond, they are dropped
 
 _Waiting = tuple[Compare[Any, Any], Comparison]
@@ -116,12 +118,19 @@ class RoutedGateway(ABC):
     def __init__(self, agent: str, endpoint: str, *, request_timeout_s: float, hold_s: float) -> None:
         self.agent = agent
         self.endpoint = endpoint
-        self.router: Router[Any, Any, Any] = Router(request_timeout_s=request_timeout_s, hold_s=hold_s)
+        self.router: Router[Any, Any, Any] = Router(
+            request_timeout_s=request_timeout_s, hold_s=hold_s, key_of=self.key_of
+        )
         self._settled = trio.lowlevel.ParkingLot()
         self._timer_at = float("inf")
         self._timer_changed = trio.Event()
         self._comparison = Comparison()
         self._to_compare, self._comparisons = trio.open_memory_channel[_Waiting](COMPARISONS)
+
+    @staticmethod
+    def key_of(body: Any) -> bytes | None:
+        """Equal for equal requests; None where a request can't be told from another."""
+        return None
 
     # --- Gateway
 
@@ -267,12 +276,16 @@ class ZmqGateway(RoutedGateway):
         self._nursery: trio.Nursery | None = None
         self.malformed = 0  # messages, of clients and instances, that were dropped
 
+    @staticmethod
+    def key_of(body: Sequence[bytes]) -> bytes:
+        return digest(*body)
+
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         front = self._sockets.open(
             "router",
             bind=self.endpoint,
             label=f"{self.agent} gateway",
-            max_message=MAX_MESSAGE,
+            max_message=MAX_FRAME,
             send_limit=UNREAD_REPLIES,
         )
         self._front, self.endpoint = front, front.endpoint
@@ -283,6 +296,7 @@ class ZmqGateway(RoutedGateway):
                 nursery.start_soon(self._run_comparisons)
                 for name, back in self._backs.items():
                     nursery.start_soon(self._receive_answers, name, back)
+                    nursery.start_soon(self._watch_breaks, name, back)
                 task_status.started(self.endpoint)
                 await self._receive_requests(front)
         finally:
@@ -310,7 +324,7 @@ class ZmqGateway(RoutedGateway):
             connect=endpoint,
             label=f"{self.agent} {instance}",
             heartbeat=False,
-            max_message=MAX_MESSAGE,
+            max_message=MAX_BODY,
             receive_limit=0,
             send_limit=0,
         )
@@ -323,6 +337,7 @@ class ZmqGateway(RoutedGateway):
         self._backs[instance] = back
         if self._nursery is not None:
             self._nursery.start_soon(self._receive_answers, instance, back)
+            self._nursery.start_soon(self._watch_breaks, instance, back)
 
     def detach(self, instance: str) -> None:
         super().detach(instance)
@@ -339,12 +354,21 @@ class ZmqGateway(RoutedGateway):
                     start = 2 if frames[1] == b"" else frames.index(b"", 1) + 1
                 except (IndexError, ValueError):
                     start = 0
-                if not 0 < start < len(frames) <= MAX_FRAMES:
-                    self.malformed += 1
-                    continue
                 body = frames[start:]
                 size = sum(map(len, body))
+                if not 0 < start < len(frames) <= MAX_FRAMES or size > MAX_BODY:
+                    self._refuse(frames[:start], body, size)
+                    continue
                 self._carry_out(request(frames[:start], frames[0], body, size, trio.current_time()))
+
+    def _refuse(self, client: list[bytes], body: list[bytes], size: int) -> None:
+        """What is too much is told so, where there is an envelope; without one nobody waits for an answer."""
+        self.malformed += 1
+        if client and size > MAX_BODY:
+            self._fail(Fail(client, body, "too-large", f"the request has {size} bytes, at most {MAX_BODY} are taken"))
+        elif client:
+            problem = f"the request has {len(body)} frames, it must have 1 to {MAX_FRAMES - 2}"
+            self._fail(Fail(client, body, "bad-request", problem))
 
     async def _receive_answers(self, instance: str, back: Socket) -> None:
         answer = self.router.answer
@@ -360,6 +384,24 @@ class ZmqGateway(RoutedGateway):
                 body = frames[2:]
                 copy = int.from_bytes(frames[0], "big")
                 self._carry_out(answer(instance, copy, body, trio.current_time(), error=is_error(body)))
+
+    async def _watch_breaks(self, instance: str, back: Socket) -> None:
+        """What was on a connection that broke gets no answer any more: it goes elsewhere if it may, or ends at once."""
+        breaks = self._sockets.watch_breaks(back)
+        while not back.closed:
+            try:
+                await breaks.receive()
+            except trio.ClosedResourceError:
+                return
+            given = set(self.router.outstanding(instance))
+            if not given:
+                continue
+            await trio.sleep(BREAK_GRACE_S)
+            lost = [copy for copy in self.router.outstanding(instance) if copy in given]
+            if lost:
+                log.warning("%s: the connection to %s broke with %d requests on it", self.agent, instance, len(lost))
+            for copy in lost:
+                self._carry_out(self.router.failed(instance, copy, trio.current_time(), sent=True))
 
     def _reply(self, command: Reply[Any, Any]) -> None:
         if self._front is not None:
@@ -378,6 +420,14 @@ class ZmqGateway(RoutedGateway):
         back = self._backs.pop(instance, None)
         if back is not None:
             back.close(linger_ms=0)  # what it did not read must not reach the next process at this address
+
+
+def digest(*parts: bytes) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "big"))
+        found.update(part)
+    return found.digest()
 
 
 def guarded(idempotent: Callable[[bytes], bool], agent: str) -> Callable[[Sequence[bytes]], bool]:

@@ -15,7 +15,7 @@ import trio
 from interlock.agents.compare import Pair
 from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
 from interlock.agents.connections import Connections
-from interlock.agents.gateway import RoutedGateway, guarded
+from interlock.agents.gateway import RoutedGateway, digest, guarded
 from interlock.agents.http1 import ClientSide, Headers, HttpError, RequestHead, value_of
 from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Pool
 from interlock.agents.latency import InstanceFigures
@@ -29,7 +29,14 @@ STREAMED_S = 0.05  # a chunked body that is not all here after so long is passed
 LOOK_S = 1.0  # an answer that pauses for so long: is its client still there?
 IDLE_S = 60.0  # a connection on which no whole request head comes for so long is closed
 
-STATUS = {"instance-died": 502, "timeout": 504, "overloaded": 503, "no-instance": 503, "incomplete": 408}
+STATUS = {
+    "instance-died": 502,
+    "timeout": 504,
+    "overloaded": 503,
+    "no-instance": 503,
+    "quarantined": 503,
+    "incomplete": 408,
+}
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +54,10 @@ class HttpGateway(RoutedGateway):
         self._attempts: set[Attempt] = set()
         self._nursery: trio.Nursery | None = None
         self._clients = 0
+
+    @staticmethod
+    def key_of(body: Exchange) -> bytes | None:
+        return digest(body.head.method, body.head.target, body.body) if body.rest is None else None
 
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         listeners, self.endpoint = await open_listeners(self.endpoint)

@@ -25,6 +25,7 @@ import trio
 
 from interlock.agents.activity import Activity
 from interlock.agents.agent import Agent, RequestError
+from interlock.agents.answers import MAX_BODY
 from interlock.agents.contract import (
     HEALTH,
     Action,
@@ -92,7 +93,7 @@ class Serving:
     async def run(self) -> int:
         async with open_sockets() as sockets:
             control = sockets.open("router", bind=self._spec.control, label="control")
-            requests = sockets.open("router", bind=self._spec.requests, label="requests")
+            requests = sockets.open("router", bind=self._spec.requests, label="requests", max_message=MAX_BODY)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._watch_signals)
                 nursery.start_soon(self._control, control)
@@ -211,10 +212,19 @@ class Serving:
                         flights.start_soon(self._fly, socket, frames)
                     else:
                         self._slots.release()
-                        self._drop("requests", frames)
+                        self._refuse_shape(socket, frames)
             flights.cancel_scope.deadline = self._deadline(DRAIN_SHARE)
         if flights.cancel_scope.cancelled_caught:
             self._log.warning("requests in flight were given up after %.1f s", self._share(DRAIN_SHARE))
+
+    def _refuse_shape(self, socket: Socket, frames: list[bytes]) -> None:
+        """A request in several frames, or none, is told so; what has no envelope can't be answered."""
+        if len(frames) < 3 or frames[2] != b"":
+            self._drop("requests", frames)
+            return
+        body = frames[3:]
+        problem = f"a request is one frame, this one has {len(body)}"
+        socket.send_nowait([*frames[:3], reply_error("bad-request", problem, encoding_of(body[0] if body else b""))])
 
     async def _fly(self, socket: Socket, frames: list[bytes]) -> None:
         try:

@@ -125,6 +125,7 @@ class SlotShell:
     baseline: dict[str, float] | None = None
     routed_at: float = 0.0
     first_news: trio.Event = field(default_factory=trio.Event)  # an instance became healthy, or did not
+    trouble: str = "it is not healthy yet"  # why nothing serves, while nothing does
     _queue: deque[tuple[int, Action]] = field(default_factory=deque)
     _more: trio.Event = field(default_factory=trio.Event)
     _generation: int = 0
@@ -146,6 +147,8 @@ class SlotShell:
         """Let the machine decide, do what is urgent now, queue the rest."""
         if isinstance(given, Healthy | Gone):
             self.first_news.set()
+        if isinstance(given, Gone):
+            self.trouble = given.reason
         self.carry_out(self.slot.handle(given, moment()))
 
     def begin(self) -> None:

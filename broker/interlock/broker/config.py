@@ -12,10 +12,12 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args
 
 import msgspec
 
+from interlock.broker.bounds import check_command, check_environment, check_place, check_values
 from interlock.broker.errors import ConfigError
 from interlock.broker.freeze import Window, parse_zone
 from interlock.broker.strategies import (
@@ -277,6 +279,8 @@ def load_fleet(path: str | os.PathLike[str]) -> FleetConfig:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or a number of 5,000 digits
         raise ConfigError(f"is not TOML: {error or 'nested too deeply'}", where=str(path)) from None
+    if not tree:
+        raise ConfigError("is empty", where=str(path), hint="the smallest fleet stands in docs/fleet-file.md")
     return parse_fleet(tree, path=str(path))
 
 
@@ -303,15 +307,25 @@ def _explain(message: str, tree: dict[str, Any], where: str) -> ConfigError:
     place = _name_path(place, tree, found[1] if found else None)
     if found is None:
         return ConfigError(text[0].lower() + text[1:], where=f"{where}: {place or 'top level'}")
-    known = sorted(
-        {name for cls in _Config.__subclasses__() for name in cls.__struct_encode_fields__ if name != "path"}
-    )
-    near = difflib.get_close_matches(found[1], known, n=1)
+    near = difflib.get_close_matches(found[1], _keys_of(location), n=1)
     return ConfigError(
         f"unknown key {found[1]!r}",
         where=f"{where}: {place or 'top level'}",
         hint=f"did you mean {near[0]!r}?" if near else "see the reference of the fleet file in docs/fleet-file.md",
     )
+
+
+def _keys_of(location: str) -> list[str]:
+    """The keys of the table that msgspec calls `$.agents[...].revisions[...]`."""
+    kind: Any = FleetConfig
+    for step in re.findall(r"\[[^\]]*\]|[^.$`\[\]]+", location):
+        if step.startswith("["):
+            kind = get_args(kind)[-1]
+        else:
+            kind = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == step)
+        if isinstance(kind, UnionType):
+            kind = next(each for each in get_args(kind) if each is not NoneType)
+    return [name for name in kind.__struct_encode_fields__ if (kind, name) != (FleetConfig, "path")]
 
 
 def _name_path(place: str, tree: Any, unknown: str | None) -> str:
@@ -337,12 +351,14 @@ def _name_path(place: str, tree: Any, unknown: str | None) -> str:
 
 
 def _check(fleet: FleetConfig, where: str) -> None:
+    check_values(fleet, "", where)
     taken: dict[str, str] = {}
 
     def endpoint(value: str, key: str, *, public: bool = False) -> None:
         if not _ENDPOINT.fullmatch(value) or (value.startswith(("http", "stream")) and not public):
             kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", http://ADDRESS:PORT or stream://ADDRESS:PORT" * public)
             raise ConfigError(f"{value!r} is not an endpoint", where=f"{where}: {key}", hint=f"use {kinds}")
+        check_place(value, f"{where}: {key}", any_port=key.endswith(".control"))
         place = value.split("://", 1)[1]
         if place in taken and not place.endswith(":*"):
             raise ConfigError(f"{value} is already used by {taken[place]}", where=f"{where}: {key}")
@@ -355,8 +371,6 @@ def _check(fleet: FleetConfig, where: str) -> None:
         if name in RESERVED:
             raise ConfigError(f"no host may be called {name!r}", where=f"{where}: hosts", hint="choose another name")
         endpoint(host.control, f"hosts.{name}.control")
-        if host.backups < 1:
-            raise ConfigError("keep one at least", where=f"{where}: hosts.{name}.backups")
     for name in fleet.strategies:
         if name not in BUILT_IN:
             raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint=", ".join(BUILT_IN))
@@ -418,8 +432,11 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         )
     if revision.probe is not None and revision.probe.kind == "script" and not revision.probe.command:
         raise ConfigError("a script probe needs a command", where=where)
-    if revision.needs.memory_mb < 0 or revision.needs.gpu_memory_mb < 0:
-        raise ConfigError("is below 0", where=f"{where}.needs")
+    if revision.command:
+        check_command(revision.command, where)
+    if revision.probe is not None and revision.probe.command:
+        check_command(revision.probe.command, f"{where}.probe")
+    check_environment(revision.env, where)
 
 
 def _check_handlers(agent: AgentConfig, where: str) -> None:
