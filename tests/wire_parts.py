@@ -217,7 +217,8 @@ def _type(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(_type, parts))
     if origin is list:
-        return f"list of {_plural(_type(parts[0]))}"
+        word = _type(parts[0])
+        return f"list of {word if get_origin(parts[0]) is Literal else _plural(word)}"
     if origin is dict:
         return f"map of texts to {_plural(_type(parts[1]))}"
     if origin is tuple:

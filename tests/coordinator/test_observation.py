@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from interlock.broker.config import ObserveConfig
 from interlock.broker.facts import Check, Verdict
 from interlock.broker.samples import labels
+from interlock.broker.strategies import ObserveConfig
 from interlock.coordinator.observation import (
     Baseline,
     Measurement,

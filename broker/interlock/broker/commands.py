@@ -13,6 +13,7 @@ import msgspec
 
 from interlock.broker.fields import (
     AgentName,
+    BackupLevel,
     Count,
     Deadline,
     Epoch,
@@ -114,11 +115,19 @@ class StopWave(_Body, frozen=True, kw_only=True, tag="stop-wave"):
     reason: Reason = ""
 
 
+class RunDrill(_Body, frozen=True, kw_only=True, tag="run-drill"):
+    """Rehearse the rollback of an agent, now."""
+
+    agent: AgentName
+    deadline: Deadline
+    whole_host: Annotated[bool, says("level 3 too, so all agents of its host at once")] = False
+
+
 # coordinator -> host, topic command/<host>/
 
 
 class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
-    """Check, record and back up revision `to`; measure the baseline of the old one for `baseline_s` seconds."""
+    """Check and record revision `to`, back up the serving one and measure its baseline."""
 
     migration: MigrationId
     agent: AgentName
@@ -126,16 +135,26 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     deadline: Deadline
     to: RevisionName
     baseline_s: Annotated[Span, says("seconds for which the serving revision is measured")]
+    levels: Annotated[list[BackupLevel], says("what is backed up of the serving revision")] = msgspec.field(
+        default_factory=lambda: ["configuration", "code"]
+    )
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm) or "cold"')] = ""
+    sick_ok: Annotated[bool, says("go on though the serving revision is not healthy: it is no verified way back")] = (
+        False
+    )
 
 
 class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
     """Rehearse the rollback with the real processes, and measure it."""
 
-    migration: MigrationId
+    migration: Annotated[MigrationId, says("the migration's id; empty where an operator asked for it")]
     agent: AgentName
     epoch: Epoch
     deadline: Deadline
     promise_s: Annotated[Span, says("seconds: a rehearsal that takes longer has failed")]
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm) or "cold"')] = ""
+    cold: Annotated[bool, says("the serving process will be stopped, so there is no level 1 to rehearse")] = False
+    whole_host: Annotated[bool, says("level 3 too, so all agents of the host at once")] = False
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
@@ -145,6 +164,7 @@ class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
     agent: AgentName
     epoch: Epoch
     deadline: Deadline
+    cold: Annotated[bool, says("both don't fit: stop the serving one first, and give all requests to the new")] = False
 
 
 class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
@@ -220,6 +240,7 @@ Step = Literal["prepare", "drill", "start-candidate", "hand-over", "shadow", "cu
 Command = (
     Migrate
     | RollBackAgent
+    | RunDrill
     | Steer
     | StartWave
     | StopWave

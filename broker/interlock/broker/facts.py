@@ -139,8 +139,20 @@ class RolledBack(_Body, frozen=True, kw_only=True, tag="rolled-back"):
     evidence: Evidence = {}
 
 
+class RollBackEscalated(_Body, frozen=True, kw_only=True, tag="roll-back-escalated"):
+    """One level of a rollback has failed, or its time is up; the host goes on with the next one."""
+
+    host: HostName
+    agent: AgentName
+    migration: MigrationId
+    epoch: Epoch
+    breach: Breach
+    level: Annotated[int, says("the one that begins, 2 to 4")]
+    reason: Reason
+
+
 class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
-    """The old revision could not be brought back; a human must look. All evidence is kept."""
+    """The old revision could not be brought back; a human must look. All evidence is kept, the host goes on trying."""
 
     host: HostName
     agent: AgentName
@@ -148,6 +160,9 @@ class RollBackFailed(_Body, frozen=True, kw_only=True, tag="roll-back-failed"):
     epoch: Epoch
     breach: Breach
     reason: Reason
+    level: Annotated[int, says("the last one tried, 1 to 4")] = 1
+    kept: Annotated[str, says("the revision on trial, if it serves instead because it is the healthy one")] = ""
+    evidence: Evidence = {}
 
 
 class DrillDone(_Body, frozen=True, kw_only=True, tag="drill-done"):
@@ -158,6 +173,10 @@ class DrillDone(_Body, frozen=True, kw_only=True, tag="drill-done"):
     revision: RevisionName
     seconds: Annotated[dict[str, float], says('what each level ("1", "2") took')]
     problems: Annotated[list[str], says("what went wrong")] = []
+    skipped: Annotated[dict[str, str], says("levels that were not rehearsed, and why")] = {}
+    migration: Annotated[MigrationId, says("the migration's id; empty where an operator asked for it")] = ""
+    command: Annotated[str, says("the id of the event that asked")] = ""
+    evidence: Evidence = {}
 
 
 # coordinator, topic fact/migration/<agent>/
@@ -417,6 +436,7 @@ Fact = (
     | StepFailed
     | CommandRefused
     | RolledBack
+    | RollBackEscalated
     | RollBackFailed
     | DrillDone
     | MigrationStarted

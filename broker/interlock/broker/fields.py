@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -43,3 +43,5 @@ Labels = Annotated[dict[str, str], says("labels as Prometheus has them: name and
 Evidence = Annotated[dict[str, Any], says("figures and findings by name, as they were measured")]
 Number = Annotated[int, says("of the request: any number of the asker's, which its answers repeat")]
 Prefixes = Annotated[list[str], says("what topics start with; an empty one stands for all")]
+
+BackupLevel = Literal["configuration", "code", "state", "host"]  # what a backup holds of an agent and its host

@@ -26,6 +26,7 @@ _ASKED_OF_COORDINATOR = (
     commands.Steer,
     commands.StartWave,
     commands.StopWave,
+    commands.RunDrill,
 )
 _ASKED_OF_HOST = get_args(commands.HostCommand)
 _BY_HOST = (
@@ -38,6 +39,7 @@ _BY_HOST = (
     facts.StepFailed,
     facts.CommandRefused,
     facts.RolledBack,
+    facts.RollBackEscalated,
     facts.RollBackFailed,
     facts.DrillDone,
 )
@@ -142,7 +144,7 @@ def _hears(grant: Grant) -> tuple[str, ...]:
         case "coordinator" | "rules" | "operator" | "broker":
             return EVERYTHING
         case "host":
-            own = (topics.command(grant.name), topics.rollback(grant.name))
+            own = (topics.command(grant.name), topics.rollback(grant.name), topics.telemetry(grant.name, "monitor"))
             return (*own, topics.ALL_HOSTS, topics.FACTS, BEATS)
         case "monitor":
             return (topics.FACTS, BEATS)

@@ -74,6 +74,7 @@ def _may(role: str, event: Event) -> bool:
             | commands.Steer()
             | commands.StartWave()
             | commands.StopWave()
+            | commands.RunDrill()
         ):
             return event.topic == topics.COORDINATOR and role in ("operator", "coordinator")
         case commands.RollCall():

@@ -78,6 +78,7 @@ _OF_HOST = (
     facts.StepFailed,
     facts.CommandRefused,
     facts.RolledBack,
+    facts.RollBackEscalated,
     facts.RollBackFailed,
     facts.DrillDone,
 )
@@ -99,7 +100,14 @@ TOPICS = (
     Topic(
         topics.COORDINATOR,
         "what the coordinator is asked",
-        (commands.Migrate, commands.RollBackAgent, commands.Steer, commands.StartWave, commands.StopWave),
+        (
+            commands.Migrate,
+            commands.RollBackAgent,
+            commands.Steer,
+            commands.StartWave,
+            commands.StopWave,
+            commands.RunDrill,
+        ),
     ),
     Topic(topics.ALL_HOSTS, "what every host is asked", (commands.RollCall,)),
     Topic("command/{host}/", "what a host is asked", (*get_args(commands.HostCommand), commands.RollCall)),

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from interlock.broker.role import run_role
 from interlock.coordinator.options import (
     REPORTS,
     STEERING,
+    drill_options,
     keys_options,
     log_options,
     migrate_options,
@@ -44,10 +46,12 @@ EXIT_USAGE, EXIT_SILENT, EXIT_REFUSED = 2, 3, 12
 
 # Roles that live in other packages, which the coordinator doesn't import: verb -> (module, what it is).
 ELSEWHERE = {
-    "broker": ("interlock.broker", "the broker"),
-    "host": ("interlock.agents", "a host: agents and their gateways (--name HOST)"),
-    "monitor": ("interlock.monitors", "a monitor of a host (--host HOST)"),
+    "broker": ("interlock.broker", "run the broker in this process"),
+    "host": ("interlock.agents", "run a host in this process: agents and their gateways (--name HOST)"),
+    "monitor": ("interlock.monitors", "run a monitor of a host in this process (--host HOST)"),
+    "backup": ("interlock.agents.backup_verb", "list, verify or restore the backups of this machine's hosts"),
 }
+TOOLS = {"backup"}  # of these, what is no role: it ends by itself
 
 
 class WrongUsage(SystemExit):
@@ -103,6 +107,7 @@ def parser() -> Parser:
     rollback = verb("rollback", "undo an agent's migration in flight")
     rollback.add_argument("agent", metavar="AGENT")
     rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
+    drill_options(verb("drill", "rehearse the rollback of an agent with real processes, and measure it"))
     for name, help in STEERING.items():
         steer_options(verb(name, help), name)
     wave_options(verb("wave", "move many agents together, within a failure budget"), common)
@@ -129,7 +134,7 @@ def parser() -> Parser:
     verb("coordinator", "run the coordinator in this process")
     verb("rules", "run the rule engine in this process")
     for name, (_, help) in ELSEWHERE.items():
-        verbs.add_parser(name, help=f"run {help} in this process", add_help=False, parents=[common])
+        verbs.add_parser(name, help=help, add_help=False, parents=[common])
     return top
 
 
@@ -163,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen.timeout = getattr(chosen, "timeout", TIMEOUT_S)
     chosen.fleet = getattr(chosen, "fleet", None) or Path(os.environ.get(FLEET) or DEFAULT_FLEET)
     if chosen.verb in ELSEWHERE:
-        _become(chosen.verb, [*rest, "--fleet", os.fspath(chosen.fleet)])
+        as_json = ["--json"] if chosen.json and chosen.verb in TOOLS else []
+        _become(chosen.verb, [*rest, *as_json, "--fleet", os.fspath(chosen.fleet)])
     return _run(chosen)
 
 
@@ -231,7 +237,7 @@ def _migrate(chosen: argparse.Namespace) -> int:
 
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         report = await verbs.migrate(
-            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, level=chosen.level,
+            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, level=chosen.level, accept=chosen.accept,
             because=chosen.because, timeout=chosen.timeout, detach=chosen.detach, tell=output.tell, note=note,
             begun=started.append,
         )  # fmt: skip
@@ -262,6 +268,12 @@ def _rollback(chosen: argparse.Namespace) -> int:
     return on_bus(
         chosen, run, on_interrupt=lambda: note("the rollback goes on without you; look with: interlock status")
     )
+
+
+def _drill(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import drill_verb
+
+    return drill_verb.run(chosen)
 
 
 def _plan(chosen: argparse.Namespace) -> int:
@@ -359,9 +371,17 @@ def _asyncapi(chosen: argparse.Namespace) -> int:
 def _shell(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.shell import Shell
 
-    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, main)
+    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, _run_line)
     shell.cmdloop()
     return shell.exit_code
+
+
+def _run_line(words: list[str]) -> int:
+    """A verb of the shell: one of another package in a process of its own, as it would replace the shell's."""
+    if words[0] not in TOOLS:
+        return main(words)
+    code = subprocess.run([sys.executable, "-P", "-m", "interlock.coordinator", *words], check=False).returncode
+    return code if code >= 0 else 128 - code
 
 
 def _keys(chosen: argparse.Namespace) -> int:
@@ -413,6 +433,7 @@ def _here(name: str, path: Path, run: Callable[[FleetConfig, Callable[[], None]]
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "migrate": _migrate,
     "rollback": _rollback,
+    "drill": _drill,
     "plan": _plan,
     **dict.fromkeys(STEERING, _steer),
     "wave": _wave,

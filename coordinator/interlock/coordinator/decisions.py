@@ -9,16 +9,18 @@ import msgspec
 
 from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach
-from interlock.broker.config import FleetConfig, Level
+from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError
+from interlock.broker.strategies import Level
 from interlock.broker.wire import Event
 from interlock.coordinator import steering
-from interlock.coordinator.admission import Case, Settings, consider, near
+from interlock.coordinator.admission import Case, Settings, busy, consider, near
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Fleet
 from interlock.coordinator.migration import Emit, Migration
-from interlock.coordinator.steps import plan
+from interlock.coordinator.steps import DRILL_S, Terms, plan
 from interlock.coordinator.waves import Waves
 
+DRILL_ID = "/drill"  # a host's command to rehearse has the id of the operator's request, and this
 SNAPSHOT_EVENTS = 1000  # between snapshots of the fleet: a joiner folds at most so many events and those in flight
 
 
@@ -55,6 +57,7 @@ class Coordinator:
                 | commands.Steer()
                 | commands.StartWave()
                 | commands.StopWave()
+                | commands.RunDrill()
             ):
                 self._waiting[event.header.id] = event
             case facts.WaveStarted() | facts.WaveRefused() | facts.WaveChanged():
@@ -66,6 +69,8 @@ class Coordinator:
                 self._answer_logged(body.request)
             case facts.AlertFiring() if not body.dry_run and (body.action == "hold" or body.blamed):
                 self._hold(body, event.header.logged or event.header.time)
+            case commands.Drill() if event.header.id.endswith(DRILL_ID):
+                self._answer_logged(event.header.id.removesuffix(DRILL_ID))
             case commands.RollBack():
                 for request, waiting in list(self._waiting.items()):
                     if isinstance(waiting.body, commands.RollBackAgent) and waiting.body.agent == body.agent:
@@ -93,6 +98,7 @@ class Coordinator:
             steps=plan(settings.strategy, start_timeout_s=settings.start_timeout_s),
             config=self._config.coordinator,
             strategy=settings.strategy,
+            terms=Terms(accept=settings.accept, sick_ok=settings.sick_ok),
         )
 
     def _hold(self, body: facts.AlertFiring, at: float) -> None:
@@ -156,6 +162,8 @@ class Coordinator:
             return [self.waves.start(body, event, self.fleet, now)]
         if isinstance(body, commands.StopWave):
             return [self.waves.stop(body, event, now)]
+        if isinstance(body, commands.RunDrill):
+            return [self._answer_drill(body, event.header.id, now)]
         assert isinstance(body, commands.Migrate)
         try:
             return self._start(body, event, now)
@@ -196,11 +204,36 @@ class Coordinator:
             return f"{what}no migration of {agent} is in flight; to go back: interlock migrate {agent} --to REVISION"
         return f"there is no agent {agent!r}; {near(agent, self.fleet.agents)}"
 
+    def _answer_drill(self, body: commands.RunDrill, request: str, now: float) -> Emit:
+        """The host's command, or why there is none."""
+        try:
+            if now > body.deadline:
+                raise ConfigError("the request's deadline has passed")
+            config = self._load()
+            agent, slot = config.agents.get(body.agent), self.fleet.agents.get(body.agent)
+            if agent is None or slot is None:
+                known = config.agents if agent is None else self.fleet.agents
+                raise ConfigError(f"there is no agent {body.agent!r}", hint=near(body.agent, known))
+            for objection in busy(body.agent, agent, self.fleet, self._in_flight(body.agent)):
+                raise objection
+        except ConfigError as error:
+            return self._refuse(request, body.agent, "", str(error))
+        slowest = max(revision.start_timeout_s for revision in agent.revisions.values())
+        asked = commands.Drill(
+            migration="", agent=body.agent, epoch=slot.epoch, deadline=now + DRILL_S + 2 * slowest,
+            whole_host=body.whole_host, promise_s=config.strategy(agent.strategy_name).promise_s,
+        )  # fmt: skip
+        return Emit(topics.command(agent.host), asked, f"{request}{DRILL_ID}")
+
+    def _in_flight(self, agent: str) -> str:
+        """The migration that the agent is in, or is about to be in."""
+        flying = [m.id for m in self.migrations.values() if m.started.agent == agent]
+        flying += [migration for name, migration in self._starting.values() if name == agent]
+        return flying[0] if flying else ""
+
     def consider(self, asked: commands.Migrate, now: float, *, undo: bool = False) -> Case:
         """What speaks for and against this request; ConfigError if it names nothing there is."""
-        flying = [m.id for m in self.migrations.values() if m.started.agent == asked.agent]
-        flying += [migration for name, migration in self._starting.values() if name == asked.agent]
-        in_flight = flying[0] if flying else ""
+        in_flight = self._in_flight(asked.agent)
         return consider(asked, self._load(), self.fleet, in_flight=in_flight, risk=self.risk, now=now, undo=undo)
 
     def _start(self, body: commands.Migrate, event: Event, now: float) -> list[Emit]:

@@ -391,7 +391,7 @@ class Fleet:
             migration.times["rolled-back"] = time
         if migration.ended:
             return
-        migration.outcome = "rolled-back" if isinstance(body, facts.RolledBack) else "failed"
+        migration.outcome = "rolled-back" if isinstance(body, facts.RolledBack) else "held" if body.kept else "failed"
         self._blame(migration, body.breach)
         if isinstance(body, facts.RollBackFailed):
             migration.reason = f"the roll back failed: {body.reason} (it was to undo: {body.breach.reason})"

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from interlock.broker.config import ObserveConfig
 from interlock.broker.facts import Check, Verdict
 from interlock.broker.samples import NAME, Labels
+from interlock.broker.strategies import ObserveConfig
 from interlock.coordinator.sequential import (
     EVERYTHING,
     Bounds,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from interlock.broker.commands import WaveOrder
-from interlock.broker.config import BUILT_IN, STRATEGY_OF, AgentConfig
+from interlock.broker.config import AgentConfig
+from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
 
 ORDERS: tuple[str, ...] = get_args(WaveOrder)
 CATEGORIES: tuple[str, ...] = get_args(get_type_hints(AgentConfig)["category"])
@@ -41,8 +42,17 @@ def migrate_options(one: argparse.ArgumentParser) -> None:
     chosen.add_argument("--strategy", choices=list(BUILT_IN), help="instead of the one that is due")
     chosen.add_argument("--level", choices=list(STRATEGY_OF), help="the same, by the level of risk it is for")
     one.add_argument(
-        "--because", default="", metavar="TEXT", help="why with less care than is due, or in a freeze; it is recorded"
+        "--accept", choices=["cold", "hand-over"], default="", help="a slower class of rollback, where no other will do"
     )
+    one.add_argument(
+        "--because", default="", metavar="TEXT",
+        help="why with less care than is due, in a freeze, or though the old one is sick; it is recorded",
+    )  # fmt: skip
+
+
+def drill_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("agent", metavar="AGENT")
+    one.add_argument("--host", action="store_true", help="level 3 too: a second process of every agent of its host")
 
 
 def steer_options(one: argparse.ArgumentParser, name: str) -> None:

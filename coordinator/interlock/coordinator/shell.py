@@ -13,11 +13,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from interlock.broker.config import BUILT_IN, STRATEGY_OF, FleetConfig, load_fleet
+from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
+from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
 from interlock.coordinator.options import CATEGORIES, ORDERS, OUTCOMES, REPORTS, STEERING
 
-OFFERED = ("plan", "migrate", *STEERING, "rollback", "wave", *REPORTS, "ping", "status", "watch", "log")
+OFFERED = (
+    "plan",
+    "migrate",
+    *STEERING,
+    "rollback",
+    "wave",
+    "drill",
+    "backup",
+    *REPORTS,
+    "ping",
+    "status",
+    "watch",
+    "log",
+)
 CHOICES: dict[str, list[str]] = {
     "--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF), "--outcome": list(OUTCOMES),
     "--order": list(ORDERS), "--category": list(CATEGORIES), "wave": ["start", "status", "stop", "list"],
@@ -105,6 +119,8 @@ class Shell(cmd.Cmd):
                 "wave start --to REVISION      move many agents; wave status, stop, list\n"
                 "report, explain [AGENT]       what became of a migration, and why\n"
                 "history [AGENT]               the migrations that were\n"
+                "drill AGENT                   rehearse its rollback, and measure it\n"
+                "backup list|verify|restore    the backups of this machine's hosts\n"
                 "status                        hosts, agents, migrations, alerts\n"
                 "watch [PREFIX]                what happens, until Ctrl-C\n"
                 "log [verify]                  what is in the event log; its hash chain\n"

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from interlock.broker import commands, facts
-from interlock.broker.config import BUILT_IN, STRATEGY_OF, FleetConfig
+from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.facts import WaveMember
+from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
 from interlock.coordinator.admission import freeze, near
 from interlock.coordinator.fleet import Fleet
 

@@ -49,16 +49,10 @@ def sentence(body: Body) -> str:
             | facts.MigrationEnded()
         ):
             return _of_migration(body)
-        case (
-            facts.SlotChanged()
-            | facts.StepDone()
-            | facts.StepFailed()
-            | facts.CommandRefused()
-            | facts.RolledBack()
-            | facts.RollBackFailed()
-            | facts.DrillDone()
-        ):
+        case facts.SlotChanged() | facts.StepDone() | facts.StepFailed() | facts.CommandRefused() | facts.RolledBack():
             return _of_slot(body)
+        case facts.RollBackEscalated() | facts.RollBackFailed() | facts.DrillDone():
+            return _of_safety(body)
         case _:
             return _of_command(body)
 
@@ -133,13 +127,7 @@ def _of_wave(body: facts.WaveStarted | facts.WaveRefused | facts.WaveChanged | f
 
 
 def _of_slot(
-    body: facts.SlotChanged
-    | facts.StepDone
-    | facts.StepFailed
-    | facts.CommandRefused
-    | facts.RolledBack
-    | facts.RollBackFailed
-    | facts.DrillDone,
+    body: facts.SlotChanged | facts.StepDone | facts.StepFailed | facts.CommandRefused | facts.RolledBack,
 ) -> str:
     match body:
         case facts.SlotChanged():
@@ -155,11 +143,19 @@ def _of_slot(
             took = reaction(body)
             since = f", {took:.2f} s after the sample that showed it" if took is not None else ""
             return f"{body.agent}: {body.revision} serves again{since} ({body.breach.by}: {body.breach.reason})"
+
+
+def _of_safety(body: facts.RollBackEscalated | facts.RollBackFailed | facts.DrillDone) -> str:
+    match body:
+        case facts.RollBackEscalated():
+            return f"{body.agent}: the roll back goes on with level {body.level}: {body.reason}"
         case facts.RollBackFailed():
-            return f"{body.agent}: the ROLL BACK FAILED on {body.host}: {body.reason}; a human must look"
+            kept = f"; {body.kept}, which is on trial, serves meanwhile" if body.kept else ""
+            return f"{body.agent}: the ROLL BACK FAILED on {body.host}: {body.reason}{kept}; a human must look"
         case facts.DrillDone():
-            levels = ", ".join(f"level {level} in {seconds:.2f} s" for level, seconds in body.seconds.items())
-            return f"{body.agent}: drill of {body.revision}: {levels}{_more('; '.join(body.problems))}"
+            took = ", ".join(f"level {level} in {took:.2f} s" for level, took in sorted(body.seconds.items()))
+            problems = _more("; ".join(body.problems))
+            return f"{body.agent}: drill of {body.revision}: {took or 'nothing rehearsed'}{problems}"
 
 
 def _of_command(body: Body) -> str:
@@ -169,6 +165,8 @@ def _of_command(body: Body) -> str:
             return f"{agent}: asked to migrate to {body.to}"
         case commands.RollBackAgent():
             return f"{agent}: asked to roll back: {body.reason}"
+        case commands.RunDrill():
+            return f"{agent}: asked for a drill"
         case commands.Steer():
             return f"{agent}: asked to {body.action} it{_more(body.reason)}"
         case commands.StartWave():
@@ -203,6 +201,7 @@ def tone(body: Body) -> Tone:
             return "bad"
         case (
             facts.RolledBack()
+            | facts.RollBackEscalated()
             | facts.MigrationWaiting()
             | facts.MigrationHeld()
             | facts.Steered(action="hold" | "abort")
