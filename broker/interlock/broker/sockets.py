@@ -381,17 +381,11 @@ class Sockets:
         ask again. immediate: take messages only while there is a connection.
         """
         raw = self._context.socket(KINDS[kind])
-        raw.setsockopt(zmq.LINGER, LINGER_MS)
+        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
         raw.setsockopt(zmq.RCVHWM, receive_limit)
         raw.setsockopt(zmq.SNDHWM, send_limit)
         raw.setsockopt(zmq.MAXMSGSIZE, max_message)
-        raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         raw.setsockopt(zmq.IPV6, 1 if "[" in (bind or connect or "") else 0)
-        raw.setsockopt(zmq.RECONNECT_IVL, 50)
-        raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        if heartbeat if heartbeat is not None else connect is not None:
-            raw.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         if immediate:
             raw.setsockopt(zmq.IMMEDIATE, 1)
         if identity is not None:
@@ -457,6 +451,17 @@ class Sockets:
         for socket in self._open:
             socket.close()
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
+
+
+def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+    """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
+    raw.setsockopt(zmq.LINGER, LINGER_MS)
+    raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    raw.setsockopt(zmq.RECONNECT_IVL, 50)
+    raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if connects:
+        raw.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
 def _is_line(descriptor: int, inode: int) -> bool:
