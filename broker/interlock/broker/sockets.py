@@ -27,8 +27,9 @@ DRAIN = 256  # messages taken per wake-up at most, so that one busy socket doesn
 # of 10,000 hosts a quarter of a core, and one busy with handshakes answers them too late, so that all begin anew.
 KEEPALIVE_S = 1  # an idle link is probed after this, and again after this,
 DEAD_MS = 2000  # and is dead if the other end has confirmed nothing for so long
-GREETING_MS = 30_000  # clients wait so long for a handshake: 20,000 of them, after a restart, take a broker 15 s
-HANDSHAKE_MS = 10_000  # servers close a connection that has not finished its own by then
+# A connection that does not finish its handshake within this time is closed, at both ends. 20,000 handshakes at once
+# take a broker 15 s: a limit below that would end most of them half-way, again and again.
+HANDSHAKE_MS = 30_000
 BACKLOG = 4096  # connections that wait to be accepted: the default of Linux; who finds no room asks after 1, 3, 7 s
 MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
 LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
@@ -466,7 +467,7 @@ class Sockets:
 def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
     """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
     raw.setsockopt(zmq.LINGER, LINGER_MS)
-    raw.setsockopt(zmq.HANDSHAKE_IVL, GREETING_MS if connects else HANDSHAKE_MS)
+    raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     raw.setsockopt(zmq.BACKLOG, BACKLOG)
     raw.setsockopt(zmq.RECONNECT_IVL, 50)
     raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
