@@ -12,6 +12,7 @@ from typing import Any
 import zmq
 
 from interlock.broker import topics, wire
+from interlock.broker.config import BrokerConfig
 from interlock.broker.protocol import BEAT_TOPIC, Ping, Receipt
 from interlock.broker.samples import SeriesTable, labels
 from interlock.broker.sockets import tune
@@ -157,15 +158,17 @@ def simulate(events: str, feed: str, orders: Connection) -> None:
 
 
 def telemetry_load(
-    endpoint_in: str, endpoint_out: str, publishers: list[tuple[str, Curve]], own: Curve, per_s: int, orders: Connection
+    config: BrokerConfig, publishers: list[tuple[str, Curve]], own: Curve, per_s: int, orders: Connection
 ) -> None:
     """Publish and hear batches of one sample, until told to stop; then say how many a second went out and came."""
     context = zmq.Context()
-    feed = _socket(context, zmq.SUB, endpoint_out, own)
+    feed = _socket(context, zmq.SUB, config.telemetry_out, own)
     feed.subscribe(topics.TELEMETRY.encode())
     links, tables = [], []
     for name, curve in publishers:
-        links.append((_socket(context, zmq.DEALER, endpoint_in, curve), topics.telemetry(name, "monitor").encode()))
+        links.append(
+            (_socket(context, zmq.DEALER, config.telemetry_in, curve), topics.telemetry(name, "monitor").encode())
+        )
         tables.append((SeriesTable(f"{name}/monitor", time.time_ns()), {labels("host_load1", host=name): 0.5}))
     turn = sent = heard = 0
     up = False
