@@ -234,7 +234,7 @@ async def test_a_plain_program_subscribes_and_sees_events_and_beats(planes: Brok
         with trio.fail_after(20):
             topic, beat = await sub.receive()
             assert topic == b"beat/"
-            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log"}
+            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log", "next"}
             await ask(dealer, {"op": "publish"}, A.encode(), header("1"), BODY)
             while (frames := await sub.receive())[0] == b"beat/":
                 pass

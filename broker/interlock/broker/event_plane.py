@@ -25,8 +25,8 @@ from interlock.broker.errors import LogError, Refused, WireError
 from interlock.broker.gate import Gate, open_gated
 from interlock.broker.keys import Grant
 from interlock.broker.log import Draft, EventLog, Record, open_log
+from interlock.broker.pace import Pace
 from interlock.broker.protocol import (
-    BEAT_S,
     BEAT_TOPIC,
     MAX_PREFIXES,
     PAGE_BYTES,
@@ -99,6 +99,8 @@ class EventPlane:
         self._receipts = Receipts()
         self._epoch = time.time_ns()
         self._beats = 0
+        self._pace = Pace()
+        self._hurry = trio.Event()
         self._trouble = ""
         if log.trouble:
             self._note(log.trouble)
@@ -232,6 +234,8 @@ class EventPlane:
             self._note("")
             self._remember_commands(records)
             self._feed.send_burst([self._as_news(record) for record in records if record.fresh])
+            self._pace.event()
+            self._hurry.set()
             for waiting, record in zip(batch, records, strict=True):
                 self._answer(waiting.peer, Ack(waiting.draft.header.id, record.header.seq))
 
@@ -325,14 +329,23 @@ class EventPlane:
                 since=since,
                 topics=topics,
                 log=self._log.identity,
+                next=self._pace.beat(trio.current_time(), self._feed.users),
             )
             if self._log.identity:  # without one, subscribers wait; they would take it for a new log
                 self._feed.send_nowait([BEAT_TOPIC.encode(), wire.encode(beat)])
-            await trio.sleep(BEAT_S)
+            self._hurry = trio.Event()
+            while trio.current_time() < (due := self._pace.due()):
+                with trio.move_on_at(due):
+                    await self._hurry.wait()
+                    self._hurry = trio.Event()
+
+    def _subscribed(self) -> None:
+        self._pace.joined()
+        self._hurry.set()
 
     async def _take_subscriptions(self) -> None:
         if self._gate is not None:
-            await self._gate.grant_subscriptions(self._feed, self.rejects)
+            await self._gate.grant_subscriptions(self._feed, self.rejects, self._subscribed)
         while True:
             for frames in await self._feed.receive_batch():
                 if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):

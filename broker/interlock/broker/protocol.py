@@ -17,7 +17,7 @@ PAGE_EVENTS = 500  # events in one answer to a replay; with the ROUTER's limit o
 PAGE_BYTES = 4 << 20  # bytes of bodies in one answer, so that 10,000 hosts asking at once can't take all memory
 MAX_PREFIXES = 64  # of one replay
 BEAT_TOPIC = "beat/"
-BEAT_S = 0.5  # seconds between beats
+BEAT_S = 0.5  # seconds between beats; more while nothing happens, where there are thousands of subscribers (`pace.py`)
 BEAT_MEMORY = 6  # a beat tells what changed in so many beats: 5 lost in a row need no replay
 LINK_LOST_S = 2.0  # seconds without a beat: 4 beats, and as long as ZeroMQ takes to find a dead peer
 TRAIL_EVENTS = 64  # an event tells the topics of so many events before it
@@ -138,6 +138,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     """The pulse of the feed. `topics`: every topic with an event after `since`, with its last number.
 
     epoch: the broker's start, nanoseconds since 1970. seq: the newest event's number. log: the identity of the log.
+    next: the next beat comes within so many seconds.
     """
 
     beat: int
@@ -146,6 +147,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     since: int
     topics: dict[str, int]
     log: str
+    next: float = BEAT_S
 
 
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
