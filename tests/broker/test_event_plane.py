@@ -192,11 +192,13 @@ async def test_an_error_inside_leaves_as_it_was_raised(bus: Bus, planes: BrokerC
 
 
 async def test_too_many_events_at_once_are_held_back_and_all_arrive_in_order(
-    bus: Bus, monkeypatch: pytest.MonkeyPatch
+    folder: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_plane, "QUEUE", 3)
+    monkeypatch.setattr(event_plane, "QUEUE", 6)
     monkeypatch.setattr("interlock.broker.outbox.LOG_PAUSE_S", 0.05)
-    async with bus.events(["fact/"], after=0) as feed:
+    config = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+    config = await nursery.start(serve_planes, config, folder / "log")
+    async with client.open_bus(config, "host/a") as bus, bus.events(["fact/"], after=0) as feed:
         for n in range(100):
             bus.post(A, HostDown(host=str(n)))
         assert await take(feed, 100) == [(n + 1, str(n)) for n in range(100)]

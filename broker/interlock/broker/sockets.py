@@ -158,6 +158,27 @@ class Socket:
         finally:
             self._wake()
 
+    def send_tracked(self, frames: Sequence[bytes]) -> Callable[[], bool] | None:
+        """As `send_nowait`; who calls what it returns learns whether the message has left libzmq's queue, or was
+        dropped with the connection. None: nothing was sent. It costs some 10 us.
+        """
+        *first, last = frames
+        tracked = zmq.Frame(last, track=True, copy=False)
+        tracker = tracked.tracker
+        assert tracker is not None
+        send = self._raw.send
+        try:
+            for frame in first:
+                send(frame, NOBLOCK | MORE)
+            send(tracked, NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH, zmq.EFSM):
+                return None
+            raise
+        finally:
+            self._wake()
+        return lambda: bool(tracker.done)
+
     def _put(self, frames: Sequence[bytes]) -> bool:
         """Only the first frame can be refused: what follows belongs to the same message. EVENTS must be looked at."""
         send, last = self._raw.send, len(frames) - 1
