@@ -15,9 +15,9 @@ from interlock.broker import client, event_plane, topics
 from interlock.broker import log as event_log
 from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import BrokerConfig
-from interlock.broker.errors import InUse, Refused, Unreachable
+from interlock.broker.errors import InUse, LogError, Refused, Unreachable, UnsureWrite
 from interlock.broker.facts import HostDown, HostUp
-from interlock.broker.log import EventLog
+from interlock.broker.log import Draft, EventLog, Record
 from interlock.broker.planes import serve_planes
 from interlock.broker.protocol import decode_answer
 from interlock.broker.sockets import Socket, open_sockets
@@ -176,6 +176,28 @@ async def test_a_full_disk_refuses_events_and_serves_replays_until_there_is_room
             assert await take(feed, 1) == [(1, "1")]
             pages(1_000_000)
             assert [host[0] for _, host in await take(feed, 2)] == ["y", "3"]  # the small one did not overtake
+
+
+async def test_what_may_be_in_the_log_is_never_said_to_be_refused(
+    bus: Bus, planes: BrokerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.broker.outbox.LOG_PAUSE_S", 0.05)
+    append, failures = EventLog.append, [UnsureWrite("sync"), LogError("full"), None]
+
+    def late(log: EventLog, drafts: list[Draft], *, now: float) -> list[Record]:
+        records = append(log, drafts, now=now)
+        if failures and (failure := failures.pop(0)):
+            raise failure
+        return records
+
+    monkeypatch.setattr(EventLog, "append", late)
+    assert await bus.publish(A, HostDown(host="1"), timeout=20) == 1
+    failures += [UnsureWrite("sync"), *[LogError("full")] * 1000]
+    with pytest.raises(Unreachable):
+        await bus.publish(A, HostDown(host="2"), timeout=0.3)
+    failures.clear()
+    async with bus.events(["fact/"], after=0) as feed:
+        assert await take(feed, 2) == [(1, "1"), (2, "2")]
 
 
 async def test_a_port_that_is_taken_is_an_error_that_names_it(planes: BrokerConfig, folder: Path) -> None:

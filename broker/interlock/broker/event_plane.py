@@ -21,7 +21,7 @@ import trio
 
 from interlock.broker import policy, wire
 from interlock.broker.config import BrokerConfig, LogConfig
-from interlock.broker.errors import LogError, Refused, WireError
+from interlock.broker.errors import LogError, Refused, UnsureWrite, WireError
 from interlock.broker.fair import Fair
 from interlock.broker.gate import Gate, open_gated
 from interlock.broker.keys import Grant
@@ -249,7 +249,7 @@ class EventPlane:
         for waiting in batch:
             if waiting.n:
                 first.setdefault((waiting.key, waiting.peer), waiting.n)
-            self._answer(waiting.peer, Nack("log", str(error), waiting.draft.header.id))
+            self._answer(waiting.peer, Nack("log", str(error), waiting.draft.header.id, isinstance(error, UnsureWrite)))
         for (key, peer), n in first.items():  # what follows must not overtake it
             if peer in self._expected:
                 self._expected[peer] = min(self._expected[peer], n)

@@ -73,11 +73,14 @@ class Ack(msgspec.Struct, frozen=True, tag_field="op", tag="ack"):
 
 
 class Nack(msgspec.Struct, frozen=True, tag_field="op", tag="nack"):
-    """The event is not in the log. `id` is empty where the header could not be read."""
+    """This attempt did not put the event into the log; an earlier one that was never answered may have. `id` is empty
+    where the header could not be read. unsure: this attempt may have, too; repeat it to find out.
+    """
 
     kind: Why
     reason: str
     id: str = ""
+    unsure: bool = False
 
 
 class Replayed(msgspec.Struct, frozen=True, tag_field="op", tag="replayed"):
