@@ -289,6 +289,8 @@ async def test_an_event_that_overtakes_a_lost_one_is_sent_back(dealer: Socket) -
         ([b"fact/", header(""), BODY], "no id"),
         ([b"fact/", header("x" * 300), BODY], "no id, or one too long"),
         ([b"fact/", header("1", time=float("nan")), BODY], "time"),
+        ([b"fact/", header("1", sig=bytes(5000)), BODY], "header of 50"),
+        ([b"fact/", header("1", sig=bytes(65)), BODY], "signature of 65 bytes"),
         ([b"fact/", header("1"), b"\x80"], "event body"),
         ([b"fact/", header("1"), msgpack.packb({"type": "no-such"})], "event body"),
         ([b"fact/", header("1"), b"\x81\xa1a" * 100_000], "event body"),

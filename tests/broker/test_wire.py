@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from interlock.broker import commands, facts, wire
 from interlock.broker.commands import Breach
 from interlock.broker.errors import WireError
-from interlock.broker.samples import Announcement, Batch
+from interlock.broker.samples import MAX_LABEL_NAME, MAX_LABEL_VALUE, MAX_LABELS, Announcement, Batch
 
 KINDS = get_args(wire.Body)
 TEXT = st.text(max_size=20)
@@ -131,6 +131,27 @@ def test_a_batch_comes_back_nan_and_infinity_included(
     back = wire.decode_batch([b"telemetry/alpha/monitor/", wire.encode(batch)])
     assert wire.encode(back) == wire.encode(batch)
     assert msgpack.unpackb(wire.encode(batch))["series"] == [[1, labels]]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {str(n): "" for n in range(MAX_LABELS + 1)},
+        {"x" * (MAX_LABEL_NAME + 1): ""},
+        {"x": "y" * (MAX_LABEL_VALUE + 1)},
+    ],
+)
+def test_labels_without_end_are_refused(labels: dict[str, str]) -> None:
+    batch = Batch(source="a", epoch=1, seq=1, time=0.0, series=[Announcement(1, labels)])
+    with pytest.raises(WireError, match="length"):
+        wire.decode_batch([b"t/", wire.encode(batch)])
+
+
+def test_a_header_without_end_is_refused() -> None:
+    for sig, what in ((bytes(wire.MAX_SIGNATURE + 1), "signature of 65 bytes"), (bytes(5000), "header of 50.. bytes")):
+        header = wire.Header(id="1", source="s", time=1.5, sig=sig)
+        with pytest.raises(WireError, match=what):
+            wire.decode_event([b"t/", wire.encode(header), wire.encode(facts.HostDown(host="a"))])
 
 
 def test_ids_without_values_are_refused() -> None:

@@ -6,6 +6,8 @@ repeated (see `SeriesTable`), since the telemetry plane may drop a batch and a c
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 NAME = "__name__"  # the label that holds the metric's name, as in Prometheus
@@ -14,12 +16,20 @@ KEYFRAME_S = 1.0  # a batch with all announcements at least this often; what a l
 LATE_S = 2.0  # a sample that waited longer on its way is history: nobody may take it for how things stand now
 ANNOUNCEMENTS = 3  # a new series is announced in so many batches in a row: one lost batch costs no second
 
+# Who sends more is not understood: what a series is called is kept at every reader.
+MAX_LABELS = 64  # of one series; Prometheus itself advises to have ten at most
+MAX_LABEL_NAME = 128  # characters
+MAX_LABEL_VALUE = 1024  # characters: a path, or the first line of an error
+
+_Label = Annotated[str, msgspec.Meta(max_length=MAX_LABEL_NAME)]
+_Value = Annotated[str, msgspec.Meta(max_length=MAX_LABEL_VALUE)]
+
 
 class Announcement(msgspec.Struct, frozen=True, array_like=True):
     """`[id, labels]`; labels hold the metric's name under `__name__`."""
 
     id: int
-    labels: dict[str, str]
+    labels: Annotated[dict[_Label, _Value], msgspec.Meta(max_length=MAX_LABELS)]
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):

@@ -119,7 +119,7 @@ class _Plane:
         except Refused as error:
             self._rejects.count("a batch whose sender may not", error)
         else:
-            self._last.take(topic, batch, trio.current_time())
+            self._last.take(topic, batch, trio.current_time(), owner=user)
             return True
         return False
 

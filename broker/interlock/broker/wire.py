@@ -19,6 +19,8 @@ from interlock.broker.samples import Batch
 
 MAX_FRAME = 1 << 20  # bytes: the largest frame anyone of ours sends is a report of some 10 kB
 MAX_TOPIC = 256  # bytes
+MAX_HEADER = 4096  # bytes, of an event as its publisher sends it: id and source of 256 characters take half of it
+MAX_SIGNATURE = 64  # bytes: an Ed25519 signature
 
 Body = Command | Fact
 
@@ -95,7 +97,13 @@ def decode_event(frames: Sequence[bytes]) -> Event:
     """An event from its three frames; WireError if they are anything else."""
     if len(frames) != 3:
         raise WireError(f"an event has 3 frames, this has {len(frames)}")
-    return Event(decode_topic(frames[0]), decode_header(frames[1]), decode_body(frames[2]), frames[2])
+    topic = decode_topic(frames[0])
+    if len(frames[1]) > MAX_HEADER:
+        raise WireError(f"event header of {len(frames[1])} bytes", hint=f"at most {MAX_HEADER}")
+    header = decode_header(frames[1])
+    if len(header.sig) > MAX_SIGNATURE:
+        raise WireError(f"signature of {len(header.sig)} bytes", hint=f"at most {MAX_SIGNATURE}")
+    return Event(topic, header, decode_body(frames[2]), frames[2])
 
 
 def encode_event(event: Event) -> list[bytes]:
