@@ -56,6 +56,18 @@ def test_what_is_taken_ends_at_its_number_or_cost_and_goes_on_in_the_same_turn()
     assert fair.take(5, 5) == []
 
 
+def test_of_one_key_no_more_is_taken_at_once_than_each_may_give() -> None:
+    fair = queue(quantum=10)
+    for item in "abcde":
+        fair.put("one", item)
+    assert fair.take(100, 100, each=2) == ["a", "b"]
+    for item in "XYZ":
+        fair.put("two", item)
+    assert fair.take(100, 100, each=2) == ["c", "d", "X", "Y"]
+    assert fair.take(100, 100, each=2) == ["e", "Z"]
+    assert fair.take(100, 100, each=2) == []
+
+
 def test_whoever_holds_nothing_finds_room_and_the_greedy_does_not() -> None:
     fair = queue(items=10)
     assert [fair.put("greedy", "g") for _ in range(7)] == [True] * 5 + [False] * 2
@@ -106,8 +118,10 @@ def test_nothing_is_lost_doubled_or_reordered_and_the_sums_stay_right(operations
             if fair.put(a, (a, n), b):
                 model[a].append((a, n))
         elif what == "take":
-            taken = fair.take(a, b)
+            each = b % 4 or None
+            taken = fair.take(a, b, each)
             assert bool(taken) == bool(a and sum(map(len, model.values())))
+            assert each is None or all(sum(key == k for k, _ in taken) <= each for key in range(5))
             for key, number in taken:
                 assert model[key].pop(0) == (key, number)
         else:

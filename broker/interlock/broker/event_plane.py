@@ -58,6 +58,7 @@ EVENT_COST = 256  # bytes that an event counts for besides its frames: it takes 
 TURN_BYTES = 8 << 10  # of one key's events that are logged before the next key's: some 10 events of our size
 MAX_ID = 256  # characters of an event's id and of its source
 COMMIT = 1024  # events in one transaction: some 10 ms of CPU, beside one fsync
+KEY_COMMIT = 256  # of one key: 4 windows of an outbox, so that only a flood meets it; the others wait for it
 COMMIT_BYTES = 8 << 20  # in one transaction: what a slow disk writes in 0.1 s, for which the next event waits
 RETAIN_S = 30.0  # between looks at what is too old: it takes a millisecond if nothing is
 PEERS = 20_000  # connections whose order of publications is remembered: more than can connect
@@ -217,7 +218,7 @@ class EventPlane:
         while True:
             while not self._queue:
                 await self._queued.park()
-            batch = self._queue.take(COMMIT, COMMIT_BYTES)
+            batch = self._queue.take(COMMIT, COMMIT_BYTES, each=KEY_COMMIT)
             drafts = [waiting.draft for waiting in batch]
             try:
                 async with self._disk:

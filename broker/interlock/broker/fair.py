@@ -52,11 +52,18 @@ class Fair(Generic[T]):
         self._cost += cost
         return True
 
-    def take(self, items: int, cost: int) -> list[T]:
-        """What is next: at most so many, and not more once they cost so much; one at least, if any waits."""
+    def take(self, items: int, cost: int, each: int | None = None) -> list[T]:
+        """What is next: at most so many, of one key `each`, and no more once they cost so much; one if any waits."""
         taken: list[T] = []
-        while self._lanes and len(taken) < items and cost > 0:
+        given: dict[Hashable, int] = {}
+        served: set[Hashable] = set()  # those that have given `each`
+        while len(served) < len(self._lanes) and len(taken) < items and cost > 0:
             key, lane = next(iter(self._lanes.items()))
+            if given.get(key, 0) == each:
+                served.add(key)
+                lane.has_turn, lane.credit = False, min(lane.credit, self._quantum)
+                self._lanes.move_to_end(key)
+                continue
             if not lane.has_turn:
                 lane.has_turn = True
                 lane.credit += self._quantum
@@ -67,6 +74,7 @@ class Fair(Generic[T]):
                 continue
             lane.credit = max(0, lane.credit - price)
             taken.append(item)
+            given[key] = given.get(key, 0) + 1
             cost -= price
             lane.items.popleft()
             self._gone(key, lane, price)
