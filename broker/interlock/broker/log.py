@@ -41,14 +41,14 @@ _TABLES = (
   header BLOB NOT NULL,
   body BLOB NOT NULL,
   hash BLOB NOT NULL,
-  UNIQUE (source, id)
+  UNIQUE (id, source)
 ) STRICT""",
     "CREATE INDEX events_of_topic ON events (topic, seq)",
     "CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
 )
 _MORE_TABLES = (  # what retention leaves behind
     "CREATE TABLE IF NOT EXISTS gone (seq INTEGER PRIMARY KEY, source TEXT NOT NULL, id TEXT NOT NULL,"
-    " UNIQUE (source, id)) STRICT",  # source is empty where version 2 dropped the event
+    " UNIQUE (id, source)) STRICT",  # source is empty where version 2 dropped the event
     "CREATE TABLE IF NOT EXISTS topics (topic TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT",
 )
 PRUNE_EVENTS = 1000  # dropped in one transaction: events that wait for the disk meanwhile wait for some 30 ms
@@ -411,11 +411,11 @@ class EventLog:
         """What this source has logged under this id. Another's id is not its: nobody can use it up."""
         id, source = draft.header.id, draft.header.source
         row = self._writer.execute(
-            "SELECT topic, header, body FROM events WHERE source = ? AND id = ?", (source, id)
+            "SELECT topic, header, body FROM events WHERE id = ? AND source = ?", (id, source)
         ).fetchone()
         if row is not None:
             return _record(row, fresh=False)
-        gone = self._writer.execute("SELECT seq FROM gone WHERE source IN (?, '') AND id = ?", (source, id)).fetchone()
+        gone = self._writer.execute("SELECT seq FROM gone WHERE id = ? AND +source IN (?, '')", (id, source)).fetchone()
         if gone is None:
             return None
         return Record(draft.topic, msgspec.structs.replace(draft.header, seq=gone[0]), draft.body, fresh=False)
