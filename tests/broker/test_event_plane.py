@@ -15,9 +15,9 @@ from interlock.broker import client, event_plane, topics
 from interlock.broker import log as event_log
 from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import BrokerConfig
-from interlock.broker.errors import InUse, Refused, Unreachable
+from interlock.broker.errors import InUse, LogError, Refused, Unreachable, UnsureWrite
 from interlock.broker.facts import HostDown, HostUp
-from interlock.broker.log import EventLog
+from interlock.broker.log import Draft, EventLog, Record
 from interlock.broker.planes import serve_planes
 from interlock.broker.protocol import decode_answer
 from interlock.broker.sockets import Socket, open_sockets
@@ -178,6 +178,28 @@ async def test_a_full_disk_refuses_events_and_serves_replays_until_there_is_room
             assert [host[0] for _, host in await take(feed, 2)] == ["y", "3"]  # the small one did not overtake
 
 
+async def test_what_may_be_in_the_log_is_never_said_to_be_refused(
+    bus: Bus, planes: BrokerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.broker.outbox.LOG_PAUSE_S", 0.05)
+    append, failures = EventLog.append, [UnsureWrite("sync"), LogError("full"), None]
+
+    def late(log: EventLog, drafts: list[Draft], *, now: float) -> list[Record]:
+        records = append(log, drafts, now=now)
+        if failures and (failure := failures.pop(0)):
+            raise failure
+        return records
+
+    monkeypatch.setattr(EventLog, "append", late)
+    assert await bus.publish(A, HostDown(host="1"), timeout=20) == 1
+    failures += [UnsureWrite("sync"), *[LogError("full")] * 1000]
+    with pytest.raises(Unreachable):
+        await bus.publish(A, HostDown(host="2"), timeout=0.3)
+    failures.clear()
+    async with bus.events(["fact/"], after=0) as feed:
+        assert await take(feed, 2) == [(1, "1"), (2, "2")]
+
+
 async def test_a_port_that_is_taken_is_an_error_that_names_it(planes: BrokerConfig, folder: Path) -> None:
     with pytest.raises(ExceptionGroup) as caught:
         async with trio.open_nursery() as nursery:
@@ -192,11 +214,13 @@ async def test_an_error_inside_leaves_as_it_was_raised(bus: Bus, planes: BrokerC
 
 
 async def test_too_many_events_at_once_are_held_back_and_all_arrive_in_order(
-    bus: Bus, monkeypatch: pytest.MonkeyPatch
+    folder: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_plane, "QUEUE", 3)
+    monkeypatch.setattr(event_plane, "QUEUE", 6)
     monkeypatch.setattr("interlock.broker.outbox.LOG_PAUSE_S", 0.05)
-    async with bus.events(["fact/"], after=0) as feed:
+    config = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+    config = await nursery.start(serve_planes, config, folder / "log")
+    async with client.open_bus(config, "host/a") as bus, bus.events(["fact/"], after=0) as feed:
         for n in range(100):
             bus.post(A, HostDown(host=str(n)))
         assert await take(feed, 100) == [(n + 1, str(n)) for n in range(100)]
@@ -234,7 +258,7 @@ async def test_a_plain_program_subscribes_and_sees_events_and_beats(planes: Brok
         with trio.fail_after(20):
             topic, beat = await sub.receive()
             assert topic == b"beat/"
-            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log", "speaks"}
+            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log", "speaks", "next"}
             await ask(dealer, {"op": "publish"}, A.encode(), header("1"), BODY)
             while (frames := await sub.receive())[0] == b"beat/":
                 pass
@@ -265,6 +289,8 @@ async def test_an_event_that_overtakes_a_lost_one_is_sent_back(dealer: Socket) -
         ([b"fact/", header(""), BODY], "no id"),
         ([b"fact/", header("x" * 300), BODY], "no id, or one too long"),
         ([b"fact/", header("1", time=float("nan")), BODY], "time"),
+        ([b"fact/", header("1", sig=bytes(5000)), BODY], "header of 50"),
+        ([b"fact/", header("1", sig=bytes(65)), BODY], "signature of 65 bytes"),
         ([b"fact/", header("1"), b"\x80"], "event body"),
         ([b"fact/", header("1"), msgpack.packb({"type": "no-such"})], "event body"),
         ([b"fact/", header("1"), b"\x81\xa1a" * 100_000], "event body"),

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+import zmq
 
 from interlock.broker.errors import ConfigError, InUse
-from interlock.broker.sockets import Socket, open_sockets
+from interlock.broker.sockets import DEAD_MS, Socket, open_sockets
 
 
 @pytest.fixture
@@ -140,3 +141,14 @@ async def test_a_mandatory_router_says_when_nobody_is_there() -> None:
         assert not router.send_nowait([b"nobody", b"x"])
         with pytest.raises(ConfigError, match="mandatory"):
             await router.send([b"nobody", b"x"])
+
+
+async def test_who_connects_leaves_it_to_the_kernel_to_find_a_dead_link() -> None:
+    async with open_sockets() as sockets:
+        server = sockets.open("router", bind="tcp://127.0.0.1:*")
+        client = sockets.open("dealer", connect=server.endpoint)
+        careless = sockets.open("dealer", connect=server.endpoint, keepalive=False)
+        probed = [one._raw.getsockopt(zmq.TCP_KEEPALIVE) == 1 for one in (client, careless, server)]
+        assert probed == [True, False, False]
+        assert client._raw.getsockopt(zmq.TCP_MAXRT) == DEAD_MS
+        assert not any(one._raw.getsockopt(zmq.HEARTBEAT_IVL) for one in (client, careless, server))

@@ -110,7 +110,7 @@ class Slot:
             case Ask():
                 return self._ask(given, now)
             case AskRollBack(command):
-                if command.migration != self.row.migration or self.row.state not in ON_TRIAL:
+                if not self._is_current(command.migration, command.epoch) or self.row.state not in ON_TRIAL:
                     return []  # done already, or never ours
                 return self._roll_back(command.breach, now)
             case Renew(command):

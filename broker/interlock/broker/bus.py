@@ -246,7 +246,8 @@ class Bus(Protocol):
     async def publish(self, topic: str, body: Body, *, id: str | None = None, timeout: float = 5.0) -> int:
         """Its number in the log, once it is on disk there.
 
-        Refused: it is not in the log. Unreachable after `timeout` seconds: it may be; the same id is logged once.
+        Refused: it is not in the log. Unreachable after `timeout` seconds: it may be, also where the broker has told of
+        trouble with its disk meanwhile; the same id is logged once.
         """
 
     def post(self, topic: str, body: Body, *, id: str | None = None) -> str:

@@ -26,6 +26,7 @@ QUIET_S = 60.0  # the same refusal of the same peer is logged once in so many se
 MAX_WHY = 200  # characters of a reason in the log
 
 # Limits of one key, at each server. A frame's is `sockets.MAX_MESSAGE`: libzmq cuts off who sends a larger one.
+IO_THREADS = 2  # of libzmq in a server: they encrypt, and one is busy with that alone at some 1,000 handshakes a second
 MAX_LINES = 64  # connections at once; a role has up to 4 to each, an operator as many as commands that run at once
 NEW_LINES_PER_S, NEW_LINES = 20.0, 200.0  # handshakes, and how many at once: each costs 1 ms of CPU
 EVENTS_PER_S, EVENTS = 20_000.0, 40_000.0  # requests to the event plane: more than a disk takes, less than fills memory
@@ -248,7 +249,7 @@ async def open_gated(security: Security | None, where: str) -> AsyncIterator[tup
         async with open_sockets() as sockets:
             yield sockets, None
         return
-    async with open_sockets(security.curve()) as sockets, trio.open_nursery() as nursery:
+    async with open_sockets(security.curve(), threads=IO_THREADS) as sockets, trio.open_nursery() as nursery:
         gate = Gate(security, where)
         await nursery.start(gate.serve, sockets)
         try:

@@ -232,10 +232,11 @@ class Link:
                 if self.outbox.acked(answer.id, now):
                     self._settle(answer.id, answer.seq)
             case Nack():
+                doubt = self.outbox.in_doubt(answer)  # then who waits for a number learns nothing yet
                 if self.outbox.nacked(answer, now):
-                    self._settle(answer.id, answer.reason)
+                    self._settle(answer.id, answer.reason, silent=doubt)
                 elif answer.kind in ("log", "version"):
-                    self._refuse_publications(answer)
+                    self._refuse_publications(answer, silent=doubt)
                 if answer.kind == "version":
                     self.mismatch.say(answer.reason)
             case ReplayEvent():
@@ -246,21 +247,24 @@ class Link:
             case Replayed() | Pong() | ReplayFailed():
                 self._close_page(answer)
 
-    def _settle(self, id: str, outcome: int | str) -> None:
+    def _settle(self, id: str, outcome: int | str, *, silent: bool = False) -> None:
         if self._keeper is not None:
             self._keeper.settled(id)
         waiting = self._outcomes.get(id)
         if waiting is None and isinstance(outcome, str):
             _log.error("the broker refused a posted event for good: %s", outcome)
-        for settle in waiting or ():
+        for settle in () if silent else waiting or ():
             settle(outcome)
         self._settled.unpark_all()
 
-    def _refuse_publications(self, nack: Nack) -> None:
-        """Who waits for a number learns at once that the log can't be written; what was posted is repeated."""
-        for settle in self._outcomes.get(nack.id, ()):
+    def _refuse_publications(self, nack: Nack, *, silent: bool) -> None:
+        """Who waits for a number learns at once that the log can't be written; what was posted is repeated, and what
+        may be there all the same.
+        """
+        refused = nack.id in self._outcomes and not silent
+        for settle in self._outcomes.get(nack.id, ()) if refused else ():
             settle(nack.reason)
-        if nack.id in self._outcomes:
+        if refused:
             self.outbox.withdraw(nack.id, trio.current_time())
             self._settled.unpark_all()
         else:

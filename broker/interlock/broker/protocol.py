@@ -20,7 +20,7 @@ PAGE_EVENTS = 500  # events in one answer to a replay; with the ROUTER's limit o
 PAGE_BYTES = 4 << 20  # bytes of bodies in one answer, so that 10,000 hosts asking at once can't take all memory
 MAX_PREFIXES = 64  # of one replay
 BEAT_TOPIC = "beat/"
-BEAT_S = 0.5  # seconds between beats
+BEAT_S = 0.5  # seconds between beats; more while nothing happens, where there are thousands of subscribers (`pace.py`)
 BEAT_MEMORY = 6  # a beat tells what changed in so many beats: 5 lost in a row need no replay
 LINK_LOST_S = 2.0  # seconds without a beat: 4 beats, and as long as ZeroMQ takes to find a dead peer
 TRAIL_EVENTS = 64  # an event tells the topics of so many events before it
@@ -89,11 +89,14 @@ class Ack(msgspec.Struct, frozen=True, tag_field="op", tag="ack"):
 
 
 class Nack(msgspec.Struct, frozen=True, tag_field="op", tag="nack"):
-    """The event is not in the log; or another request, without an id, was not understood."""
+    """This attempt did not put the event into the log; an earlier one that was never answered may have. Or another
+    request, without an id, was not understood.
+    """
 
     kind: Kind
     reason: Reason
     id: Annotated[str, says("the event's, where its header could be read")] = ""
+    unsure: Annotated[bool, says("this attempt may have, too: repeat it to find out")] = False
 
 
 class Replayed(msgspec.Struct, frozen=True, tag_field="op", tag="replayed"):
@@ -164,6 +167,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     topics: Annotated[dict[str, int], says("every topic with an event after `since`, with its last number")]
     log: LogIdentity
     speaks: Speaks = SPEAKS
+    next: Annotated[float, says("the next beat comes within so many seconds")] = BEAT_S
 
 
 class _Asking(msgspec.Struct, frozen=True):

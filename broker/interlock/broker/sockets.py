@@ -23,9 +23,14 @@ import zmq
 from interlock.broker.errors import ConfigError, InUse
 
 DRAIN = 256  # messages taken per wake-up at most, so that one busy socket doesn't starve the others
-HEARTBEAT_MS = 1000  # clients ping an idle link this often,
-HEARTBEAT_TIMEOUT_MS = 2000  # and know within this time that it is dead; servers don't (it costs them too much)
-HANDSHAKE_MS = 3000  # a connection that does not finish its greeting within this time is closed
+# Who connects knows within 2 s that the link is dead. The kernel finds out, not ZMTP's heartbeats: those cost a broker
+# of 10,000 hosts a quarter of a core, and one busy with handshakes answers them too late, so that all begin anew.
+KEEPALIVE_S = 1  # an idle link is probed after this, and again after this,
+DEAD_MS = 2000  # and is dead if the other end has confirmed nothing for so long
+# A connection that does not finish its handshake within this time is closed, at both ends. 20,000 handshakes at once
+# take a broker 15 s: a limit below that would end most of them half-way, again and again.
+HANDSHAKE_MS = 30_000  # a connection that has not finished its greeting then is closed, at both ends
+BACKLOG = 4096  # connections that wait to be accepted: the default of Linux; who finds no room asks after 1, 3, 7 s
 MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
 LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
 MAX_SOCKETS = 8192  # per process: a gateway has a few per agent
@@ -152,6 +157,27 @@ class Socket:
             return sum(map(self._put, messages))
         finally:
             self._wake()
+
+    def send_tracked(self, frames: Sequence[bytes]) -> Callable[[], bool] | None:
+        """As `send_nowait`; who calls what it returns learns whether the message has left libzmq's queue, or was
+        dropped with the connection. None: nothing was sent. It costs some 10 us.
+        """
+        *first, last = frames
+        tracked = zmq.Frame(last, track=True, copy=False)
+        tracker = tracked.tracker
+        assert tracker is not None
+        send = self._raw.send
+        try:
+            for frame in first:
+                send(frame, NOBLOCK | MORE)
+            send(tracked, NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH, zmq.EFSM):
+                return None
+            raise
+        finally:
+            self._wake()
+        return lambda: bool(tracker.done)
 
     def _put(self, frames: Sequence[bytes]) -> bool:
         """Only the first frame can be refused: what follows belongs to the same message. EVENTS must be looked at."""
@@ -303,6 +329,11 @@ class Socket:
         with suppress(OSError):  # it is gone already
             mine[route] = (descriptor, os.fstat(descriptor).st_ino)
 
+    @property
+    def users(self) -> int:
+        """How many users have said something on it, those included that have gone since."""
+        return len(self._met)
+
     def lines(self, user: str) -> int:
         """How many connections of this user, that have said something, are open."""
         living = {route: line for route, line in self._met.pop(user, {}).items() if _is_line(*line)}
@@ -344,11 +375,12 @@ class Socket:
 class Sockets:
     """All sockets of one component, with their context. Made by `open_sockets`, closed with it."""
 
-    def __init__(self, nursery: trio.Nursery, curve: Curve | None = None) -> None:
+    def __init__(self, nursery: trio.Nursery, curve: Curve | None = None, *, threads: int = 1) -> None:
         self.curve = curve
         self._guarded = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._context.set(zmq.IO_THREADS, threads)
         self._nursery = nursery
         self._open: list[Socket] = []
 
@@ -362,7 +394,7 @@ class Sockets:
         receive_limit: int = 1000,
         send_limit: int = 1000,
         label: str = "",
-        heartbeat: bool | None = None,
+        keepalive: bool | None = None,
         manual: bool = False,
         mandatory: bool = False,
         relaxed: bool = False,
@@ -376,22 +408,16 @@ class Sockets:
         With CURVE keys every one encrypts, and one that binds needs `open_guard` first. server: the public key of
         whom it connects to, where that is not the broker.
 
-        heartbeat: ping the peer; by default on connecting sockets only. manual: XPUB that grants each subscription by
-        hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a REQ that may give up on an answer and
-        ask again. immediate: take messages only while there is a connection.
+        keepalive: have the kernel find out whether the peer is there; by default on connecting sockets only. manual:
+        XPUB that grants each subscription by hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a
+        REQ that may give up on an answer and ask again. immediate: take messages only while there is a connection.
         """
         raw = self._context.socket(KINDS[kind])
-        raw.setsockopt(zmq.LINGER, LINGER_MS)
+        tune(raw, connects=keepalive if keepalive is not None else connect is not None)
         raw.setsockopt(zmq.RCVHWM, receive_limit)
         raw.setsockopt(zmq.SNDHWM, send_limit)
         raw.setsockopt(zmq.MAXMSGSIZE, max_message)
-        raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         raw.setsockopt(zmq.IPV6, 1 if "[" in (bind or connect or "") else 0)
-        raw.setsockopt(zmq.RECONNECT_IVL, 50)
-        raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        if heartbeat if heartbeat is not None else connect is not None:
-            raw.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         if immediate:
             raw.setsockopt(zmq.IMMEDIATE, 1)
         if identity is not None:
@@ -459,6 +485,21 @@ class Sockets:
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
 
 
+def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+    """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
+    raw.setsockopt(zmq.LINGER, LINGER_MS)
+    raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    raw.setsockopt(zmq.BACKLOG, BACKLOG)
+    raw.setsockopt(zmq.RECONNECT_IVL, 50)
+    raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if connects:
+        raw.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        raw.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+        raw.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
+        raw.setsockopt(zmq.TCP_KEEPALIVE_CNT, 1)
+        raw.setsockopt(zmq.TCP_MAXRT, DEAD_MS)
+
+
 def _is_line(descriptor: int, inode: int) -> bool:
     try:
         return os.fstat(descriptor).st_ino == inode
@@ -482,13 +523,13 @@ def _shut(descriptor: int, inode: int) -> bool:
 
 
 @asynccontextmanager
-async def open_sockets(curve: Curve | None = None) -> AsyncIterator[Sockets]:
+async def open_sockets(curve: Curve | None = None, *, threads: int = 1) -> AsyncIterator[Sockets]:
     """A place to open sockets in; on leaving, all are closed (each may still deliver for `LINGER_MS`).
 
-    curve: every socket encrypts and proves itself with these keys.
+    curve: every socket encrypts and proves itself with these keys. threads: of libzmq's, which send and receive.
     """
     async with trio.open_nursery() as nursery:
-        sockets = Sockets(nursery, curve)
+        sockets = Sockets(nursery, curve, threads=threads)
         try:
             yield sockets
         finally:
