@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+from interlock.broker import client, crypto, keys
+from interlock.broker.bus import Bus
 from interlock.broker.config import BrokerConfig, FleetConfig, load_fleet
+from interlock.broker.keyring import Keyring
 from interlock.broker.planes import serve_planes
+from interlock.broker.security import Security
+from interlock.broker.sockets import Curve, Sockets, open_sockets
 
+WHO = ["broker", "coordinator", "rules", "host/alpha", "host/beta", "monitor/alpha", "operator/local"]
 ANY = BrokerConfig(
     events="tcp://127.0.0.1:*",
     feed="tcp://127.0.0.1:*",
@@ -36,6 +45,44 @@ async def planes(folder: Path, nursery: trio.Nursery) -> BrokerConfig:
     """Both planes in this process; their endpoints."""
     config: BrokerConfig = await nursery.start(serve_planes, ANY, folder / "log")
     return config
+
+
+class KeyedFleet:
+    """A broker with keys, in this process, and the keys of everybody."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "keys"
+        self.ring = Keyring(self.folder, "f")
+        self.ring.ensure(WHO, now=1.0)
+        self.config = ANY
+
+    def security(self, identity: str) -> Security:
+        return Security(
+            keys.read_private(self.folder, identity), keys.Roll(keys.read_authority(self.folder)), self.folder
+        )
+
+    @asynccontextmanager
+    async def bus(self, identity: str) -> AsyncIterator[Bus]:
+        async with client.open_bus(self.config, "", security=self.security(identity)) as bus:
+            yield bus
+
+    @asynccontextmanager
+    async def sockets(self, identity: str) -> AsyncIterator[Sockets]:
+        async with open_sockets(self.security(identity).curve()) as sockets:
+            yield sockets
+
+    def stranger(self) -> Curve:
+        return Curve(*crypto.new_curve_pair(), self.security("rules").key_of("broker"))
+
+
+@pytest.fixture
+async def fleet(folder: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> KeyedFleet:
+    """Both planes with keys, in this process."""
+    caplog.set_level(logging.WARNING)
+    fleet = KeyedFleet(folder)
+    serve = partial(serve_planes, security=fleet.security("broker"))
+    fleet.config = await nursery.start(serve, ANY, folder / "log")
+    return fleet
 
 
 class BrokerRole:

@@ -2,72 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from interlock.broker import client, crypto, keys, topics, wire
-from interlock.broker.bus import Bus, new_event
+from interlock.broker.bus import new_event
 from interlock.broker.commands import Breach, Migrate, RenewLease, RollBack
 from interlock.broker.config import BrokerConfig
 from interlock.broker.direct import serve_direct
 from interlock.broker.errors import InterlockError, Refused, Unreachable
 from interlock.broker.facts import AlertResolved, HostDown
 from interlock.broker.gate import Allowance, Gate
-from interlock.broker.keyring import Keyring
-from interlock.broker.planes import serve_planes
 from interlock.broker.protocol import BEAT_TOPIC, Publish, Replay
 from interlock.broker.security import Security
-from interlock.broker.sockets import Curve, Socket, Sockets, open_sockets
+from interlock.broker.sockets import Curve, Socket, open_sockets
 from interlock.broker.wire import Body, Event
 
 ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
-WHO = ["broker", "coordinator", "rules", "host/alpha", "host/beta", "monitor/alpha", "operator/local"]
+Fleet = Any  # the one of conftest
 MIGRATE = Migrate(agent="chat", to="v2", deadline=2e9)
 ROLL_BACK = RollBack(migration="m", agent="chat", epoch=1, breach=Breach(by="operator", reason="r"), issued=1.0)
-
-
-class Fleet:
-    """A broker with keys, in this process, and the keys of everybody."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "keys"
-        self.ring = Keyring(self.folder, "f")
-        self.ring.ensure(WHO, now=1.0)
-        self.config = ANY
-
-    def security(self, identity: str) -> Security:
-        return Security(
-            keys.read_private(self.folder, identity), keys.Roll(keys.read_authority(self.folder)), self.folder
-        )
-
-    @asynccontextmanager
-    async def bus(self, identity: str) -> AsyncIterator[Bus]:
-        async with client.open_bus(self.config, "", security=self.security(identity)) as bus:
-            yield bus
-
-    @asynccontextmanager
-    async def sockets(self, identity: str) -> AsyncIterator[Sockets]:
-        async with open_sockets(self.security(identity).curve()) as sockets:
-            yield sockets
-
-    def stranger(self) -> Curve:
-        return Curve(*crypto.new_curve_pair(), self.security("rules").key_of("broker"))
-
-
-@pytest.fixture
-async def fleet(folder: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> Fleet:
-    caplog.set_level(logging.WARNING)
-    fleet = Fleet(folder)
-    serve = partial(serve_planes, security=fleet.security("broker"))
-    fleet.config = await nursery.start(serve, ANY, folder / "log")
-    return fleet
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -51,6 +51,8 @@ class _Entrance:
             event = wire.decode_event(frames)
         except WireError as error:
             self.rejects.count("what is not an event", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
             return Reply(_id_of(frames), ok=False, reason=str(error))
         id = event.header.id
         try:

@@ -52,7 +52,7 @@ from interlock.broker.receipts import Receipts
 from interlock.broker.rejects import Rejects
 from interlock.broker.security import Security
 from interlock.broker.signing import is_signed
-from interlock.broker.sockets import Socket
+from interlock.broker.sockets import MAX_SUBSCRIPTION, Socket
 from interlock.broker.trail import Recent
 
 QUEUE = 4096  # events that wait for the disk; the next are refused for now, so that replays go on
@@ -122,13 +122,19 @@ class EventPlane:
                     self._take(user, peer, frames)
                 except WireError as error:
                     self.rejects.count("what is not a request", error)
+                    if self._gate is not None:
+                        self._gate.garbage(user)
                 except Refused:  # noted by the gate
                     self.rejects.count("a request of one who may not ask")
             self._tell_watchers()
 
     def _take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
         if self._gate is not None:
-            self._gate.request(user)
+            try:
+                self._gate.request(user, sum(map(len, frames)))
+            except Refused as refused:
+                self._answer(peer, Nack("log", str(refused), _id_of(frames[1:])))
+                raise
         request = decode_request(frames[0] if frames else b"")
         match request:
             case Publish():
@@ -179,6 +185,8 @@ class EventPlane:
             self.rejects.count("what is not an event, or its sender may not", error)
             self._expect(peer, request, given_up=True)
             kind: Why = "invalid" if isinstance(error, WireError) else "refused"
+            if self._gate is not None and kind == "invalid":
+                self._gate.garbage(user)
             self._answer(peer, Nack(kind, str(error), _id_of(frames)))
             return
         if len(self._queue) >= QUEUE or self._queue_bytes >= QUEUE_BYTES:
@@ -332,7 +340,7 @@ class EventPlane:
 
     async def _take_subscriptions(self) -> None:
         if self._gate is not None:
-            await self._gate.grant_subscriptions(self._feed, self.rejects)
+            await self._gate.grant_subscriptions(self._feed)
         while True:
             for frames in await self._feed.receive_batch():
                 if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):
@@ -379,7 +387,12 @@ async def serve_events(
                 "router", bind=config.events, mandatory=True, send_limit=PEER_QUEUE, label="event ingress"
             )
             feed = sockets.open(
-                "xpub", bind=config.feed, send_limit=PEER_QUEUE, manual=gate is not None, label="event feed"
+                "xpub",
+                bind=config.feed,
+                send_limit=PEER_QUEUE,
+                max_message=MAX_SUBSCRIPTION,
+                manual=gate is not None,
+                label="event feed",
             )
             if gate is not None:
                 gate.guard(ingress, feed)

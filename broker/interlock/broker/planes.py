@@ -13,6 +13,7 @@ from pathlib import Path
 
 import trio
 
+from interlock.broker import streams
 from interlock.broker.config import BrokerConfig, FleetConfig
 from interlock.broker.errors import InterlockError, InUse
 from interlock.broker.event_plane import serve_events
@@ -25,6 +26,7 @@ RETRY_S = 0.05
 RESTART_S = 0.2  # before the telemetry process is started again, doubled each time it fails at once
 RESTART_MAX_S = 5.0
 LASTING_S = 10.0  # a process that lived for so long did not fail at once
+FEW_DESCRIPTORS = 4096  # below: 1,000 hosts with the 3 connections of each, and some room
 TERM_S = 2.0  # from SIGTERM to SIGKILL: it has nothing to save
 
 _log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ async def serve_planes(
 async def run_broker(fleet: FleetConfig, ready: Ready) -> None:
     """The broker role, until cancelled. InUse if another broker holds the state folder, or somebody a port."""
     folder = fleet.state_dir / "broker"
+    _want_descriptors()
     with held(folder / "lock", "broker"):
         security = load_security(fleet, "broker")
         async with trio.open_nursery() as nursery:
@@ -61,6 +64,7 @@ async def run_broker(fleet: FleetConfig, ready: Ready) -> None:
 
 async def run_telemetry(fleet: FleetConfig, ready: Ready) -> None:
     """The telemetry plane, until cancelled or until the broker process that holds our standard input is gone."""
+    _want_descriptors()
     with ExitStack() as stack:
         deadline = trio.current_time() + TAKEOVER_S
         while True:
@@ -82,6 +86,13 @@ async def run_telemetry(fleet: FleetConfig, ready: Ready) -> None:
                     pass
             _log.info("telemetry plane: the broker is gone")
             nursery.cancel_scope.cancel()
+
+
+def _want_descriptors() -> None:
+    """As many connections as the system allows: many systems begin with 1,024 descriptors."""
+    found = streams.raise_descriptor_limit()
+    if found < FEW_DESCRIPTORS:
+        _log.warning("only %d descriptors, one for each connection: raise the hard limit (ulimit -Hn)", found)
 
 
 async def _keep_telemetry(path: Path, *, task_status: trio.TaskStatus[None]) -> None:

@@ -10,31 +10,41 @@ A message once taken from ZeroMQ is never dropped by a cancellation: nothing is 
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from socket import SHUT_RDWR
-from socket import socket as StreamSocket
 
 import trio
 import zmq
 
+from interlock.broker.connections import MAX_FRAMES, PINGS, Ask, Connections, Happening
 from interlock.broker.errors import ConfigError, InUse
+from interlock.broker.lines import Line
 
 DRAIN = 256  # messages taken per wake-up at most, so that one busy socket doesn't starve the others
-HEARTBEAT_MS = 1000  # clients ping an idle link this often,
-HEARTBEAT_TIMEOUT_MS = 2000  # and know within this time that it is dead; servers don't (it costs them too much)
+# A half-open link is known within 2 s, on both sides. Servers don't ping: it would cost them four times as much.
+HEARTBEAT_MS = 1000  # clients ping each link this often,
+HEARTBEAT_TIMEOUT_MS = 900  # and give it up when nothing comes for so long after a ping;
+HEARTBEAT_TTL_MS = 1800  # they let libzmq on the server give it up so long after the last ping, if nothing else came
 HANDSHAKE_MS = 3000  # a connection that does not finish its greeting within this time is closed
 MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
+MAX_SUBSCRIPTION = 2048  # the same on a feed, where nothing but subscriptions and the greeting comes in
 LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
 MAX_SOCKETS = 8192  # per process: a gateway has a few per agent
-MAX_MET = 256  # connections of one user that are remembered before those that ended are forgotten
 ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect (RFC 27)
-ZAP_DOMAIN = b"interlock"
+ZAP_DOMAIN = "interlock"
 # As plain numbers: arithmetic with the enumerations of pyzmq costs some 10 us a message.
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
+METADATA = 95  # ZMQ_METADATA, which pyzmq has no name for
+HAPPENINGS = {
+    int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED,
+    int(zmq.EVENT_DISCONNECTED): Happening.ENDED,
+    int(zmq.EVENT_ACCEPT_FAILED): Happening.NOT_ACCEPTED,
+}
 
 KINDS = {
     "router": zmq.ROUTER,
@@ -73,11 +83,27 @@ class Socket:
         self.label = label
         self.endpoint = ""
         self._file: tuple[str, os.stat_result] | None = None
-        self._routes = raw.getsockopt(zmq.TYPE) == zmq.ROUTER
-        self._met: dict[str, dict[bytes, tuple[int, int]]] = {}  # user -> route -> descriptor, inode
-        self.proves_users = False  # each message comes with the user that the connection's key belongs to
+        self._max_frames = 1 << 30
+        self._monitor: zmq.Socket[bytes] | None = None
+        self.connections: Connections[zmq.Frame] | None = None  # of a server that knows its users
 
     # --- wiring
+
+    def know_users(self, context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
+        """Before it binds, with CURVE: have ZAP ask under this name, and know each connection."""
+        self._raw.setsockopt(zmq.ZAP_DOMAIN, name.encode())
+        self._raw.monitor(f"inproc://connections-of-{name}", sum(HAPPENINGS))
+        self._monitor = context.socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.LINGER, 0)
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's I/O thread would wait for us
+        self._monitor.connect(f"inproc://connections-of-{name}")
+        self.connections = Connections(name.encode(), self._happened, _property)
+        self._max_frames = MAX_FRAMES
+
+    def _happened(self) -> Iterator[tuple[Happening, int]]:
+        while self._monitor is not None and int(zmq.backend.Socket.get(self._monitor, EVENTS)) & POLLIN:
+            told = self._monitor.recv_multipart(NOBLOCK)[0]
+            yield HAPPENINGS[int.from_bytes(told[:2], sys.byteorder)], int.from_bytes(told[2:6], sys.byteorder)
 
     def bind(self, endpoint: str) -> str:
         """Bind and return the endpoint with its real port. InUse if it is taken, ConfigError if it can't be."""
@@ -115,6 +141,10 @@ class Socket:
         if self._raw.closed:
             return
         self._scope.cancel()
+        if self._monitor is not None:
+            self._raw.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
         self._raw.close(linger=linger_ms)
         self._remove_file()
         # whoever still waits on it learns that it is gone
@@ -221,63 +251,57 @@ class Socket:
 
     async def receive_known(self, limit: int = DRAIN) -> list[tuple[str, list[bytes]]]:
         """As `receive_batch`, each message with its user: what ZAP called the connection's key ("" without CURVE)."""
-        if not self.proves_users:
+        connections = self.connections
+        if connections is None:
             return [("", frames) for frames in await self.receive_batch(limit)]
         await trio.lowlevel.checkpoint_if_cancelled()
         with self._receiver:
             batch: list[tuple[str, list[bytes]]] = []
             while True:
-                while len(batch) < limit:
+                now = trio.current_time()
+                for _ in range(limit):
                     try:
-                        batch.append(self._receive_proved())
+                        first, frames = self._take()
                     except zmq.Again:
                         break
+                    if (user := connections.sender(first, frames, now)) is not None:
+                        batch.append((user, frames))
                 events = self._wake()
                 if batch:
                     break
-                if not events & POLLIN:
+                if events & POLLIN:
+                    await trio.lowlevel.checkpoint()
+                else:
                     await self._readable.park()
                     self._check_open()
         await trio.lowlevel.cancel_shielded_checkpoint()
         return batch
 
-    def _receive_proved(self) -> tuple[str, list[bytes]]:
-        first, frames = self._take()
-        try:
-            user = str(first.get("User-Id"))
-        except zmq.ZMQError:  # what an XPUB makes up itself when a connection has ended
-            return "", frames
-        if not self._routes:  # subscriptions: seldom, and nothing but the descriptor tells connections apart
-            descriptor = int(first.get(zmq.SRCFD))
-            self._meet(user, b"%d" % descriptor, descriptor)
-        elif frames[0] not in self._met.get(user, ()):
-            self._meet(user, frames[0], int(first.get(zmq.SRCFD)))
-        return user, frames
+    async def grant_subscriptions(self, may: Callable[[Line, bytes], bool]) -> None:
+        """Of an XPUB opened with `manual` that knows its users: grant what `may` allows; until cancelled.
 
-    async def grant_subscriptions(self, may: Callable[[str, list[bytes]], bool]) -> None:
-        """Of an XPUB opened with `manual`: grant each subscription of which `may(user, frames)`; until cancelled.
-
-        `may` is told of the ends too; one that comes without a user says that nobody has this prefix any more.
-
-        Read and granted in one go: at the next look at EVENTS libzmq may forget whose it was.
+        Granted in the same breath as received: at the next look at EVENTS libzmq may forget whose it was.
         """
+        assert self.connections is not None
+        in_step, ask = True, Ask(may, self._apply)
         with self._receiver:
             while True:
+                now = trio.current_time()
                 for _ in range(DRAIN):
                     try:
-                        user, frames = self._receive_proved()
+                        first, frames = self._take()
                     except zmq.Again:
+                        in_step = True
                         break
-                    granted = may(user, frames)
-                    if frames[0][:1] == b"\0":
-                        self.unsubscribe(frames[0][1:])
-                    elif granted:
-                        self.subscribe(frames[0][1:])
+                    in_step = self.connections.subscription(first, frames, now, ask, in_step=in_step)
                 if self._wake() & POLLIN:
                     await trio.lowlevel.checkpoint()
                 else:
                     await self._readable.park()
                     self._check_open()
+
+    def _apply(self, frame: bytes) -> None:
+        (self.subscribe if frame[:1] == b"\1" else self.unsubscribe)(frame[1:])
 
     def _take(self) -> tuple[zmq.Frame, list[bytes]]:
         """A message, and its first frame as libzmq has it. zmq.Again if none waits.
@@ -289,33 +313,9 @@ class Socket:
         frames = [first.bytes]
         while frame.more:
             frame = receive(NOBLOCK, copy=False)
-            frames.append(frame.bytes)
+            if len(frames) <= self._max_frames:  # one too many is kept, to show that there were
+                frames.append(frame.bytes)
         return first, frames
-
-    # --- cutting off
-
-    def _meet(self, user: str, route: bytes, descriptor: int) -> None:
-        """Remember which connection it is. The inode tells it from a later one with the same descriptor."""
-        mine = self._met.setdefault(user, {})
-        if len(mine) >= MAX_MET:
-            self.lines(user)  # forgets those that have ended
-            mine = self._met.setdefault(user, {})
-        with suppress(OSError):  # it is gone already
-            mine[route] = (descriptor, os.fstat(descriptor).st_ino)
-
-    def lines(self, user: str) -> int:
-        """How many connections of this user, that have said something, are open."""
-        living = {route: line for route, line in self._met.pop(user, {}).items() if _is_line(*line)}
-        if living:
-            self._met[user] = living
-        return len(set(living.values()))
-
-    def cut(self, user: str) -> int:
-        """Break all connections of the user that have said something; returns how many. Others notice nothing.
-
-        libzmq has no call for it, so the stream below is shut down. Whoever has not said anything is sent nothing.
-        """
-        return sum(_shut(*line) for line in set(self._met.pop(user, {}).values()))
 
     # --- inside
 
@@ -347,8 +347,10 @@ class Sockets:
     def __init__(self, nursery: trio.Nursery, curve: Curve | None = None) -> None:
         self.curve = curve
         self._guarded = False
+        self._names = itertools.count(1)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._context.set(zmq.IO_THREADS, 1)  # `lines` counts on the order in which one of them tells things
         self._nursery = nursery
         self._open: list[Socket] = []
 
@@ -381,17 +383,11 @@ class Sockets:
         ask again. immediate: take messages only while there is a connection.
         """
         raw = self._context.socket(KINDS[kind])
-        raw.setsockopt(zmq.LINGER, LINGER_MS)
+        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
         raw.setsockopt(zmq.RCVHWM, receive_limit)
         raw.setsockopt(zmq.SNDHWM, send_limit)
         raw.setsockopt(zmq.MAXMSGSIZE, max_message)
-        raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         raw.setsockopt(zmq.IPV6, 1 if "[" in (bind or connect or "") else 0)
-        raw.setsockopt(zmq.RECONNECT_IVL, 50)
-        raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        if heartbeat if heartbeat is not None else connect is not None:
-            raw.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         if immediate:
             raw.setsockopt(zmq.IMMEDIATE, 1)
         if identity is not None:
@@ -408,8 +404,9 @@ class Sockets:
             raw.setsockopt(zmq.REQ_RELAXED, 1)
             raw.setsockopt(zmq.REQ_CORRELATE, 1)
         socket = Socket(raw, label or f"{kind} {bind or connect or ''}", mandatory=mandatory)
-        socket.proves_users = self.curve is not None and bind is not None
         try:
+            if self.curve is not None and bind is not None:
+                socket.know_users(self._context, f"{ZAP_DOMAIN}/{next(self._names)}")
             for prefix in subscribe:
                 socket.subscribe(prefix.encode())
             if bind is not None:
@@ -417,7 +414,7 @@ class Sockets:
             if connect is not None:
                 socket.connect(connect)
         except BaseException:
-            raw.close(linger=0)
+            socket.close(linger_ms=0)
             raise
         return self._keep(socket)
 
@@ -442,10 +439,11 @@ class Sockets:
         raw.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
         if binds:
             raw.setsockopt(zmq.CURVE_SERVER, 1)
-            raw.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
             raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no connection where nobody answers for it
         else:
             raw.setsockopt(zmq.CURVE_SERVERKEY, server or curve.server)
+            if raw.getsockopt(zmq.TYPE) == zmq.DEALER:
+                raw.setsockopt(zmq.PROBE_ROUTER, 1)  # it says that it is there: a server cuts who says nothing
 
     def _keep(self, socket: Socket) -> Socket:
         self._open = [other for other in self._open if not other.closed]
@@ -459,26 +457,25 @@ class Sockets:
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
 
 
-def _is_line(descriptor: int, inode: int) -> bool:
-    try:
-        return os.fstat(descriptor).st_ino == inode
-    except OSError:
-        return False
+def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+    """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
+    raw.setsockopt(zmq.LINGER, LINGER_MS)
+    raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    raw.setsockopt(zmq.RECONNECT_IVL, 50)
+    raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if connects:
+        raw.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        raw.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TTL_MS)
+        raw.setsockopt(METADATA, f"{PINGS}:{HEARTBEAT_MS}".encode())
 
 
-def _shut(descriptor: int, inode: int) -> bool:
-    """Shut the stream down if it is still the one that was met. Looked at through a copy of its descriptor: nobody can
-    close and reuse that in between."""
+def _property(message: zmq.Frame, name: str) -> str:
+    """What libzmq knows of whom a message came from; "" if nothing."""
     try:
-        copy = StreamSocket(fileno=os.dup(descriptor))
-    except OSError:
-        return False
-    with copy:
-        if not _is_line(copy.fileno(), inode):
-            return False
-        with suppress(OSError):  # it ended by itself
-            copy.shutdown(SHUT_RDWR)
-    return True
+        return str(message.get(name))
+    except zmq.ZMQError:
+        return ""
 
 
 @asynccontextmanager

@@ -25,7 +25,7 @@ from interlock.broker.pulse import PULSE_S
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import Batch, Labels, SeriesTable, labels
 from interlock.broker.security import Security
-from interlock.broker.sockets import Socket
+from interlock.broker.sockets import MAX_SUBSCRIPTION, Socket
 from interlock.broker.telemetry_protocol import (
     BEAT_GAP_S,
     BEAT_S,
@@ -63,6 +63,7 @@ async def serve_telemetry(
             "xpub",
             bind=config.telemetry_out,
             send_limit=SUBSCRIBER_QUEUE,
+            max_message=MAX_SUBSCRIPTION,
             manual=gate is not None,
             label="telemetry feed",
         )
@@ -116,6 +117,8 @@ class _Plane:
                 self._gate.admit(user, lambda grant: policy.telemetry(grant, topic, batch))
         except WireError as error:
             self._rejects.count("what is not a telemetry batch", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
         except Refused as error:
             self._rejects.count("a batch whose sender may not", error)
         else:
@@ -138,6 +141,8 @@ class _Plane:
                 self._gate.admit(user, lambda grant: policy.subscribe(grant, ask.prefixes))
         except WireError as error:
             self._rejects.count("what is not a request for last values", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
             return
         except Refused as error:
             self._rejects.count("a request whose sender may not", error)
@@ -221,7 +226,7 @@ async def _take_subscriptions(
     feed: Socket, gate: Gate | None, rejects: Rejects, subscribed: Callable[[], None]
 ) -> None:
     if gate is not None:
-        await gate.grant_subscriptions(feed, rejects, subscribed)
+        await gate.grant_subscriptions(feed, subscribed)
     while True:
         for frames in await feed.receive_batch():
             if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):
