@@ -334,9 +334,8 @@ def compare(folder: Path, acked: list[tuple[int, str]], seen: list[tuple[int, st
 
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    options.add_argument(
-        "--kills", type=int, default=200, help="of the broker, of a publisher and of a subscriber, each"
-    )
+    options.add_argument("--kills", type=int, default=200, help="of the broker")
+    options.add_argument("--others", type=int, help="kills of a publisher and of a subscriber, each (default: as many)")
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--part", choices=["publisher", "subscriber"], help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

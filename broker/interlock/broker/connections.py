@@ -25,11 +25,10 @@ Message = TypeVar("Message")
 
 
 class Happening(enum.Enum):
-    """What libzmq tells of a socket's streams, each with a descriptor (or an error's number)."""
+    """What libzmq tells of a socket's streams, each with a descriptor."""
 
     ACCEPTED = enum.auto()
     ENDED = enum.auto()
-    NOT_ACCEPTED = enum.auto()
 
 
 class Judge(Protocol):
@@ -55,7 +54,6 @@ class Connections(Generic[Message]):
         self.name = name  # what ZAP calls the socket
         self.lines = Lines()
         self.talked: set[Line] = set()  # lines that something came from, since somebody emptied it
-        self.not_accepted = 0  # connections for which there was no descriptor
         self.judge: Judge | None = None
         self._told = told
         self._of = of
@@ -68,8 +66,6 @@ class Connections(Generic[Message]):
                     self.lines.accepted(value, trio.current_time())
                 case Happening.ENDED:
                     self.lines.end(value)
-                case Happening.NOT_ACCEPTED:
-                    self.not_accepted += 1
 
     # --- messages
 

@@ -16,7 +16,8 @@ from interlock.broker.sockets import HANDSHAKE_MS
 
 PATROL_S = 0.25  # between looks: milliseconds of CPU for 10,000 connections
 SILENT_S = 10.0  # within which a connection says something: only then it is known whose it is, and can be cut
-RESERVED = 64  # descriptors that are left for files: the oldest connections that said nothing make room
+SPARE = 32  # descriptors to be kept free: the oldest connections that said nothing make room
+SCARCE, SCARCE_S = 256, 0.02  # so few may be free: then it looks this often, and a flood of strangers finds some free
 PING_S = 1.6  # a connection that pings each second is dead after so long without a byte: it is known within 2 s
 WATCHED_S = 3.0  # after its last message; then a ping has come, and libzmq itself looks for the next
 UNREAD = 32 << 20  # bytes that one key has sent and nobody has taken: 30 of the largest events
@@ -46,9 +47,12 @@ class Patrol:
         self._memory = streams.memory()
 
     async def run(self) -> None:
+        looked = trio.current_time()
         while True:
-            await trio.sleep(PATROL_S)
-            self.look(trio.current_time())
+            await trio.sleep(SCARCE_S if self._spare_descriptors() else PATROL_S)
+            if (now := trio.current_time()) >= looked + PATROL_S:
+                looked = now
+                self.look(now)
 
     def look(self, now: float) -> None:
         for found in self._warden.connections():
@@ -57,7 +61,6 @@ class Patrol:
             talked, found.talked = found.talked, set()
             self._watched |= dict.fromkeys(talked, found)
         self._cut_dead(now)
-        self._spare_descriptors()
         memory = streams.memory()
         if memory > self._memory + GROWN:
             for found in self._warden.connections():
@@ -87,17 +90,19 @@ class Patrol:
                     _log.info("%s: a connection of %s is dead", self._warden.where, self._warden.name_of(line.user))
                     found.cut_line(line)
 
-    def _spare_descriptors(self) -> None:
+    def _spare_descriptors(self) -> bool:
+        """Whether they are scarce. At none, libzmq would try to accept the next connection without a pause."""
         everybody = list(self._warden.connections())
-        excess = sum(found.lines.open for found in everybody) + RESERVED - streams.descriptor_limit()
-        if excess > 0:
-            strangers = [(since, at, found) for found in everybody for at, since in found.lines.strangers()]
-            for since, descriptor, found in sorted(strangers, key=lambda stranger: stranger[0])[:excess]:
-                self._cut_stranger(found, descriptor, since, "said nothing, and others need the descriptor")
+        limit = streams.descriptor_limit()
+        if sum(found.lines.open for found in everybody) + SCARCE < limit:
+            return False
         for found in everybody:
-            if found.not_accepted:
-                found.not_accepted = 0
-                self._warden.note("somebody", "no descriptor is left for another connection (ulimit -n)")
+            found.look()
+        excess = streams.descriptors() + SPARE - limit
+        strangers = [(since, at, found) for found in everybody for at, since in found.lines.strangers()]
+        for since, descriptor, found in sorted(strangers, key=lambda stranger: stranger[0])[: max(0, excess)]:
+            self._cut_stranger(found, descriptor, since, "said nothing, and others need the descriptor")
+        return excess > -SCARCE
 
     def _cut_unread(self, found: Connections[Any], now: float) -> None:
         """Whose bytes wait below us: libzmq counts messages, not bytes, and no message that has not ended."""

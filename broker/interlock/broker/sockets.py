@@ -40,11 +40,7 @@ ZAP_DOMAIN = "interlock"
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
 METADATA = 95  # ZMQ_METADATA, which pyzmq has no name for
-HAPPENINGS = {
-    int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED,
-    int(zmq.EVENT_DISCONNECTED): Happening.ENDED,
-    int(zmq.EVENT_ACCEPT_FAILED): Happening.NOT_ACCEPTED,
-}
+HAPPENINGS = {int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED, int(zmq.EVENT_DISCONNECTED): Happening.ENDED}
 
 KINDS = {
     "router": zmq.ROUTER,

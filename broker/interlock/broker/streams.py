@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from functools import cache
 
 # struct tcp_info of Linux: milliseconds since the last data came, and all bytes that came
 _LAST_DATA, _RECEIVED, _INFO_SIZE = struct.Struct("@I"), struct.Struct("@Q"), 136
@@ -34,11 +35,39 @@ def look(descriptor: int) -> tuple[int, float] | None:
     return _RECEIVED.unpack_from(found, _RECEIVED_AT)[0], _LAST_DATA.unpack_from(found, _LAST_DATA_AT)[0] / 1000
 
 
+class _Copy:
+    """A descriptor of ours that can be made a copy of another one, also when no further descriptor is to be had."""
+
+    def __init__(self) -> None:
+        self._nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._copy = os.dup(self._nothing)
+
+    @contextmanager
+    def of(self, descriptor: int) -> Iterator[socket.socket]:
+        os.dup2(descriptor, self._copy, inheritable=False)
+        stream = socket.socket(fileno=self._copy)
+        try:
+            yield stream
+        finally:
+            stream.detach()
+            os.dup2(self._nothing, self._copy, inheritable=False)
+
+
+@cache
+def _copy() -> _Copy:
+    return _Copy()
+
+
 @contextmanager
 def copied(descriptor: int) -> Iterator[socket.socket]:
-    """The stream through a descriptor that nobody closes and uses again meanwhile. OSError if it is closed."""
-    with socket.socket(fileno=os.dup(descriptor)) as copy:
-        yield copy
+    """The stream through a descriptor that nobody closes and uses again meanwhile. OSError if it is closed.
+
+    For one thread, and not twice at once.
+    """
+    if descriptor < 0:
+        raise OSError(errno.EBADF, "not open")
+    with _copy().of(descriptor) as stream:
+        yield stream
 
 
 def end(stream: socket.socket) -> None:
@@ -56,15 +85,28 @@ def address(stream: socket.socket) -> str:
     return str(name[0]) if isinstance(name, tuple) else ""
 
 
+@cache
+def _statm(pid: int) -> int:
+    return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def memory() -> int:
     """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
+    return int(os.pread(_statm(os.getpid()), 100, 0).split()[1]) * _PAGE
 
 
 def descriptor_limit() -> int:
     """How many descriptors this process may have."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return NO_LIMIT if soft == resource.RLIM_INFINITY else soft
+
+
+def descriptors() -> int:
+    """How many it has."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:  # there is none left for the look itself
+        return descriptor_limit()
 
 
 def raise_descriptor_limit() -> int:
