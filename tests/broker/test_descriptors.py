@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 
 from interlock.broker.descriptors import shortage
+from interlock.broker.streams import NO_LIMIT
 
 
 def test_enough_descriptors_need_no_word() -> None:
     assert shortage(20_100, 10_000) == ""
-    assert shortage(resource.RLIM_INFINITY, 1_000_000) == ""
+    assert shortage(NO_LIMIT, 1_000_000) == ""
 
 
 def test_too_few_are_told_with_how_many_can_connect_and_what_to_do() -> None:

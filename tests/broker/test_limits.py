@@ -140,14 +140,14 @@ async def test_who_sends_what_is_no_message_is_cut_off_after_a_while(
     user = key(gate)
     for _ in range(int(gates.MAX_REFUSED)):
         gate.garbage(user)
-    gate.enter(user, "127.0.0.1")
+    gate.enter(user, "127.0.0.1", b"")
     gate.garbage(user)
     with pytest.raises(Refused, match="cut off for now"):
-        gate.enter(user, "127.0.0.1")
+        gate.enter(user, "127.0.0.1", b"")
     assert "refused host/a: host/a: sends what is no message" in caplog.text
     assert "refused host/a: cut off for 10 s" in caplog.text
     await trio.sleep(gates.CUT_OFF_S)
-    gate.enter(user, "127.0.0.1")
+    gate.enter(user, "127.0.0.1", b"")
 
 
 # --- at the planes

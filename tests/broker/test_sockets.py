@@ -12,7 +12,8 @@ import trio.testing
 import zmq
 
 from interlock.broker.errors import ConfigError, InUse
-from interlock.broker.sockets import DEAD_MS, Socket, open_sockets
+from interlock.broker.sockets import Socket, open_sockets
+from interlock.broker.tuning import HEARTBEAT_MS, HEARTBEAT_TTL_MS
 
 
 @pytest.fixture
@@ -143,12 +144,11 @@ async def test_a_mandatory_router_says_when_nobody_is_there() -> None:
             await router.send([b"nobody", b"x"])
 
 
-async def test_who_connects_leaves_it_to_the_kernel_to_find_a_dead_link() -> None:
+async def test_who_connects_pings_and_says_so() -> None:
     async with open_sockets() as sockets:
         server = sockets.open("router", bind="tcp://127.0.0.1:*")
         client = sockets.open("dealer", connect=server.endpoint)
-        careless = sockets.open("dealer", connect=server.endpoint, keepalive=False)
-        probed = [one._raw.getsockopt(zmq.TCP_KEEPALIVE) == 1 for one in (client, careless, server)]
-        assert probed == [True, False, False]
-        assert client._raw.getsockopt(zmq.TCP_MAXRT) == DEAD_MS
-        assert not any(one._raw.getsockopt(zmq.HEARTBEAT_IVL) for one in (client, careless, server))
+        careless = sockets.open("dealer", connect=server.endpoint, heartbeat=False)
+        pings = [one._raw.getsockopt(zmq.HEARTBEAT_IVL) for one in (client, careless, server)]
+        assert pings == [HEARTBEAT_MS, 0, 0]
+        assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == HEARTBEAT_TTL_MS

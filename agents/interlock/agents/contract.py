@@ -18,7 +18,7 @@ import msgspec
 
 from interlock.agents.agent import MARK, ActiveMark, Agent, BackgroundMark, HandlerMark, RequestError, ThreadMark
 from interlock.broker.errors import InterlockError
-from interlock.broker.sockets import MAX_MESSAGE
+from interlock.broker.tuning import MAX_MESSAGE
 
 ACTION = "action"  # the key of a request that names its handler
 HEALTH = "health"  # the action that every agent answers, through its `health` method

@@ -304,12 +304,12 @@ class ZmqGateway(RoutedGateway):
         mirrorable: Callable[[bytes], bool] | None = None,
     ) -> None:
         self.detach(instance)
-        # no keepalive: a process that is stopped, not dead, must find its connection when it goes on
+        # no heartbeats: a process that is stopped, not dead, must find its connection when it goes on
         back = self._sockets.open(
             "dealer",
             connect=endpoint,
             label=f"{self.agent} {instance}",
-            keepalive=False,
+            heartbeat=False,
             max_message=MAX_MESSAGE,
             receive_limit=0,
             send_limit=0,

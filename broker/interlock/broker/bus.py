@@ -30,7 +30,7 @@ class EventFeed:
     """The events of some topics, in the order of the log: an async iterator of `wire.Event`, for one task.
 
     caught_up: set once everything that was in the log at subscription has been delivered and the consumer has come
-    back for more. position: the number up to which everything is delivered. lost: the broker has been silent for 2 s.
+    back for more. position: the number up to which everything is delivered. lost: the broker has been silent for 1.5 s.
     undecodable: events left out because they are of no type or version known here.
     """
 

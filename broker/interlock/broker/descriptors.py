@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import resource
+
+from interlock.broker import streams
 
 EACH = 2  # connections of one key to one plane: to its ingress and to its feed
 OWN = 100  # descriptors for everything else: files, libzmq's own, those that are just being let go
@@ -11,18 +12,10 @@ OWN = 100  # descriptors for everything else: files, libzmq's own, those that ar
 _log = logging.getLogger(__name__)
 
 
-def raise_limit() -> int:
-    """Take all descriptors that this process may have; how many that is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
-
-
 def shortage(limit: int, keys: int) -> str:
     """What to tell the operator where so many keys may need more than `limit`; empty otherwise. Pure."""
     needed = EACH * keys + OWN
-    if limit == resource.RLIM_INFINITY or needed <= limit:
+    if needed <= limit or limit >= streams.NO_LIMIT:
         return ""
     return (
         f"at most {(limit - OWN) // EACH} of the fleet's {keys} keys can be connected at once: each has {EACH} "
@@ -33,5 +26,5 @@ def shortage(limit: int, keys: int) -> str:
 
 def provide(where: str, keys: int) -> None:
     """Raise the limit as far as possible, and say so in the log if that is not enough for this many keys."""
-    if short := shortage(raise_limit(), keys):
+    if short := shortage(streams.raise_descriptor_limit(), keys):
         _log.warning("%s: %s", where, short)

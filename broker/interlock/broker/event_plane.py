@@ -52,6 +52,7 @@ from interlock.broker.security import Security
 from interlock.broker.signing import is_signed
 from interlock.broker.sockets import Socket
 from interlock.broker.trail import Recent
+from interlock.broker.tuning import MAX_SUBSCRIPTION
 
 QUEUE = 4096  # events that wait for the disk; of one key at most as many as is free for all others
 QUEUE_BYTES = 64 << 20  # the same in bytes
@@ -137,7 +138,7 @@ class EventPlane:
     def _take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
         if self._gate is not None:
             try:
-                self._gate.request(user)
+                self._gate.request(user, sum(map(len, frames)))
             except Refused as refused:
                 self._answer(peer, Nack("log", str(refused), _id_of(frames[1:])))
                 raise
@@ -332,7 +333,7 @@ class EventPlane:
 
     async def _take_subscriptions(self) -> None:
         if self._gate is not None:
-            await self._gate.grant_subscriptions(self._feed, self.rejects, self._subscribed)
+            await self._gate.grant_subscriptions(self._feed, self._subscribed)
         while True:
             for frames in await self._feed.receive_batch():
                 if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):
@@ -383,7 +384,12 @@ async def serve_events(
                 "router", bind=config.events, mandatory=True, send_limit=PEER_QUEUE, label="event ingress"
             )
             feed = sockets.open(
-                "xpub", bind=config.feed, send_limit=PEER_QUEUE, manual=gate is not None, label="event feed"
+                "xpub",
+                bind=config.feed,
+                send_limit=PEER_QUEUE,
+                max_message=MAX_SUBSCRIPTION,
+                manual=gate is not None,
+                label="event feed",
             )
             if gate is not None:
                 gate.guard(ingress, feed)

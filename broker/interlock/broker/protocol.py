@@ -22,7 +22,7 @@ MAX_PREFIXES = 64  # of one replay
 BEAT_TOPIC = "beat/"
 BEAT_S = 0.5  # seconds between beats; more while nothing happens, where there are thousands of subscribers (`pace.py`)
 BEAT_MEMORY = 6  # a beat tells what changed in so many beats: 5 lost in a row need no replay
-LINK_LOST_S = 2.0  # seconds without a beat: 4 beats, and as long as ZeroMQ takes to find a dead peer
+LINK_LOST_S = 1.5  # seconds without a beat: 3 of them, so that a dead or half-open link is known within 2 s
 TRAIL_EVENTS = 64  # an event tells the topics of so many events before it
 
 Why = Literal["invalid", "refused", "version", "order", "log"]

@@ -10,36 +10,29 @@ A message once taken from ZeroMQ is never dropped by a cancellation: nothing is 
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from socket import SHUT_RDWR
-from socket import socket as StreamSocket
 
 import trio
 import zmq
 
+from interlock.broker import tuning
+from interlock.broker.connections import MAX_FRAMES, Ask, Connections, Happening
 from interlock.broker.errors import ConfigError, InUse
+from interlock.broker.lines import Line
+from interlock.broker.tuning import LINGER_MS, MAX_MESSAGE, ZAP_DOMAIN, Curve, Options
 
 DRAIN = 256  # messages taken per wake-up at most, so that one busy socket doesn't starve the others
-# Who connects knows within 2 s that the link is dead. The kernel finds out, not ZMTP's heartbeats: those cost a broker
-# of 10,000 hosts a quarter of a core, and one busy with handshakes answers them too late, so that all begin anew.
-KEEPALIVE_S = 1  # an idle link is probed after this, and again after this,
-DEAD_MS = 2000  # and is dead if the other end has confirmed nothing for so long
-# A connection that does not finish its handshake within this time is closed, at both ends. 20,000 handshakes at once
-# take a broker 15 s: a limit below that would end most of them half-way, again and again.
-HANDSHAKE_MS = 30_000  # a connection that has not finished its greeting then is closed, at both ends
-BACKLOG = 4096  # connections that wait to be accepted: the default of Linux; who finds no room asks after 1, 3, 7 s
-MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
-LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
 MAX_SOCKETS = 8192  # per process: a gateway has a few per agent
-MAX_MET = 256  # connections of one user that are remembered before those that ended are forgotten
 ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect (RFC 27)
-ZAP_DOMAIN = b"interlock"
 # As plain numbers: arithmetic with the enumerations of pyzmq costs some 10 us a message.
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
+OPTIONS = {tuning.METADATA: 95}  # those that pyzmq has no name for
+HAPPENINGS = {int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED, int(zmq.EVENT_DISCONNECTED): Happening.ENDED}
 
 KINDS = {
     "router": zmq.ROUTER,
@@ -53,15 +46,6 @@ KINDS = {
     "push": zmq.PUSH,
     "pull": zmq.PULL,
 }
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Our CURVE key pair, and the public key of the server that we connect to where none is named (32 bytes each)."""
-
-    public: bytes
-    secret: bytes = field(repr=False)
-    server: bytes
 
 
 class Socket:
@@ -78,11 +62,27 @@ class Socket:
         self.label = label
         self.endpoint = ""
         self._file: tuple[str, os.stat_result] | None = None
-        self._routes = raw.getsockopt(zmq.TYPE) == zmq.ROUTER
-        self._met: dict[str, dict[bytes, tuple[int, int]]] = {}  # user -> route -> descriptor, inode
-        self.proves_users = False  # each message comes with the user that the connection's key belongs to
+        self._max_frames = 1 << 30
+        self._monitor: zmq.Socket[bytes] | None = None
+        self.connections: Connections[zmq.Frame] | None = None  # of a server that knows its users
 
     # --- wiring
+
+    def know_users(self, context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
+        """Before it binds, with CURVE: have ZAP ask under this name, and know each connection."""
+        self._raw.setsockopt(zmq.ZAP_DOMAIN, name.encode())
+        self._raw.monitor(f"inproc://connections-of-{name}", sum(HAPPENINGS))
+        self._monitor = context.socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.LINGER, 0)
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's I/O thread would wait for us
+        self._monitor.connect(f"inproc://connections-of-{name}")
+        self.connections = Connections(name.encode(), self._happened, _property)
+        self._max_frames = MAX_FRAMES
+
+    def _happened(self) -> Iterator[tuple[Happening, int]]:
+        while self._monitor is not None and int(zmq.backend.Socket.get(self._monitor, EVENTS)) & POLLIN:
+            told = self._monitor.recv_multipart(NOBLOCK)[0]
+            yield HAPPENINGS[int.from_bytes(told[:2], sys.byteorder)], int.from_bytes(told[2:6], sys.byteorder)
 
     def bind(self, endpoint: str) -> str:
         """Bind and return the endpoint with its real port. InUse if it is taken, ConfigError if it can't be."""
@@ -120,6 +120,10 @@ class Socket:
         if self._raw.closed:
             return
         self._scope.cancel()
+        if self._monitor is not None:
+            self._raw.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
         self._raw.close(linger=linger_ms)
         self._remove_file()
         # whoever still waits on it learns that it is gone
@@ -247,63 +251,57 @@ class Socket:
 
     async def receive_known(self, limit: int = DRAIN) -> list[tuple[str, list[bytes]]]:
         """As `receive_batch`, each message with its user: what ZAP called the connection's key ("" without CURVE)."""
-        if not self.proves_users:
+        connections = self.connections
+        if connections is None:
             return [("", frames) for frames in await self.receive_batch(limit)]
         await trio.lowlevel.checkpoint_if_cancelled()
         with self._receiver:
             batch: list[tuple[str, list[bytes]]] = []
             while True:
-                while len(batch) < limit:
+                now = trio.current_time()
+                for _ in range(limit):
                     try:
-                        batch.append(self._receive_proved())
+                        first, frames = self._take()
                     except zmq.Again:
                         break
+                    if (user := connections.sender(first, frames, now)) is not None:
+                        batch.append((user, frames))
                 events = self._wake()
                 if batch:
                     break
-                if not events & POLLIN:
+                if events & POLLIN:
+                    await trio.lowlevel.checkpoint()
+                else:
                     await self._readable.park()
                     self._check_open()
         await trio.lowlevel.cancel_shielded_checkpoint()
         return batch
 
-    def _receive_proved(self) -> tuple[str, list[bytes]]:
-        first, frames = self._take()
-        try:
-            user = str(first.get("User-Id"))
-        except zmq.ZMQError:  # what an XPUB makes up itself when a connection has ended
-            return "", frames
-        if not self._routes:  # subscriptions: seldom, and nothing but the descriptor tells connections apart
-            descriptor = int(first.get(zmq.SRCFD))
-            self._meet(user, b"%d" % descriptor, descriptor)
-        elif frames[0] not in self._met.get(user, ()):
-            self._meet(user, frames[0], int(first.get(zmq.SRCFD)))
-        return user, frames
+    async def grant_subscriptions(self, may: Callable[[Line, bytes], bool]) -> None:
+        """Of an XPUB opened with `manual` that knows its users: grant what `may` allows; until cancelled.
 
-    async def grant_subscriptions(self, may: Callable[[str, list[bytes]], bool]) -> None:
-        """Of an XPUB opened with `manual`: grant each subscription of which `may(user, frames)`; until cancelled.
-
-        `may` is told of the ends too; one that comes without a user says that nobody has this prefix any more.
-
-        Read and granted in one go: at the next look at EVENTS libzmq may forget whose it was.
+        Granted in the same breath as received: at the next look at EVENTS libzmq may forget whose it was.
         """
+        assert self.connections is not None
+        in_step, ask = True, Ask(may, self._apply)
         with self._receiver:
             while True:
+                now = trio.current_time()
                 for _ in range(DRAIN):
                     try:
-                        user, frames = self._receive_proved()
+                        first, frames = self._take()
                     except zmq.Again:
+                        in_step = True
                         break
-                    granted = may(user, frames)
-                    if frames[0][:1] == b"\0":
-                        self.unsubscribe(frames[0][1:])
-                    elif granted:
-                        self.subscribe(frames[0][1:])
+                    in_step = self.connections.subscription(first, frames, now, ask, in_step=in_step)
                 if self._wake() & POLLIN:
                     await trio.lowlevel.checkpoint()
                 else:
                     await self._readable.park()
                     self._check_open()
+
+    def _apply(self, frame: bytes) -> None:
+        (self.subscribe if frame[:1] == b"\1" else self.unsubscribe)(frame[1:])
 
     def _take(self) -> tuple[zmq.Frame, list[bytes]]:
         """A message, and its first frame as libzmq has it. zmq.Again if none waits.
@@ -315,38 +313,14 @@ class Socket:
         frames = [first.bytes]
         while frame.more:
             frame = receive(NOBLOCK, copy=False)
-            frames.append(frame.bytes)
+            if len(frames) <= self._max_frames:  # one too many is kept, to show that there were
+                frames.append(frame.bytes)
         return first, frames
-
-    # --- cutting off
-
-    def _meet(self, user: str, route: bytes, descriptor: int) -> None:
-        """Remember which connection it is. The inode tells it from a later one with the same descriptor."""
-        mine = self._met.setdefault(user, {})
-        if len(mine) >= MAX_MET:
-            self.lines(user)  # forgets those that have ended
-            mine = self._met.setdefault(user, {})
-        with suppress(OSError):  # it is gone already
-            mine[route] = (descriptor, os.fstat(descriptor).st_ino)
 
     @property
     def users(self) -> int:
-        """How many users have said something on it, those included that have gone since."""
-        return len(self._met)
-
-    def lines(self, user: str) -> int:
-        """How many connections of this user, that have said something, are open."""
-        living = {route: line for route, line in self._met.pop(user, {}).items() if _is_line(*line)}
-        if living:
-            self._met[user] = living
-        return len(set(living.values()))
-
-    def cut(self, user: str) -> int:
-        """Break all connections of the user that have said something; returns how many. Others notice nothing.
-
-        libzmq has no call for it, so the stream below is shut down. Whoever has not said anything is sent nothing.
-        """
-        return sum(_shut(*line) for line in set(self._met.pop(user, {}).values()))
+        """How many connections, of users that are known, have said something and are open."""
+        return 0 if self.connections is None else self.connections.lines.heard
 
     # --- inside
 
@@ -375,12 +349,13 @@ class Socket:
 class Sockets:
     """All sockets of one component, with their context. Made by `open_sockets`, closed with it."""
 
-    def __init__(self, nursery: trio.Nursery, curve: Curve | None = None, *, threads: int = 1) -> None:
+    def __init__(self, nursery: trio.Nursery, curve: Curve | None = None) -> None:
         self.curve = curve
         self._guarded = False
+        self._names = itertools.count(1)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
-        self._context.set(zmq.IO_THREADS, threads)
+        self._context.set(zmq.IO_THREADS, 1)  # `lines` counts on the order in which one of them tells things
         self._nursery = nursery
         self._open: list[Socket] = []
 
@@ -394,7 +369,7 @@ class Sockets:
         receive_limit: int = 1000,
         send_limit: int = 1000,
         label: str = "",
-        keepalive: bool | None = None,
+        heartbeat: bool | None = None,
         manual: bool = False,
         mandatory: bool = False,
         relaxed: bool = False,
@@ -408,34 +383,28 @@ class Sockets:
         With CURVE keys every one encrypts, and one that binds needs `open_guard` first. server: the public key of
         whom it connects to, where that is not the broker.
 
-        keepalive: have the kernel find out whether the peer is there; by default on connecting sockets only. manual:
-        XPUB that grants each subscription by hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a
-        REQ that may give up on an answer and ask again. immediate: take messages only while there is a connection.
+        heartbeat: ping the peer; by default on connecting sockets only. manual: XPUB that grants each subscription by
+        hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a REQ that may give up on an answer and
+        ask again. immediate: take messages only while there is a connection.
         """
         raw = self._context.socket(KINDS[kind])
-        tune(raw, connects=keepalive if keepalive is not None else connect is not None)
-        raw.setsockopt(zmq.RCVHWM, receive_limit)
-        raw.setsockopt(zmq.SNDHWM, send_limit)
-        raw.setsockopt(zmq.MAXMSGSIZE, max_message)
-        raw.setsockopt(zmq.IPV6, 1 if "[" in (bind or connect or "") else 0)
-        if immediate:
-            raw.setsockopt(zmq.IMMEDIATE, 1)
+        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
+        apply(raw, tuning.of_kind(kind, manual=manual, mandatory=mandatory, relaxed=relaxed))
+        limits: Options = {"RCVHWM": receive_limit, "SNDHWM": send_limit, "MAXMSGSIZE": max_message}
+        apply(raw, limits | {"IPV6": int("[" in (bind or connect or "")), "IMMEDIATE": int(immediate)})
         if identity is not None:
             raw.setsockopt(zmq.IDENTITY, identity)
         if self.curve is not None:
-            self._secure(raw, self.curve, server, binds=bind is not None)
-        if kind == "xpub":
-            raw.setsockopt(zmq.XPUB_VERBOSE, 1)
-            if manual:
-                raw.setsockopt(zmq.XPUB_MANUAL, 1)
-        if kind == "router" and mandatory:
-            raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        if kind == "req" and relaxed:
-            raw.setsockopt(zmq.REQ_RELAXED, 1)
-            raw.setsockopt(zmq.REQ_CORRELATE, 1)
+            if bind is not None and not self._guarded:  # without it libzmq would let every key in
+                raw.close(linger=0)
+                raise ConfigError("nobody guards this context", where="CURVE", hint="open_guard comes first")
+            apply(raw, tuning.encryption(self.curve, server, binds=bind is not None))
+            if bind is None and kind == "dealer":
+                raw.setsockopt(zmq.PROBE_ROUTER, 1)  # it says that it is there: a server cuts who says nothing
         socket = Socket(raw, label or f"{kind} {bind or connect or ''}", mandatory=mandatory)
-        socket.proves_users = self.curve is not None and bind is not None
         try:
+            if self.curve is not None and bind is not None:
+                socket.know_users(self._context, f"{ZAP_DOMAIN}/{next(self._names)}")
             for prefix in subscribe:
                 socket.subscribe(prefix.encode())
             if bind is not None:
@@ -443,7 +412,7 @@ class Sockets:
             if connect is not None:
                 socket.connect(connect)
         except BaseException:
-            raw.close(linger=0)
+            socket.close(linger_ms=0)
             raise
         return self._keep(socket)
 
@@ -460,19 +429,6 @@ class Sockets:
         self._guarded = True
         return self._keep(guard)
 
-    def _secure(self, raw: zmq.Socket[bytes], curve: Curve, server: bytes, *, binds: bool) -> None:
-        if binds and not self._guarded:  # without it libzmq would let every key in
-            raw.close(linger=0)
-            raise ConfigError("nobody guards this context", where="CURVE", hint="open_guard comes first")
-        raw.setsockopt(zmq.CURVE_SECRETKEY, curve.secret)
-        raw.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
-        if binds:
-            raw.setsockopt(zmq.CURVE_SERVER, 1)
-            raw.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-            raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no connection where nobody answers for it
-        else:
-            raw.setsockopt(zmq.CURVE_SERVERKEY, server or curve.server)
-
     def _keep(self, socket: Socket) -> Socket:
         self._open = [other for other in self._open if not other.closed]
         self._open.append(socket)
@@ -487,49 +443,31 @@ class Sockets:
 
 def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
     """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
-    raw.setsockopt(zmq.LINGER, LINGER_MS)
-    raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    raw.setsockopt(zmq.BACKLOG, BACKLOG)
-    raw.setsockopt(zmq.RECONNECT_IVL, 50)
-    raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    if connects:
-        raw.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        raw.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
-        raw.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
-        raw.setsockopt(zmq.TCP_KEEPALIVE_CNT, 1)
-        raw.setsockopt(zmq.TCP_MAXRT, DEAD_MS)
+    apply(raw, tuning.link(pings=connects))
 
 
-def _is_line(descriptor: int, inode: int) -> bool:
+def apply(raw: zmq.Socket[bytes], options: Options) -> None:
+    """Set options by libzmq's names."""
+    for name, value in options.items():
+        raw.setsockopt(OPTIONS[name] if name in OPTIONS else zmq.SocketOption[name], value)
+
+
+def _property(message: zmq.Frame, name: str) -> str:
+    """What libzmq knows of whom a message came from; "" if nothing."""
     try:
-        return os.fstat(descriptor).st_ino == inode
-    except OSError:
-        return False
-
-
-def _shut(descriptor: int, inode: int) -> bool:
-    """Shut the stream down if it is still the one that was met. Looked at through a copy of its descriptor: nobody can
-    close and reuse that in between."""
-    try:
-        copy = StreamSocket(fileno=os.dup(descriptor))
-    except OSError:
-        return False
-    with copy:
-        if not _is_line(copy.fileno(), inode):
-            return False
-        with suppress(OSError):  # it ended by itself
-            copy.shutdown(SHUT_RDWR)
-    return True
+        return str(message.get(name))
+    except zmq.ZMQError:
+        return ""
 
 
 @asynccontextmanager
-async def open_sockets(curve: Curve | None = None, *, threads: int = 1) -> AsyncIterator[Sockets]:
+async def open_sockets(curve: Curve | None = None) -> AsyncIterator[Sockets]:
     """A place to open sockets in; on leaving, all are closed (each may still deliver for `LINGER_MS`).
 
-    curve: every socket encrypts and proves itself with these keys. threads: of libzmq's, which send and receive.
+    curve: every socket encrypts and proves itself with these keys.
     """
     async with trio.open_nursery() as nursery:
-        sockets = Sockets(nursery, curve, threads=threads)
+        sockets = Sockets(nursery, curve)
         try:
             yield sockets
         finally:

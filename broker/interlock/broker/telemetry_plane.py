@@ -41,6 +41,7 @@ from interlock.broker.telemetry_protocol import (
     decode_ask,
     number_of,
 )
+from interlock.broker.tuning import MAX_SUBSCRIPTION
 
 SUBSCRIBER_QUEUE = 1000  # batches that wait for one subscriber: 1 s of 100 publishers at 10 Hz; then its next are lost
 PUBLISHER_QUEUE = 100  # batches of one publisher that wait to be read; then they wait, and are dropped, at its side
@@ -68,6 +69,7 @@ async def serve_telemetry(
             "xpub",
             bind=config.telemetry_out,
             send_limit=SUBSCRIBER_QUEUE,
+            max_message=MAX_SUBSCRIPTION,
             manual=gate is not None,
             label="telemetry feed",
         )
@@ -253,7 +255,7 @@ async def _take_subscriptions(
     feed: Socket, gate: Gate | None, rejects: Rejects, subscribed: Callable[[], None]
 ) -> None:
     if gate is not None:
-        await gate.grant_subscriptions(feed, rejects, subscribed)
+        await gate.grant_subscriptions(feed, subscribed)
     while True:
         for frames in await feed.receive_batch():
             if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):
