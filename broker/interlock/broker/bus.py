@@ -21,6 +21,7 @@ from interlock.broker.sequence import Deliver, Moved
 from interlock.broker.sockets import Sockets
 from interlock.broker.wire import Body, Event
 
+FEED_TURN = 16  # events that a consumer may take in one turn before other tasks have theirs
 FEED_QUEUE = 2000  # events that wait for a slow consumer; beyond it the feed stops reading, and replays later
 MAX_SOURCES = 20_000  # of telemetry that one feed tells apart: two roles on each of 10,000 hosts
 MAX_LOSING = 1_000  # of these, whose losses are counted one by one
@@ -43,6 +44,7 @@ class EventFeed:
         self._arrived = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self._busy = False  # the consumer is at work on the last event
+        self._taken = 0  # in this turn
 
     def __aiter__(self) -> EventFeed:
         return self
@@ -57,8 +59,12 @@ class EventFeed:
                     self._room.unpark_all()
                 if event is not None:
                     self._busy = True
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    self._taken += 1
+                    if self._taken >= FEED_TURN:
+                        self._taken = 0
+                        await trio.lowlevel.cancel_shielded_checkpoint()
                     return event
+            self._taken = 0
             await self._arrived.park()
 
     def put(self, step: Deliver[Event | None] | Moved) -> None:

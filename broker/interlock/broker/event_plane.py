@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -42,10 +42,10 @@ from interlock.broker.protocol import (
     Receipt,
     Replay,
     Replayed,
-    ReplayEvent,
     ReplayFailed,
     Watch,
     Why,
+    answers,
     decode_request,
 )
 from interlock.broker.receipts import Receipts
@@ -205,8 +205,11 @@ class EventPlane:
             self._expected.popitem(last=False)
         return True
 
-    def _answer(self, peer: bytes, answer: Answer, frames: Iterable[bytes] = ()) -> bool:
-        delivered = self._ingress.send_nowait([peer, wire.encode(answer), *frames])
+    def _answer(self, peer: bytes, answer: Answer) -> bool:
+        return self._send(peer, [wire.encode(answer)])
+
+    def _send(self, peer: bytes, frames: list[bytes]) -> bool:
+        delivered = self._ingress.send_nowait([peer, *frames])
         if not delivered:
             self.rejects.count("an answer whose asker is gone or does not read")
         return delivered
@@ -300,9 +303,9 @@ class EventPlane:
                 self._answer(peer, ReplayFailed(request.request, str(error)))
                 continue
             records = excerpt.records if excerpt.snapshot is None else [excerpt.snapshot, *excerpt.records]
-            for record in records:
-                frames = [record.topic.encode(), wire.encode(record.header), record.body]
-                if not self._answer(peer, ReplayEvent(request.request), frames):
+            events = ((record.topic.encode(), wire.encode(record.header), record.body) for record in records)
+            for answer in answers(request.request, events):
+                if not self._send(peer, answer):
                     break  # it asks again when it is back
             else:
                 end = Replayed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -24,9 +24,11 @@ from interlock.broker.protocol import (
     Replay,
     Replayed,
     ReplayEvent,
+    ReplayEvents,
     ReplayFailed,
     Watch,
     decode_answer,
+    decode_events,
     decode_trail,
 )
 from interlock.broker.rejects import Rejects
@@ -206,7 +208,9 @@ class Link:
                 elif answer.kind == "log":
                     self._refuse_publications(answer)
             case ReplayEvent():
-                self._collect(answer, frames[1:])
+                self._collect(answer.request, [frames[1:]])
+            case ReplayEvents():
+                self._collect(answer.request, decode_events(frames[1] if len(frames) == 2 else b""))
             case Received():
                 if (receipts := self._watched.get(answer.command)) is not None:
                     receipts.add(answer.by)
@@ -233,10 +237,10 @@ class Link:
         else:
             self._rejects.count("(for now) a post that the broker can't write", nack.reason)
 
-    def _collect(self, answer: ReplayEvent, frames: list[bytes]) -> None:
-        asked = self._asked.get(answer.request)
+    def _collect(self, request: int, events: Iterable[Sequence[bytes]]) -> None:
+        asked = self._asked.get(request)
         if asked is not None:
-            asked.events.append(read_arrival(frames, self._rejects))
+            asked.events += [read_arrival(frames, self._rejects) for frames in events]
 
     def _close_page(self, answer: Replayed | Pong | ReplayFailed) -> None:
         asked = self._asked.pop(answer.request, None)
