@@ -6,10 +6,12 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
 import trio
+import trio.testing
 
 from interlock.broker import client, event_plane, topics
 from interlock.broker import log as event_log
@@ -17,9 +19,10 @@ from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import BrokerConfig
 from interlock.broker.errors import InUse, Refused, Unreachable
 from interlock.broker.facts import HostDown, HostUp
+from interlock.broker.link import Link
 from interlock.broker.log import EventLog
 from interlock.broker.planes import serve_planes
-from interlock.broker.protocol import decode_answer
+from interlock.broker.protocol import PAGE_EVENTS, decode_answer
 from interlock.broker.sockets import Socket, open_sockets
 
 A, B = topics.host_fact("a"), topics.host_fact("b")
@@ -200,6 +203,30 @@ async def test_too_many_events_at_once_are_held_back_and_all_arrive_in_order(
         for n in range(100):
             bus.post(A, HostDown(host=str(n)))
         assert await take(feed, 100) == [(n + 1, str(n)) for n in range(100)]
+
+
+async def test_the_next_page_is_asked_for_before_this_one_is_consumed_unless_the_consumer_is_slow(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    ask = Link.ask
+
+    def noted(link: Link, after: int | None, *rest: Any) -> int:
+        asked.append(after)
+        return ask(link, after, *rest)
+
+    for n in range(5 * PAGE_EVENTS):
+        bus.post(A, HostDown(host=str(n)))
+    await bus.flushed()
+    monkeypatch.setattr(Link, "ask", noted)
+    monkeypatch.setattr("interlock.broker.bus.FEED_QUEUE", PAGE_EVENTS)
+    async with bus.events([A], after=0) as feed:
+        with trio.fail_after(20):
+            while len(asked) < 2:
+                await trio.testing.wait_all_tasks_blocked()
+        assert asked == [0, PAGE_EVENTS]  # nothing was consumed yet, and what it holds is full
+        assert await take(feed, 5 * PAGE_EVENTS) == [(n + 1, str(n)) for n in range(5 * PAGE_EVENTS)]
+    assert asked == [n * PAGE_EVENTS for n in range(5)]
 
 
 # --- the protocol, as `docs/wire-format.md` tells it

@@ -55,7 +55,7 @@ class EventFeed:
         while True:
             while self._queue:
                 event = self._take(self._queue.popleft())
-                if len(self._queue) < FEED_QUEUE:
+                if self._room and self.has_room:
                     self._room.unpark_all()
                 if event is not None:
                     self._busy = True
@@ -73,11 +73,16 @@ class EventFeed:
             self._take(step)
             return
         self._queue.append(step)
-        self._arrived.unpark_all()
+        if self._arrived:
+            self._arrived.unpark_all()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._queue) < FEED_QUEUE
 
     async def room(self) -> None:
         """For the transport: wait until the consumer has taken enough."""
-        while len(self._queue) >= FEED_QUEUE:
+        while not self.has_room:
             await self._room.park()
 
     def _take(self, step: Deliver[Event | None] | Moved) -> Event | None:

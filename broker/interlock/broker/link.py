@@ -240,7 +240,7 @@ class Link:
     def _collect(self, request: int, events: Iterable[Sequence[bytes]]) -> None:
         asked = self._asked.get(request)
         if asked is not None:
-            asked.events += [read_arrival(frames, self._rejects) for frames in events]
+            asked.events += [read_arrival(frames, self._rejects, live=False) for frames in events]
 
     def _close_page(self, answer: Replayed | Pong | ReplayFailed) -> None:
         asked = self._asked.pop(answer.request, None)
@@ -264,14 +264,20 @@ def _page(asked: _Asked, answer: Replayed) -> Page[Event | None]:
     return Page(asked.after, events, answer.through, answer.more, answer.log, answer.start, snapshot)
 
 
-def read_arrival(frames: Sequence[bytes], rejects: Rejects) -> Arrived:
-    """The frames of an event, with its trail. A body of a type unknown here (a newer sender) keeps its place."""
+def read_arrival(frames: Sequence[bytes], rejects: Rejects, *, live: bool = True) -> Arrived:
+    """The frames of an event, if it is a live one with its trail.
+
+    A body of a type unknown here (a newer sender) keeps its place.
+    """
     if len(frames) != 3:
         raise WireError(f"an event has 3 frames, this has {len(frames)}")
-    topic, header, trail = wire.decode_topic(frames[0]), wire.decode_header(frames[1]), decode_trail(frames[1])
+    topic, header = wire.decode_topic(frames[0]), wire.decode_header(frames[1])
     payload = None
     try:
         payload = Event(topic, header, wire.decode_body(frames[2]), frames[2])
     except WireError as error:
         rejects.count("an event body", error)
+    if not live:
+        return Arrival(topic, header.seq, payload)
+    trail = decode_trail(frames[1])
     return Arrival(topic, header.seq, payload, trail.since, trail.recent)
