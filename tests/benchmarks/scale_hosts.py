@@ -102,7 +102,7 @@ class Hosts:
         made = []
         for kind, endpoint in ((zmq.DEALER, self._endpoints[0]), (zmq.SUB, self._endpoints[1])):
             raw = self._context.socket(kind)
-            tune(raw, connects=True)
+            tune(raw, connects=True, sparing=True)
             raw.curve_publickey, raw.curve_secretkey, raw.curve_serverkey = curve
             if kind == zmq.SUB:
                 for topic in (topics.command(name), topics.rollback(name), topics.ALL_HOSTS, BEAT_TOPIC):

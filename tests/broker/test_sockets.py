@@ -12,7 +12,7 @@ import trio.testing
 import zmq
 
 from interlock.broker.errors import ConfigError, InUse
-from interlock.broker.sockets import DEAD_MS, Socket, open_sockets
+from interlock.broker.sockets import DEAD_MS, SPARING_DEAD_MS, Socket, open_sockets
 
 
 @pytest.fixture
@@ -150,5 +150,6 @@ async def test_who_connects_leaves_it_to_the_kernel_to_find_a_dead_link() -> Non
         careless = sockets.open("dealer", connect=server.endpoint, keepalive=False)
         probed = [one._raw.getsockopt(zmq.TCP_KEEPALIVE) == 1 for one in (client, careless, server)]
         assert probed == [True, False, False]
-        assert client._raw.getsockopt(zmq.TCP_MAXRT) == DEAD_MS
+        sparing = sockets.open("sub", connect=server.endpoint, sparing=True)
+        assert [one._raw.getsockopt(zmq.TCP_MAXRT) for one in (client, sparing)] == [DEAD_MS, SPARING_DEAD_MS]
         assert not any(one._raw.getsockopt(zmq.HEARTBEAT_IVL) for one in (client, careless, server))

@@ -41,6 +41,7 @@ class FeedReader:
             connect=endpoint,
             subscribe=[*prefixes, BEAT_TOPIC],
             send_limit=0,  # subscriptions count against it, and would be lost silently
+            sparing=True,  # beats tell sooner
             label=f"feed {endpoint}",
         )
         self._do(self._follower.start(now))

@@ -56,7 +56,9 @@ class Link:
     """A DEALER to the event plane's ingress, what waits to be sent there, and who waits for answers."""
 
     def __init__(self, sockets: Sockets, endpoint: str, file: OutboxFile | None = None) -> None:
-        self._socket = sockets.open("dealer", connect=endpoint, receive_limit=0, label=f"events {endpoint}")
+        self._socket = sockets.open(
+            "dealer", connect=endpoint, receive_limit=0, sparing=True, label=f"events {endpoint}"
+        )
         self._rejects = Rejects(f"events {endpoint}")
         self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count(1)

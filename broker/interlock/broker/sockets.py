@@ -23,10 +23,11 @@ import zmq
 from interlock.broker.errors import ConfigError, InUse
 
 DRAIN = 256  # messages taken per wake-up at most, so that one busy socket doesn't starve the others
-# Who connects knows within 2 s that the link is dead. The kernel finds out, not ZMTP's heartbeats: those cost a broker
-# of 10,000 hosts a quarter of a core, and one busy with handshakes answers them too late, so that all begin anew.
-KEEPALIVE_S = 1  # an idle link is probed after this, and again after this,
-DEAD_MS = 2000  # and is dead if the other end has confirmed nothing for so long
+# Who connects has its kernel find out that the link is dead, not ZMTP's heartbeats: those cost a broker of 10,000 hosts
+# a quarter of a core, and one busy with handshakes answers them too late, so that all begin anew.
+PROBE_S = 1  # an idle link is probed after this, and then each second,
+DEAD_MS = 3000  # and is dead if the other end has confirmed nothing for so long: one probe may get lost
+SPARING_PROBE_S, SPARING_DEAD_MS = 5, 8000  # where a broker has thousands of idle links: probes at once get lost
 # A connection that does not finish its handshake within this time is closed, at both ends. 20,000 handshakes at once
 # take a broker 15 s: a limit below that would end most of them half-way, again and again.
 HANDSHAKE_MS = 30_000
@@ -374,6 +375,7 @@ class Sockets:
         send_limit: int = 1000,
         label: str = "",
         keepalive: bool | None = None,
+        sparing: bool = False,
         manual: bool = False,
         mandatory: bool = False,
         relaxed: bool = False,
@@ -387,12 +389,13 @@ class Sockets:
         With CURVE keys every one encrypts, and one that binds needs `open_guard` first. server: the public key of
         whom it connects to, where that is not the broker.
 
-        keepalive: have the kernel find out whether the peer is there; by default on connecting sockets only. manual:
-        XPUB that grants each subscription by hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a
-        REQ that may give up on an answer and ask again. immediate: take messages only while there is a connection.
+        keepalive: have the kernel find out whether the peer is there; by default on connecting sockets only. sparing:
+        it takes its time. manual: XPUB that grants each subscription by hand. mandatory: a ROUTER that says so when it
+        can't deliver. relaxed: a REQ that may give up on an answer and ask again. immediate: take messages only while
+        there is a connection.
         """
         raw = self._context.socket(KINDS[kind])
-        tune(raw, connects=keepalive if keepalive is not None else connect is not None)
+        tune(raw, connects=keepalive if keepalive is not None else connect is not None, sparing=sparing)
         raw.setsockopt(zmq.RCVHWM, receive_limit)
         raw.setsockopt(zmq.SNDHWM, send_limit)
         raw.setsockopt(zmq.MAXMSGSIZE, max_message)
@@ -464,7 +467,7 @@ class Sockets:
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
 
 
-def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+def tune(raw: zmq.Socket[bytes], *, connects: bool, sparing: bool = False) -> None:
     """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
     raw.setsockopt(zmq.LINGER, LINGER_MS)
     raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
@@ -473,10 +476,9 @@ def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
     raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     if connects:
         raw.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        raw.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
-        raw.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
-        raw.setsockopt(zmq.TCP_KEEPALIVE_CNT, 1)
-        raw.setsockopt(zmq.TCP_MAXRT, DEAD_MS)
+        raw.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SPARING_PROBE_S if sparing else PROBE_S)
+        raw.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
+        raw.setsockopt(zmq.TCP_MAXRT, SPARING_DEAD_MS if sparing else DEAD_MS)
 
 
 def _is_line(descriptor: int, inode: int) -> bool:
