@@ -87,6 +87,8 @@ class Hosts:
                     host.heard = host.answered = False
                 self._count()
                 self._orders.send("done")
+            case "count":
+                self._orders.send(dict(self._missing))
             case "back":
                 self._waited_for = True
                 self._ask_at = time.monotonic()
