@@ -197,7 +197,7 @@ async def measure(options: argparse.Namespace, limit: int) -> dict[str, Any]:
             async with open_bus(on.fleet.broker, "", security=on.security(OPERATOR)) as bus:
                 empty_kb = broker.resident_kb()
                 report["to_all"] = {}
-                await stages(report["to_all"], on, broker, crowd, bus, hosts, rounds=options.rounds)
+                await stages(report["to_all"], on, broker, crowd, bus=bus, hosts=hosts, rounds=options.rounds)
                 report["memory_kb_per_connection"] = aim((broker.resident_kb() - empty_kb) / (2 * size), 45.0)
                 report["descriptors_of_the_broker"] = broker.descriptors()
                 report["idle"] = await idle_cpu(broker, options.idle)
@@ -216,7 +216,7 @@ async def measure(options: argparse.Namespace, limit: int) -> dict[str, Any]:
 
 
 async def stages(
-    report: dict[str, Any], on: Stand, broker: BrokerProcess, crowd: Crowd, bus: Any, hosts: list[str], *, rounds: int
+    report: dict[str, Any], on: Stand, broker: BrokerProcess, crowd: Crowd, *, bus: Any, hosts: list[str], rounds: int
 ) -> None:
     """Grow to each size, and ask all."""
     for stage in STAGES:
