@@ -83,6 +83,8 @@ class ZmqClient:
             self._socket.curve_publickey = zmq.utils.z85.encode(curve.public)
             self._socket.curve_secretkey = zmq.utils.z85.encode(curve.secret)
             self._socket.curve_serverkey = zmq.utils.z85.encode(curve.server)
+            if kind == zmq.DEALER:
+                self._socket.setsockopt(zmq.PROBE_ROUTER, 1)  # a server cuts who says nothing
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)

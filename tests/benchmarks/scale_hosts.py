@@ -87,6 +87,8 @@ class Hosts:
                     host.heard = host.answered = False
                 self._count()
                 self._orders.send("done")
+            case "count":
+                self._orders.send(dict(self._missing))
             case "back":
                 self._waited_for = True
                 self._ask_at = time.monotonic()
@@ -104,6 +106,8 @@ class Hosts:
             raw = self._context.socket(kind)
             tune(raw, connects=True)
             raw.curve_publickey, raw.curve_secretkey, raw.curve_serverkey = curve
+            if kind == zmq.DEALER:
+                raw.setsockopt(zmq.PROBE_ROUTER, 1)  # a server cuts who says nothing
             if kind == zmq.SUB:
                 for topic in (topics.command(name), topics.rollback(name), topics.ALL_HOSTS, BEAT_TOPIC):
                     raw.subscribe(topic.encode())
@@ -201,6 +205,8 @@ def telemetry_load(
 def _socket(context: zmq.Context[Any], kind: int, endpoint: str, curve: Curve) -> zmq.Socket[bytes]:
     raw = context.socket(kind)
     tune(raw, connects=True)
+    if kind == zmq.DEALER:
+        raw.setsockopt(zmq.PROBE_ROUTER, 1)  # a server cuts who says nothing
     raw.curve_publickey, raw.curve_secretkey, raw.curve_serverkey = curve
     raw.connect(endpoint)
     return raw

@@ -6,10 +6,12 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
 import trio
+import trio.testing
 
 from interlock.broker import client, event_plane, topics
 from interlock.broker import log as event_log
@@ -17,9 +19,10 @@ from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import BrokerConfig
 from interlock.broker.errors import InUse, LogError, Refused, Unreachable, UnsureWrite
 from interlock.broker.facts import HostDown, HostUp
+from interlock.broker.link import Link
 from interlock.broker.log import Draft, EventLog, Record
 from interlock.broker.planes import serve_planes
-from interlock.broker.protocol import decode_answer
+from interlock.broker.protocol import PAGE_EVENTS, decode_answer
 from interlock.broker.sockets import Socket, open_sockets
 
 A, B = topics.host_fact("a"), topics.host_fact("b")
@@ -226,6 +229,30 @@ async def test_too_many_events_at_once_are_held_back_and_all_arrive_in_order(
         assert await take(feed, 100) == [(n + 1, str(n)) for n in range(100)]
 
 
+async def test_the_next_page_is_asked_for_before_this_one_is_consumed_unless_the_consumer_is_slow(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    ask = Link.ask
+
+    def noted(link: Link, after: int | None, *rest: Any) -> int:
+        asked.append(after)
+        return ask(link, after, *rest)
+
+    for n in range(5 * PAGE_EVENTS):
+        bus.post(A, HostDown(host=str(n)))
+    await bus.flushed()
+    monkeypatch.setattr(Link, "ask", noted)
+    monkeypatch.setattr("interlock.broker.bus.FEED_QUEUE", PAGE_EVENTS)
+    async with bus.events([A], after=0) as feed:
+        with trio.fail_after(20):
+            while len(asked) < 2:
+                await trio.testing.wait_all_tasks_blocked()
+        assert asked == [0, PAGE_EVENTS]  # nothing was consumed yet, and what it holds is full
+        assert await take(feed, 5 * PAGE_EVENTS) == [(n + 1, str(n)) for n in range(5 * PAGE_EVENTS)]
+    assert asked == [n * PAGE_EVENTS for n in range(5)]
+
+
 # --- the protocol, as `docs/wire.md` tells it
 
 
@@ -240,15 +267,15 @@ async def test_a_plain_program_replays_page_by_page(dealer: Socket) -> None:
     for n in range(3):
         await ask(dealer, {"op": "publish"}, A.encode(), header(str(n)), BODY)
     request = {"op": "replay", "request": 5, "after": 0, "prefixes": ["fact/"], "limit": 2}
-    first = await ask(dealer, request)
-    assert msgpack.unpackb(first[0]) == {"op": "event", "request": 5}
-    assert first[1] == A.encode()
-    assert msgpack.unpackb(first[2]).items() >= {"id": "0", "source": "test", "time": 1.5, "seq": 1, "prev": 0}.items()
-    assert first[3] == BODY
+    answer, events = await ask(dealer, request)
+    assert msgpack.unpackb(answer) == {"op": "events", "request": 5}
+    first, second = msgpack.unpackb(events)
+    assert first[0] == A.encode()
+    assert msgpack.unpackb(first[1]).items() >= {"id": "0", "source": "test", "time": 1.5, "seq": 1, "prev": 0}.items()
+    assert first[2] == BODY
+    assert msgpack.unpackb(second[1])["prev"] == 1
     with trio.fail_after(20):
-        second = await dealer.receive()
         end = msgpack.unpackb((await dealer.receive())[0])
-    assert msgpack.unpackb(second[2])["prev"] == 1
     assert end.items() >= {"op": "replayed", "request": 5, "through": 2, "more": True, "count": 2}.items()
 
 

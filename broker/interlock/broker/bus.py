@@ -21,6 +21,7 @@ from interlock.broker.sequence import Deliver, Moved
 from interlock.broker.sockets import Sockets
 from interlock.broker.wire import Body, Event
 
+FEED_TURN = 16  # events that a consumer may take in one turn before other tasks have theirs
 FEED_QUEUE = 2000  # events that wait for a slow consumer; beyond it the feed stops reading, and replays later
 MAX_SOURCES = 20_000  # of telemetry that one feed tells apart: two roles on each of 10,000 hosts
 MAX_LOSING = 1_000  # of these, whose losses are counted one by one
@@ -43,6 +44,7 @@ class EventFeed:
         self._arrived = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self._busy = False  # the consumer is at work on the last event
+        self._taken = 0  # in this turn
 
     def __aiter__(self) -> EventFeed:
         return self
@@ -53,12 +55,16 @@ class EventFeed:
         while True:
             while self._queue:
                 event = self._take(self._queue.popleft())
-                if len(self._queue) < FEED_QUEUE:
+                if self._room and self.has_room:
                     self._room.unpark_all()
                 if event is not None:
                     self._busy = True
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    self._taken += 1
+                    if self._taken >= FEED_TURN:
+                        self._taken = 0
+                        await trio.lowlevel.cancel_shielded_checkpoint()
                     return event
+            self._taken = 0
             await self._arrived.park()
 
     def put(self, step: Deliver[Event | None] | Moved) -> None:
@@ -67,11 +73,16 @@ class EventFeed:
             self._take(step)
             return
         self._queue.append(step)
-        self._arrived.unpark_all()
+        if self._arrived:
+            self._arrived.unpark_all()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._queue) < FEED_QUEUE
 
     async def room(self) -> None:
         """For the transport: wait until the consumer has taken enough."""
-        while len(self._queue) >= FEED_QUEUE:
+        while not self.has_room:
             await self._room.park()
 
     def _take(self, step: Deliver[Event | None] | Moved) -> Event | None:

@@ -221,8 +221,11 @@ class EventPlane:
     def _answer(self, peer: bytes, answer: Answer) -> bool:
         delivered = self._ingress.send_nowait([peer, wire.encode(answer)])
         if not delivered:
-            self.rejects.count("an answer whose asker is gone or does not read")
+            self._count_unheard()
         return delivered
+
+    def _count_unheard(self) -> None:
+        self.rejects.count("an answer whose asker is gone or does not read")
 
     def _tell_watchers(self) -> None:
         for peer, received in self._receipts.due():
@@ -248,8 +251,12 @@ class EventPlane:
             self._feed.send_burst([self._as_news(record) for record in records if record.fresh])
             self._pace.event()
             self._hurry.set()
-            for waiting, record in zip(batch, records, strict=True):
-                self._answer(waiting.peer, Ack(waiting.draft.header.id, record.header.seq))
+            acks = [
+                [waiting.peer, wire.encode(Ack(waiting.draft.header.id, record.header.seq))]
+                for waiting, record in zip(batch, records, strict=True)
+            ]
+            for _ in range(len(acks) - self._ingress.send_burst(acks)):
+                self._count_unheard()
 
     def _remember_commands(self, records: list[Record]) -> None:
         now = trio.current_time()
@@ -286,7 +293,19 @@ class EventPlane:
         """The frames of a fresh event, which is published in this order."""
         header = record.header
         since, recent = self._recent.trail()
-        live = LiveHeader(**msgspec.structs.asdict(header), since=since, recent=recent)
+        live = LiveHeader(  # field by field: asdict would take half of what an event costs
+            v=header.v,
+            id=header.id,
+            source=header.source,
+            time=header.time,
+            seq=header.seq,
+            prev=header.prev,
+            logged=header.logged,
+            expires=header.expires,
+            sig=header.sig,
+            since=since,
+            recent=recent,
+        )
         self._recent.add(record.topic, header.seq)
         self._published = header.seq
         return [record.topic.encode(), wire.encode(live), record.body]

@@ -20,8 +20,8 @@ from interlock.broker.protocol import (
     Answer,
     Replay,
     Replayed,
-    ReplayEvent,
     ReplayFailed,
+    answers,
 )
 from interlock.broker.rejects import Rejects
 from interlock.broker.sockets import Socket
@@ -90,11 +90,11 @@ class Replays:
         """Whether all of it was taken."""
         request = wanted.request
         records = excerpt.records if excerpt.snapshot is None else [excerpt.snapshot, *excerpt.records]
-        event = wire.encode(ReplayEvent(request.request))
+        events = ((record.topic.encode(), wire.encode(record.header), record.body) for record in records)
         whole: list[list[bytes]] = []
         size = 0
-        for record in records:
-            frames = [wanted.peer, event, record.topic.encode(), wire.encode(record.header), record.body]
+        for answer in answers(request.request, events):
+            frames = [wanted.peer, *answer]
             whole.append(frames)
             size += sum(map(len, frames))
             if size >= MARK_BYTES:
