@@ -45,10 +45,6 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    @property
-    def recently_sent(self) -> int:
-        return len(self._sent)
-
     def add(self, entry: Entry) -> None:
         self._waiting.append(entry)
         self._samples += len(entry.batch.ids)

@@ -28,6 +28,7 @@ class Happening(enum.Enum):
     """What libzmq tells of a socket's streams, each with a descriptor."""
 
     ACCEPTED = enum.auto()
+    JOINED = enum.auto()  # its handshake is done
     ENDED = enum.auto()
 
 
@@ -66,6 +67,8 @@ class Connections(Generic[Message]):
                     self.lines.accepted(value, trio.current_time())
                 case Happening.ENDED:
                     self.lines.end(value)
+                case Happening.JOINED:  # what it says first tells more
+                    pass
 
     # --- messages
 

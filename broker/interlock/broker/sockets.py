@@ -32,7 +32,11 @@ ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect (RFC 27)
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
 OPTIONS = {tuning.METADATA: 95}  # those that pyzmq has no name for
-HAPPENINGS = {int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED, int(zmq.EVENT_DISCONNECTED): Happening.ENDED}
+HAPPENINGS = {
+    int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED,
+    int(zmq.EVENT_HANDSHAKE_SUCCEEDED): Happening.JOINED,
+    int(zmq.EVENT_DISCONNECTED): Happening.ENDED,
+}
 
 KINDS = {
     "router": zmq.ROUTER,
@@ -71,18 +75,30 @@ class Socket:
     def know_users(self, context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
         """Before it binds, with CURVE: have ZAP ask under this name, and know each connection."""
         self._raw.setsockopt(zmq.ZAP_DOMAIN, name.encode())
-        self._raw.monitor(f"inproc://connections-of-{name}", sum(HAPPENINGS))
+        self.watch(context, name, (Happening.ACCEPTED, Happening.ENDED))
+        self.connections = Connections(name.encode(), self.happened, _property)
+        self._max_frames = MAX_FRAMES
+
+    def watch(self, context: zmq.Context[zmq.Socket[bytes]], name: str, whats: Sequence[Happening]) -> None:
+        """Before it binds or connects: have `happened` tell these."""
+        self._raw.monitor(
+            f"inproc://happenings-of-{name}", sum(code for code, what in HAPPENINGS.items() if what in whats)
+        )
         self._monitor = context.socket(zmq.PAIR)
         self._monitor.setsockopt(zmq.LINGER, 0)
         self._monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's I/O thread would wait for us
-        self._monitor.connect(f"inproc://connections-of-{name}")
-        self.connections = Connections(name.encode(), self._happened, _property)
-        self._max_frames = MAX_FRAMES
+        self._monitor.connect(f"inproc://happenings-of-{name}")
 
-    def _happened(self) -> Iterator[tuple[Happening, int]]:
+    def happened(self) -> Iterator[tuple[Happening, int]]:
+        """What has happened to its streams since this was last asked, each with a descriptor."""
         while self._monitor is not None and int(zmq.backend.Socket.get(self._monitor, EVENTS)) & POLLIN:
             told = self._monitor.recv_multipart(NOBLOCK)[0]
             yield HAPPENINGS[int.from_bytes(told[:2], sys.byteorder)], int.from_bytes(told[2:6], sys.byteorder)
+
+    async def until_happened(self) -> None:
+        """Wait until `happened` has something to tell. `happened` must have been asked before."""
+        if self._monitor is not None:
+            await trio.lowlevel.wait_readable(int(self._monitor.getsockopt(zmq.FD)))
 
     def bind(self, endpoint: str) -> str:
         """Bind and return the endpoint with its real port. InUse if it is taken, ConfigError if it can't be."""
@@ -374,6 +390,7 @@ class Sockets:
         mandatory: bool = False,
         relaxed: bool = False,
         immediate: bool = False,
+        watched: bool = False,
         identity: bytes | None = None,
         max_message: int = MAX_MESSAGE,
         server: bytes = b"",
@@ -385,7 +402,8 @@ class Sockets:
 
         heartbeat: ping the peer; by default on connecting sockets only. manual: XPUB that grants each subscription by
         hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a REQ that may give up on an answer and
-        ask again. immediate: take messages only while there is a connection.
+        ask again. immediate: take messages only while there is a connection. watched:
+        `happened` tells when it joins and ends.
         """
         raw = self._context.socket(KINDS[kind])
         tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
@@ -405,6 +423,8 @@ class Sockets:
         try:
             if self.curve is not None and bind is not None:
                 socket.know_users(self._context, f"{ZAP_DOMAIN}/{next(self._names)}")
+            if watched:
+                socket.watch(self._context, str(next(self._names)), (Happening.JOINED, Happening.ENDED))
             for prefix in subscribe:
                 socket.subscribe(prefix.encode())
             if bind is not None:
