@@ -67,7 +67,7 @@ REQUESTS = [
 ]  # fmt: skip
 ANSWERS = [
     protocol.Ack("i", 1), protocol.Nack("log", "full", "i"), protocol.Replayed(1, 2, True, 3, "l"),
-    protocol.ReplayEvent(1), protocol.ReplayFailed(1, "r"), protocol.Pong(1, 2, "l"),
+    protocol.ReplayEvent(1), protocol.ReplayEvents(1), protocol.ReplayFailed(1, "r"), protocol.Pong(1, 2, "l"),
     protocol.Received("c", 1, {"a": ""}),
 ]  # fmt: skip
 JSON = [b'{"status": "error", "n": [1, {"x": null}], "action": "a"}']
@@ -160,6 +160,7 @@ DECODERS: dict[str, Decoder] = {
     "batch": Decoder(frames_of(wire.decode_batch, b"telemetry/a/host/"), WIRE, [pack(BATCH)]),
     "request": Decoder(protocol.decode_request, WIRE, [pack(message) for message in REQUESTS]),
     "answer": Decoder(protocol.decode_answer, WIRE, [pack(message) for message in ANSWERS]),
+    "events of an answer": Decoder(protocol.decode_events, WIRE, [pack([(b"fact/host/a/", pack(HEADER), pack(DONE))])]),
     "beat": Decoder(
         protocol.decode_beat, WIRE, [pack(protocol.Beat(beat=1, epoch=2, seq=3, since=1, topics={"a/": 1}, log="l"))]
     ),

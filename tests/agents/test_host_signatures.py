@@ -44,6 +44,9 @@ class Stage:
         Keyring(self.folder, "f").ensure(["coordinator", "rules", "host/alpha", "broker"], now=1.0)
         self.broker = MemoryBroker()
         self.journal = Journal.open(folder / "host.sqlite")
+        self.start_host()
+
+    def start_host(self) -> None:
         roll = keys.Roll(keys.read_authority(self.folder))
         security = Security(keys.read_private(self.folder, "host/alpha"), roll, self.folder)
         self.host = Host("alpha", FleetConfig(), self.broker.bus("host/alpha"), self.journal, security)
@@ -97,6 +100,46 @@ async def test_a_replayed_command_is_answered_and_not_done_again(stage: Stage) -
     await stage.host._take(commit)
     assert stage.slot.given == []
     assert stage.broker.log[-1].body == result
+
+
+async def test_a_refused_command_is_not_done_when_it_is_replayed_into_a_state_that_fits(stage: Stage) -> None:
+    commit = stage.signed("coordinator", topics.command("alpha"), COMMIT, id="c1")
+    await stage.host._take(commit)
+    refusal = facts.CommandRefused(host="alpha", agent="chat", migration="m", command="c1", reason="the slot is busy")
+    stage.host.publish(refusal)  # as the slot's shell does
+    await stage.host._take(commit)
+    assert len(stage.slot.given) == 1
+    assert stage.journal.done("c1") == wire.encode(refusal)
+    assert [event.body for event in stage.broker.log] == [refusal] * 2
+    stage.start_host()
+    await stage.host._take(commit)
+    assert stage.slot.given == []
+
+
+async def test_a_command_that_is_replayed_while_it_is_under_way_is_neither_done_again_nor_refused(stage: Stage) -> None:
+    commit = stage.signed("coordinator", topics.command("alpha"), COMMIT, id="c1")
+    for _ in range(2):
+        await stage.host._take(commit)
+    assert len(stage.slot.given) == 1
+    assert stage.broker.log == []
+    stage.start_host()  # a host that was killed takes it again from the log
+    await stage.host._take(commit)
+    assert len(stage.slot.given) == 1
+
+
+async def test_a_late_refusal_does_not_take_the_place_of_a_result(stage: Stage) -> None:
+    stage.journal.remember_done("c1", b"result")
+    stage.journal.remember_refused("c1", b"refusal")
+    assert stage.journal.done("c1") == b"result"
+
+
+async def test_a_lease_from_before_the_host_s_start_is_not_taken_once_more(stage: Stage) -> None:
+    lease = stage.signed("coordinator", topics.command("alpha"), LEASE)
+    stage.host.accept(lease)
+    stage.start_host()
+    with pytest.raises(Refused, match="before this host started"):
+        stage.host.accept(lease)
+    stage.host.accept(stage.signed("coordinator", topics.command("alpha"), LEASE))
 
 
 async def test_a_roll_call_is_answered_and_what_is_forged_or_late_refused(stage: Stage) -> None:

@@ -40,7 +40,17 @@ HELD = {
         "judging.py",
         "values.py",
     },
-    "interlock/broker": {"__init__.py", "py.typed", "errors.py", "sockets.py", "simgpu.py"},
+    "interlock/broker": {
+        "__init__.py",
+        "py.typed",
+        "connections.py",
+        "errors.py",
+        "lines.py",
+        "simgpu.py",
+        "sockets.py",
+        "streams.py",
+        "tuning.py",
+    },
 }
 
 

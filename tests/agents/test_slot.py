@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -111,6 +112,15 @@ def cut_over(share: float) -> commands.CutOver:
 def roll_back(by: str = "rule response-time") -> AskRollBack:
     breach = Breach(by=by, reason="97 %", sample_time=1e9 + 999)
     return AskRollBack(commands.RollBack(migration=M, agent="tutor", epoch=E, breach=breach, issued=1e9 + 1000))
+
+
+@pytest.mark.parametrize("epoch", [E - 1, E + 1])
+def test_a_rollback_of_another_epoch_changes_nothing(epoch: int) -> None:
+    play = Play().to(State.LIVE)
+    other = msgspec.structs.replace(roll_back().command, epoch=epoch)
+    assert play(AskRollBack(other)) == []
+    assert play.slot.row.state is State.LIVE
+    assert play(roll_back())
 
 
 def test_a_good_candidate_goes_through_every_step_and_becomes_permanent() -> None:

@@ -1,7 +1,8 @@
 """Telemetry through our authorising broker, beside a bare `zmq.proxy` and the usual brokers where they are installed.
 
-Run: python tests/benchmarks/bench_bus.py [--batches N]; prints one JSON object. All carry the same bytes, one batch of
-100 samples a message, over TCP on the loopback, from one publisher process to one subscriber. nats-server, redis-server
+Run: python tests/benchmarks/bench_bus.py [--batches N] [--quick]; prints one JSON object. All carry the same bytes,
+over TCP on the loopback, from one publisher process to one subscriber: first batches of 100 samples, then one sample of
+100 bytes a message. nats-server, redis-server
 and mosquitto are spoken to in their own protocols over plain sockets, with records of known length: less work than any
 client library for them does. None of them encrypts or authorises here; "interlock" does both (CURVE, one key a role).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -31,6 +33,7 @@ import msgspec
 import trio
 import zmq
 import zmq.utils.z85
+from rig import aim
 
 from interlock.broker.config import BrokerConfig, FleetConfig
 from interlock.broker.keyring import Keyring
@@ -49,17 +52,22 @@ TOPIC = b"telemetry/bench/monitor/"
 SUBJECT = b"telemetry.bench.monitor"
 
 
-def body() -> bytes:
-    table = SeriesTable("bench/monitor", 1)
-    samples = {labels(f"agent_metric_{n % 20}", host="bench", agent=f"agent-{n // 20}"): n / 7 for n in range(SAMPLES)}
-    for n in range(5):  # beyond the announcements: what is sent most of the time
-        batch = table.batch(samples, time=1000.0 + n / 10)
-    return msgspec.msgpack.encode(msgspec.structs.replace(batch, seq=FIRST, time=1.5))
+def body(samples: int) -> bytes:
+    """A batch, without what may be left out; beyond the announcements, as most are."""
+    table = SeriesTable("bench/monitor", 1_760_000_000_000_000_000)
+    values = {labels(f"agent_metric_{n % 20}", host="bench", agent=f"agent-{n // 20}"): n / 7 for n in range(samples)}
+    for n in range(5):
+        batch = table.batch(values, time=1000.0 + n / 10)
+    fields = msgspec.structs.asdict(msgspec.structs.replace(batch, seq=FIRST, time=1.5))
+    return msgspec.msgpack.encode({key: fields[key] for key in fields if key not in ("whole", "delay", "cached")})
 
 
-BODY = body()
-SEQ_AT = BODY.index(struct.pack(">BI", 0xCE, FIRST)) + 1
-TIME_AT = BODY.index(struct.pack(">Bd", 0xCB, 1.5)) + 1
+BODIES = {"batches": body(SAMPLES), "messages": body(1)}
+
+
+def places(data: bytes) -> tuple[int, int]:
+    """Where the number and the time of sending stand in the bytes."""
+    return data.index(struct.pack(">BI", 0xCE, FIRST)) + 1, data.index(struct.pack(">Bd", 0xCB, 1.5)) + 1
 
 
 class Client(Protocol):
@@ -75,6 +83,8 @@ class ZmqClient:
             self._socket.curve_publickey = zmq.utils.z85.encode(curve.public)
             self._socket.curve_secretkey = zmq.utils.z85.encode(curve.secret)
             self._socket.curve_serverkey = zmq.utils.z85.encode(curve.server)
+            if kind == zmq.DEALER:
+                self._socket.setsockopt(zmq.PROBE_ROUTER, 1)  # a server cuts who says nothing
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -96,7 +106,9 @@ class ZmqClient:
 class Records:
     """A protocol whose every message is the same bytes around the body, over a plain socket."""
 
-    def __init__(self, port: int, greeting: list[tuple[bytes, int]], sent: bytes, got: bytes, tail: bytes) -> None:
+    def __init__(
+        self, port: int, greeting: list[tuple[bytes, int]], sent: bytes, got: bytes, tail: bytes, *, size: int
+    ) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for said, answer in greeting:  # what to say, and how many lines (or, below 0, bytes) come back
@@ -104,8 +116,9 @@ class Records:
             heard = b""
             while (heard.count(b"\r\n") < answer) if answer >= 0 else (len(heard) < -answer):
                 heard += self._socket.recv(65536 if answer > 0 else -answer - len(heard))
-        self._sent, self._got, self._tail = sent, len(got), tail
-        self._size = len(got) + len(BODY) + len(tail)
+        self._sent, self._tail = sent, tail
+        self._body = slice(len(got), len(got) + size)
+        self._size = len(got) + size + len(tail)
         self._buffer = bytearray()
 
     def send(self, data: bytes) -> None:
@@ -114,7 +127,7 @@ class Records:
     def receive(self) -> bytes:
         while len(self._buffer) < self._size:
             self._buffer += self._socket.recv(1 << 16)
-        found = bytes(self._buffer[self._got : self._got + len(BODY)])
+        found = bytes(self._buffer[self._body])
         del self._buffer[: self._size]
         return found
 
@@ -136,29 +149,28 @@ class Nats(Records):
         return super().receive()
 
 
-def connect(name: str, port: int, folder: str, *, publishes: bool) -> Client:
-    """A connection to the broker of this name."""
-    n = str(len(BODY)).encode()
+def connect(name: str, port: int, folder: str, size: int, *, publishes: bool) -> Client:
+    """A connection to the broker of this name, for messages of so many bytes."""
+    n = str(size).encode()
     match name:
         case "nats":
             hello = (b'CONNECT {"verbose":false}\r\nPING\r\n', 2)
             sub = [] if publishes else [(b"SUB %s 1\r\nPING\r\n" % SUBJECT, 1)]
-            return Nats(
-                port, [hello, *sub], b"PUB %s %s\r\n" % (SUBJECT, n), b"MSG %s 1 %s\r\n" % (SUBJECT, n), b"\r\n"
-            )
+            sent, got = b"PUB %s %s\r\n" % (SUBJECT, n), b"MSG %s 1 %s\r\n" % (SUBJECT, n)
+            return Nats(port, [hello, *sub], sent, got, b"\r\n", size=size)
         case "redis":
             channel = b"$%d\r\n%s\r\n" % (len(TOPIC), TOPIC)
             sub = [] if publishes else [(b"*2\r\n$9\r\nSUBSCRIBE\r\n" + channel, 6)]
             around = b"*3\r\n$7\r\n%s\r\n" + channel + b"$" + n + b"\r\n"
-            return Redis(port, sub, around % b"PUBLISH", around % b"message", b"\r\n")
+            return Redis(port, sub, around % b"PUBLISH", around % b"message", b"\r\n", size=size)
         case "mosquitto":
             text = struct.pack(">H", len(TOPIC)) + TOPIC
-            rest = len(text) + len(BODY)
-            head = bytes([0x30, rest & 0x7F | 0x80, rest >> 7]) + text
+            rest = len(text) + size
+            head = bytes([0x30, rest & 0x7F | 0x80, rest >> 7] if rest > 127 else [0x30, rest]) + text
             who = b"\0\1p" if publishes else b"\0\1s"
             hello = (b"\x10" + bytes([10 + len(who)]) + b"\0\4MQTT\4\2\0\0" + who, -4)
             sub = [] if publishes else [(b"\x82" + bytes([len(text) + 3]) + b"\0\1" + text + b"\0", -5)]
-            return Records(port, [hello, *sub], head, head, b"")
+            return Records(port, [hello, *sub], head, head, b"", size=size)
     keys = fleet_of(Path(folder)) if name == "interlock" else None
     security = load_security(keys, "monitor/bench" if publishes else "rules") if keys else None
     sender = zmq.PUSH if name == "zmq_proxy" else zmq.DEALER
@@ -264,10 +276,11 @@ def until_open(port: int) -> None:
 # --- measuring
 
 
-def publish(name: str, port: int, folder: str, orders: Connection) -> None:
+def publish(name: str, port: int, folder: str, data: bytes, orders: Connection) -> None:
     """Send batches as ordered: (count, per second or None). Each holds its number and its time of sending."""
-    client = connect(name, port, folder, publishes=True)
-    data = bytearray(BODY)
+    client = connect(name, port, folder, len(data), publishes=True)
+    seq_at, time_at = places(data)
+    data = bytearray(data)
     number = FIRST
     orders.send("up")
     while (order := orders.recv()) is not None:
@@ -278,23 +291,23 @@ def publish(name: str, port: int, folder: str, orders: Connection) -> None:
                 while (left := began + n / rate - time.monotonic()) > 0:
                     time.sleep(left)
             number += 1
-            struct.pack_into(">I", data, SEQ_AT, number)
-            struct.pack_into(">d", data, TIME_AT, time.monotonic())
+            struct.pack_into(">I", data, seq_at, number)
+            struct.pack_into(">d", data, time_at, time.monotonic())
             client.send(bytes(data))
 
 
-def measure(name: str, batches: int) -> dict[str, float]:
+def measure(name: str, data: bytes, count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="il-") as folder, serving(name, Path(folder)) as port:
         spawn = multiprocessing.get_context("spawn")
         orders, taken = spawn.Pipe()
-        sender = spawn.Process(target=publish, args=(name, port, folder, taken), daemon=True)
+        sender = spawn.Process(target=publish, args=(name, port, folder, data, taken), daemon=True)
         sender.start()
         try:
-            client = connect(name, port, folder, publishes=False)
+            client = connect(name, port, folder, len(data), publishes=False)
             orders.recv()
             join(client, orders.send)
-            found = throughput(client, orders.send, batches)
-            return {**found, **latency(client, orders.send)}
+            found = {"per_s": round(throughput(client, orders.send, count))}
+            return {**found, **latency(client, orders.send, places(data)[1])}
         except TimeoutError:
             return {"dropped": 1}
         finally:
@@ -310,25 +323,24 @@ def join(client: Client, order: Callable[[Any], None]) -> None:
         client.receive()
 
 
-def throughput(client: Client, order: Callable[[Any], None], batches: int) -> dict[str, float]:
+def throughput(client: Client, order: Callable[[Any], None], count: int) -> float:
     began = time.monotonic()
     asked = got = 0
-    while got < batches:
-        while asked < batches and asked - got <= WINDOW - STEP:
+    while got < count:
+        while asked < count and asked - got <= WINDOW - STEP:
             order((STEP, None))
             asked += STEP
         client.receive()
         got += 1
-    rate = batches / (time.monotonic() - began)
-    return {"batches_per_s": round(rate), "samples_per_s": round(rate * SAMPLES)}
+    return count / (time.monotonic() - began)
 
 
-def latency(client: Client, order: Callable[[Any], None]) -> dict[str, float]:
+def latency(client: Client, order: Callable[[Any], None], time_at: int) -> dict[str, float]:
     count = int(RATE * LATENCY_S)
     order((count, RATE))
     took = []
     for _ in range(count):
-        sent = struct.unpack_from(">d", client.receive(), TIME_AT)[0]
+        sent = struct.unpack_from(">d", client.receive(), time_at)[0]
         took.append((time.monotonic() - sent) * 1e3)
     cuts = statistics.quantiles(took, n=100)
     return {"p50_ms": round(cuts[49], 3), "p99_ms": round(cuts[98], 3)}
@@ -337,7 +349,12 @@ def latency(client: Client, order: Callable[[Any], None]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=20_000)
+    parser.add_argument("--messages", type=int, default=50_000, help="of one sample")
+    parser.add_argument("--quick", action="store_true", help="a tenth of both")
     options = parser.parse_args()
+    counts = {"batches": options.batches, "messages": options.messages}
+    if options.quick:
+        counts = {kind: count // 10 for kind, count in counts.items()}
     names = ["interlock", "interlock_insecure", "zmq_proxy"]
     programs = {"nats": "nats-server", "redis": "redis-server", "mosquitto": "mosquitto"}
     names += [name for name, program in programs.items() if shutil.which(program)]
@@ -348,12 +365,30 @@ def main() -> None:
         "python": platform.python_version(),
         "libzmq": zmq.zmq_version(),
         "samples_per_batch": SAMPLES,
-        "batch_bytes": len(BODY),
-        "latency_at_batches_per_s": RATE,
+        "bytes": {kind: len(data) for kind, data in BODIES.items()},
+        "latency_at_per_s": RATE,
         "not_installed": [program for program in programs.values() if not shutil.which(program)],
-        **{name: measure(name, options.batches) for name in names},
     }
+    for kind, data in BODIES.items():
+        report[kind] = {name: measure(name, data, counts[kind]) for name in names}
+    report["aims"] = aims(report)
     print(json.dumps(report, indent=2))
+
+
+def aims(report: dict[str, Any]) -> dict[str, Any]:
+    """What the plane with keys is to reach; of brokers that are not installed nothing is said."""
+    ours = report["batches"]["interlock"]
+    samples = ours.get("per_s", 0) * SAMPLES
+    found: dict[str, Any] = {
+        "samples_per_s": aim(samples, 2_000_000, at_most=False),
+        "p50_ms": aim(ours.get("p50_ms", math.inf), 0.5),
+    }
+    for other in ("redis", "mosquitto"):
+        if (theirs := report["messages"].get(other, {}).get("per_s")) is not None:
+            found[f"messages_ahead_of_{other}"] = aim(
+                report["messages"]["interlock"].get("per_s", 0), theirs, at_most=False
+            )
+    return found
 
 
 if __name__ == "__main__":

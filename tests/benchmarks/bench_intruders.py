@@ -34,7 +34,8 @@ from interlock.broker.keyring import Keyring
 from interlock.broker.planes import serve_planes
 from interlock.broker.protocol import BEAT_TOPIC
 from interlock.broker.security import load_security
-from interlock.broker.sockets import Curve, open_sockets
+from interlock.broker.sockets import open_sockets
+from interlock.broker.tuning import Curve
 
 ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE"  # half of one

@@ -24,10 +24,12 @@ from interlock.broker import facts, keys, policy, protocol, signing, telemetry_p
 from interlock.broker.bus import new_event
 from interlock.broker.commands import Breach, Commit, CutOver, Migrate, Prepare, RenewLease, RollBack, RollCall
 from interlock.broker.config import CompareConfig
+from interlock.broker.connections import DESCRIPTOR, LINE, USER, Ask, Connections
 from interlock.broker.direct import _Entrance
 from interlock.broker.errors import ConfigError, Refused, WireError
 from interlock.broker.event_plane import EventPlane
 from interlock.broker.gate import Gate
+from interlock.broker.lines import Line
 from interlock.broker.link import read_arrival
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import SeriesTable, labels
@@ -44,11 +46,13 @@ BREACH = Breach(by="rule gpu-memory", reason="r", labels={"agent": "chat"}, valu
 Frames = list[bytes]
 
 
-class Line:
+class Taker:
     """Stands for a socket: takes all, and counts."""
 
     closed = False
     endpoint = "inproc://none"
+    users = 0
+    connections: Any = None
 
     def __init__(self) -> None:
         self.sent = 0
@@ -60,13 +64,7 @@ class Line:
     def send_burst(self, messages: Sequence[Sequence[bytes]]) -> int:
         return sum(map(self.send_nowait, messages))
 
-    def lines(self, user: str) -> int:
-        return len(user) % 3
-
-    def cut(self, user: str) -> int:
-        return 0
-
-    async def grant_subscriptions(self, may: Callable[[str, Frames], bool]) -> None:
+    async def grant_subscriptions(self, may: Callable[[Line, bytes], bool]) -> None:
         self.may = may
 
 
@@ -185,7 +183,7 @@ class Telemetry(Stage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line = Line()
+        self.line = Taker()
         self.plane = _Plane(self.line, self.line, None, Rejects("fuzz"))  # type: ignore[arg-type]
         self.closed = _Plane(self.line, self.line, Gate(self.security, "fuzz"), Rejects("fuzz"))  # type: ignore[arg-type]
         self.intake = Intake()
@@ -225,7 +223,7 @@ class Control(Stage):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line = Line()
+        self.line = Taker()
         gate = Gate(self.security, "fuzz")
         self.planes = [
             EventPlane(self.line, self.line, Log(), guard)  # type: ignore[arg-type]
@@ -245,30 +243,31 @@ class Control(Stage):
             protocol.Nack("log", "disk full", "i"),
             protocol.Replayed(1, 9, False, 2, "log", 3, True),
             protocol.ReplayEvent(1),
+            protocol.ReplayEvents(1),
             protocol.ReplayFailed(1, "no"),
             protocol.Pong(1, 2, "log"),
             protocol.Received("c", 5, {"host/alpha": ""}),
             protocol.Beat(beat=1, epoch=2, seq=3, since=1, topics={"fact/": 3}, log="log"),
         ):
             yield [wire.encode(message)]
+        yield from protocol.answers(1, [(b"fact/", b"\x80", b"\x80")] * 3)
 
     def take(self, frames: Frames) -> None:
         for plane in self.planes:
             with suppress(WireError, Refused):
                 plane._take(self.user(frames), b"peer", frames)
             plane._tell_watchers()
-            for waiting in plane._queue:  # as the writer does, without the disk
+            for waiting in plane._queue.take(1000, 1 << 30):  # as the writer does, without the disk
                 header = waiting.draft.header
                 id, topic, source = header.id, waiting.draft.topic, header.source
                 plane._receipts.logged(id, topic=topic, source=source, seq=9, now=trio.current_time())
-            plane._queue.clear()
-            plane._queue_bytes = 0
-            with suppress(trio.WouldBlock):
-                while True:
-                    plane._replays_out.receive_nowait()
+            plane._replays._waiting.take(1000, 1 << 30)
         for decode in (protocol.decode_answer, protocol.decode_beat):
             with suppress(WireError):
                 decode(frames[0])
+        with suppress(WireError):
+            for event in protocol.decode_events(frames[-1]):
+                read_arrival(event, plane.rejects, live=False)
 
 
 class Direct(Stage):
@@ -299,8 +298,12 @@ class Zap(Stage):
     def __init__(self) -> None:
         super().__init__()
         self.gate = Gate(self.security, "fuzz")
-        self.line = Line()
+        self.line = Taker()
         self.gate.guard(self.line)  # type: ignore[arg-type]
+        self.heard: Connections[dict[str, str]] = Connections(
+            b"fuzz", list, lambda message, name: message.get(name, "")
+        )
+        self.heard.judge = self.gate
 
     def seeds(self) -> Iterator[Frames]:
         for key in (self.users[0], self.users[-1], "00" * 32):
@@ -319,9 +322,14 @@ class Zap(Stage):
         if answer[2] == b"200":
             assert self.roll.by_key(answer[4].decode()) is not None
         with suppress(StopIteration):
-            self.gate.grant_subscriptions(self.line, Rejects("fuzz")).send(None)  # type: ignore[arg-type]
-        granted = self.line.may(self.user(frames), frames)
-        assert not granted or frames[0][:1] == b"\1"
+            self.gate.grant_subscriptions(self.line).send(None)  # type: ignore[arg-type]
+        line = self.heard.lines.let_in(self.user(frames), 0.0)
+        of = {LINE: line.number, USER: line.user, DESCRIPTOR: "1000000"}  # beyond any that is open
+        granted: Frames = []
+        in_step = self.heard.subscription(of, frames, 0.0, Ask(self.line.may, granted.append), in_step=True)
+        assert in_step == (len(frames) == 1 and frames[0][:1] in (b"\0", b"\1"))
+        assert granted in ([], frames[:1])
+        self.heard.sender(of, [b"route", *frames], 0.0)
         for kind in (keys.Authority, keys.Enrolment, keys.PrivateKeys):
             with suppress(ConfigError):
                 keys.decode(frames[0], kind, where="fuzz")

@@ -23,7 +23,8 @@ from interlock.broker.facts import HostDown
 from interlock.broker.keyring import Keyring
 from interlock.broker.planes import serve_planes
 from interlock.broker.security import Security
-from interlock.broker.sockets import Curve, Sockets, open_sockets
+from interlock.broker.sockets import Sockets, open_sockets
+from interlock.broker.tuning import Curve
 from interlock.broker.wire import Body, Event
 
 ANY = BrokerConfig(

@@ -41,6 +41,18 @@ async def test_an_accepted_event_arrives_once_however_often_it_is_sent() -> None
     ]
 
 
+async def test_one_can_not_use_up_the_ids_of_another() -> None:
+    accepted: list[Event] = []
+    async with (
+        serving(accepted.append) as endpoint,
+        client.open_bus(NOWHERE, "operator/x") as other,
+        client.open_bus(NOWHERE, "rules") as bus,
+    ):
+        await other.direct(endpoint, TOPIC, HostDown(host="a"), id="m/1/rules", timeout=20)
+        await bus.direct(endpoint, TOPIC, HostDown(host="a"), id="m/1/rules", timeout=20)
+    assert [event.header.source for event in accepted] == ["operator/x", "rules"]
+
+
 async def test_a_refusal_comes_back_with_its_reason() -> None:
     def refuse(event: Event) -> None:
         raise Refused("stale epoch 3", where="tutor")

@@ -6,10 +6,12 @@ import sqlite3
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
-from interlock.broker.errors import LogError
+from interlock.broker.errors import LogError, UnsureWrite
 from interlock.broker.log import Draft, EventLog, open_log
 from interlock.broker.wire import Header
 
@@ -57,6 +59,100 @@ def test_a_repeated_id_keeps_its_first_record_also_after_reopening(log: EventLog
     again.close()
 
 
+def by(source: str, id: str, topic: str = "fact/host/a/") -> Draft:
+    return Draft(topic, Header(id=id, source=source, time=1.5), b"\x80")
+
+
+def test_an_id_belongs_to_its_source_and_nobody_else_can_use_it_up(log: EventLog, tmp_path: Path) -> None:
+    log.append([by("host/beta", "m-1/roll-back")], now=9.0)
+    theirs, mine = log.append([by("coordinator", "m-1/roll-back"), by("host/beta", "m-1/roll-back")], now=9.0)
+    assert (theirs.header.seq, theirs.header.source, theirs.fresh) == (2, "coordinator", True)
+    assert (mine.header.seq, mine.header.source, mine.fresh) == (1, "host/beta", False)
+    log.close()
+    again = EventLog(tmp_path / "events.sqlite")
+    assert [r.fresh for r in again.append([by("coordinator", "m-1/roll-back"), by("c", "m-1/roll-back")], now=9.0)] == [
+        False,
+        True,
+    ]
+    assert again.verify().findings == []
+    again.close()
+
+
+class FailingCommit:
+    """The writer's connection, whose next commit happens, or does not, and reports an error."""
+
+    def __init__(self, log: EventLog, error: str, *, happens: bool) -> None:
+        self._real, self._log, self._error, self._happens = log._writer, log, error, happens
+        log._writer = self  # type: ignore[assignment]
+
+    def execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        if statement != "COMMIT":
+            return self._real.execute(statement, *parameters)
+        self._log._writer = self._real
+        if self._happens:
+            self._real.execute("COMMIT")
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorname = self._error
+        raise error
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._real.in_transaction
+
+
+@pytest.mark.parametrize(
+    ("error", "happens", "unsure"),
+    [
+        ("SQLITE_IOERR_FSYNC", False, True),
+        ("SQLITE_IOERR_FSYNC", True, True),
+        ("SQLITE_FULL", True, True),
+        ("SQLITE_FULL", False, False),
+        ("SQLITE_IOERR_WRITE", False, False),
+    ],
+)
+def test_a_failed_commit_says_whether_it_may_have_happened(
+    log: EventLog, error: str, happens: bool, unsure: bool
+) -> None:
+    FailingCommit(log, error, happens=happens)
+    with pytest.raises(LogError) as caught:
+        log.append([draft("1")], now=9.0)
+    assert isinstance(caught.value, UnsureWrite) is unsure
+    assert log.last == int(happens)
+    (record,) = log.append([draft("1")], now=9.0)
+    assert (record.header.seq, record.fresh) == (1, not happens)
+
+
+def test_a_log_of_the_second_version_keeps_its_chain_and_its_ids(tmp_path: Path) -> None:
+    path = tmp_path / "old.sqlite"
+    log = EventLog(path)
+    log.append([draft("1"), draft("2"), draft("3")], now=9.0)
+    log.close()
+    with sqlite3.connect(path) as connection:  # as the second version was
+        for statement in (
+            "ALTER TABLE events RENAME TO newer",
+            "CREATE TABLE events (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, topic TEXT NOT NULL,"
+            " logged REAL NOT NULL, header BLOB NOT NULL, body BLOB NOT NULL, hash BLOB NOT NULL) STRICT",
+            "INSERT INTO events SELECT seq, id, topic, logged, header, body, hash FROM newer",
+            "DROP TABLE newer",
+            "CREATE INDEX events_of_topic ON events (topic, seq)",
+            "DROP TABLE gone",
+            "CREATE TABLE gone (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE) STRICT",
+            "INSERT INTO gone VALUES (0, 'dropped')",
+            "PRAGMA user_version = 2",
+        ):
+            connection.execute(statement)
+    connection.close()
+    reader = EventLog(path, read_only=True)
+    assert reader.verify().findings == []
+    reader.close()
+    again = EventLog(path)
+    assert again.verify().findings == []
+    records = again.append([draft("2"), draft("dropped"), by("other", "2")], now=10.0)
+    assert [(r.header.seq, r.fresh) for r in records] == [(2, False), (0, False), (4, True)]
+    assert again.verify().findings == []
+    again.close()
+
+
 def test_reading_filters_by_prefix_and_never_takes_alpha2_for_alpha(log: EventLog) -> None:
     log.append([draft("1", "command/alpha/"), draft("2", "command/alpha2/"), draft("3", "fact/host/alpha/")], now=9.0)
     assert seqs(log, 0, "command/alpha/") == [1]
@@ -76,6 +172,12 @@ def test_a_page_ends_at_its_limit_of_events_or_bytes_and_says_where(log: EventLo
     assert (len(page.records), page.more) == (1, True)  # one at least, whatever its size
     page = log.read(6, [""], limit=100, max_bytes=1 << 20)
     assert (len(page.records), page.through, page.more) == (4, 10, False)
+
+
+def test_a_page_counts_the_bytes_of_headers_too(log: EventLog) -> None:
+    header = Header(id="1", source="s", time=1.5, sig=bytes(2000))
+    log.append([Draft("t/", msgspec.structs.replace(header, id=str(n)), b"\x80") for n in range(3)], now=9.0)
+    assert len(log.read(0, [""], limit=100, max_bytes=4500).records) == 2
 
 
 def test_a_full_disk_refuses_the_whole_transaction_and_reading_goes_on(log: EventLog) -> None:

@@ -6,20 +6,23 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
 import trio
+import trio.testing
 
 from interlock.broker import client, event_plane, topics
 from interlock.broker import log as event_log
 from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.config import BrokerConfig
-from interlock.broker.errors import InUse, Refused, Unreachable
+from interlock.broker.errors import InUse, LogError, Refused, Unreachable, UnsureWrite
 from interlock.broker.facts import HostDown, HostUp
-from interlock.broker.log import EventLog
+from interlock.broker.link import Link
+from interlock.broker.log import Draft, EventLog, Record
 from interlock.broker.planes import serve_planes
-from interlock.broker.protocol import decode_answer
+from interlock.broker.protocol import PAGE_EVENTS, decode_answer
 from interlock.broker.sockets import Socket, open_sockets
 
 A, B = topics.host_fact("a"), topics.host_fact("b")
@@ -178,6 +181,28 @@ async def test_a_full_disk_refuses_events_and_serves_replays_until_there_is_room
             assert [host[0] for _, host in await take(feed, 2)] == ["y", "3"]  # the small one did not overtake
 
 
+async def test_what_may_be_in_the_log_is_never_said_to_be_refused(
+    bus: Bus, planes: BrokerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.broker.outbox.LOG_PAUSE_S", 0.05)
+    append, failures = EventLog.append, [UnsureWrite("sync"), LogError("full"), None]
+
+    def late(log: EventLog, drafts: list[Draft], *, now: float) -> list[Record]:
+        records = append(log, drafts, now=now)
+        if failures and (failure := failures.pop(0)):
+            raise failure
+        return records
+
+    monkeypatch.setattr(EventLog, "append", late)
+    assert await bus.publish(A, HostDown(host="1"), timeout=20) == 1
+    failures += [UnsureWrite("sync"), *[LogError("full")] * 1000]
+    with pytest.raises(Unreachable):
+        await bus.publish(A, HostDown(host="2"), timeout=0.3)
+    failures.clear()
+    async with bus.events(["fact/"], after=0) as feed:
+        assert await take(feed, 2) == [(1, "1"), (2, "2")]
+
+
 async def test_a_port_that_is_taken_is_an_error_that_names_it(planes: BrokerConfig, folder: Path) -> None:
     with pytest.raises(ExceptionGroup) as caught:
         async with trio.open_nursery() as nursery:
@@ -192,14 +217,40 @@ async def test_an_error_inside_leaves_as_it_was_raised(bus: Bus, planes: BrokerC
 
 
 async def test_too_many_events_at_once_are_held_back_and_all_arrive_in_order(
-    bus: Bus, monkeypatch: pytest.MonkeyPatch
+    folder: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_plane, "QUEUE", 3)
+    monkeypatch.setattr(event_plane, "QUEUE", 6)
     monkeypatch.setattr("interlock.broker.outbox.LOG_PAUSE_S", 0.05)
-    async with bus.events(["fact/"], after=0) as feed:
+    config = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+    config = await nursery.start(serve_planes, config, folder / "log")
+    async with client.open_bus(config, "host/a") as bus, bus.events(["fact/"], after=0) as feed:
         for n in range(100):
             bus.post(A, HostDown(host=str(n)))
         assert await take(feed, 100) == [(n + 1, str(n)) for n in range(100)]
+
+
+async def test_the_next_page_is_asked_for_before_this_one_is_consumed_unless_the_consumer_is_slow(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    ask = Link.ask
+
+    def noted(link: Link, after: int | None, *rest: Any) -> int:
+        asked.append(after)
+        return ask(link, after, *rest)
+
+    for n in range(5 * PAGE_EVENTS):
+        bus.post(A, HostDown(host=str(n)))
+    await bus.flushed()
+    monkeypatch.setattr(Link, "ask", noted)
+    monkeypatch.setattr("interlock.broker.bus.FEED_QUEUE", PAGE_EVENTS)
+    async with bus.events([A], after=0) as feed:
+        with trio.fail_after(20):
+            while len(asked) < 2:
+                await trio.testing.wait_all_tasks_blocked()
+        assert asked == [0, PAGE_EVENTS]  # nothing was consumed yet, and what it holds is full
+        assert await take(feed, 5 * PAGE_EVENTS) == [(n + 1, str(n)) for n in range(5 * PAGE_EVENTS)]
+    assert asked == [n * PAGE_EVENTS for n in range(5)]
 
 
 # --- the protocol, as `docs/wire.md` tells it
@@ -216,15 +267,15 @@ async def test_a_plain_program_replays_page_by_page(dealer: Socket) -> None:
     for n in range(3):
         await ask(dealer, {"op": "publish"}, A.encode(), header(str(n)), BODY)
     request = {"op": "replay", "request": 5, "after": 0, "prefixes": ["fact/"], "limit": 2}
-    first = await ask(dealer, request)
-    assert msgpack.unpackb(first[0]) == {"op": "event", "request": 5}
-    assert first[1] == A.encode()
-    assert msgpack.unpackb(first[2]).items() >= {"id": "0", "source": "test", "time": 1.5, "seq": 1, "prev": 0}.items()
-    assert first[3] == BODY
+    answer, events = await ask(dealer, request)
+    assert msgpack.unpackb(answer) == {"op": "events", "request": 5}
+    first, second = msgpack.unpackb(events)
+    assert first[0] == A.encode()
+    assert msgpack.unpackb(first[1]).items() >= {"id": "0", "source": "test", "time": 1.5, "seq": 1, "prev": 0}.items()
+    assert first[2] == BODY
+    assert msgpack.unpackb(second[1])["prev"] == 1
     with trio.fail_after(20):
-        second = await dealer.receive()
         end = msgpack.unpackb((await dealer.receive())[0])
-    assert msgpack.unpackb(second[2])["prev"] == 1
     assert end.items() >= {"op": "replayed", "request": 5, "through": 2, "more": True, "count": 2}.items()
 
 
@@ -234,7 +285,7 @@ async def test_a_plain_program_subscribes_and_sees_events_and_beats(planes: Brok
         with trio.fail_after(20):
             topic, beat = await sub.receive()
             assert topic == b"beat/"
-            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log", "speaks"}
+            assert msgpack.unpackb(beat).keys() == {"beat", "epoch", "seq", "since", "topics", "log", "speaks", "next"}
             await ask(dealer, {"op": "publish"}, A.encode(), header("1"), BODY)
             while (frames := await sub.receive())[0] == b"beat/":
                 pass
@@ -265,6 +316,8 @@ async def test_an_event_that_overtakes_a_lost_one_is_sent_back(dealer: Socket) -
         ([b"fact/", header(""), BODY], "no id"),
         ([b"fact/", header("x" * 300), BODY], "no id, or one too long"),
         ([b"fact/", header("1", time=float("nan")), BODY], "time"),
+        ([b"fact/", header("1", sig=bytes(5000)), BODY], "header of 50"),
+        ([b"fact/", header("1", sig=bytes(65)), BODY], "signature of 65 bytes"),
         ([b"fact/", header("1"), b"\x80"], "event body"),
         ([b"fact/", header("1"), msgpack.packb({"type": "no-such"})], "event body"),
         ([b"fact/", header("1"), b"\x81\xa1a" * 100_000], "event body"),

@@ -20,7 +20,8 @@ from interlock.broker.facts import AlertResolved, HostDown, Steered
 from interlock.broker.gate import Allowance, Gate
 from interlock.broker.protocol import BEAT_TOPIC, Publish, Replay
 from interlock.broker.security import Security
-from interlock.broker.sockets import Curve, Socket, open_sockets
+from interlock.broker.sockets import Socket, open_sockets
+from interlock.broker.tuning import Curve
 from interlock.broker.wire import Body, Event
 
 MIGRATE = Migrate(agent="chat", to="v2", deadline=2e9)

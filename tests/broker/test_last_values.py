@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from interlock.broker import lastvalues
 from interlock.broker.lastvalues import SILENT_S, LastValues
-from interlock.broker.samples import Batch, Labels, SeriesReader, SeriesTable, labels
+from interlock.broker.samples import Announcement, Batch, Labels, SeriesReader, SeriesTable, labels
 
 TOPIC = "telemetry/a/host/"
 UP = labels("up", host="a")
@@ -111,6 +111,67 @@ def test_a_publisher_can_not_make_it_hold_many_batches_for_a_value_each(monkeypa
     source = last._sources["a/host"]
     assert sum(len(batch.ids) for batch, _ in source.groups.values()) <= 2 * 50 + 100 + 50
     assert known(remembered(last, 1.0)) == {key: float(n) for n, key in enumerate(keys)}
+
+
+def test_one_owner_can_not_use_up_the_memory_of_the_others() -> None:
+    last = LastValues()
+    for n in range(lastvalues.MAX_SOURCES + 500):
+        last.take(f"telemetry/b/x{n}/", table(f"b/x{n}").batch({UP: 1.0}, time=0.0), 0.0, owner="b")
+    last.take(TOPIC, table().batch({UP: 1.0}, time=0.0), 0.0, owner="a")
+    assert (last.sources, last.refused) == (lastvalues.OWN_SOURCES + 1, lastvalues.MAX_SOURCES + 500 - 8)
+    assert known(remembered(last, 0.0, TOPIC)) == {UP: 1.0}
+    last.forget_silent(SILENT_S + 1.0)
+    assert last.sources == 0
+    last.take("telemetry/b/x/", table("b/x").batch({UP: 1.0}, time=0.0), 0.0, owner="b")
+    assert last.sources == 1  # there is room again
+
+
+def test_series_and_labels_of_one_owner_are_bounded_over_all_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lastvalues, "OWN_SERIES", 5)
+    monkeypatch.setattr(lastvalues, "OWN_BYTES", 10_000)
+    last = LastValues()
+    many = {labels(f"m{n}"): 1.0 for n in range(4)}
+    for name in ("b/1", "b/2"):
+        last.take(f"telemetry/{name}/", table(name).batch(many, time=0.0), 0.0)
+    assert (last.series, last.refused) == (5, 3)
+    large = {labels(f"m{n}", text="x" * 4000): 1.0 for n in range(4)}
+    last.take(TOPIC, table("a/1").batch(large, time=0.0), 0.0)
+    assert (last.series, last.refused) == (7, 5)
+    last.take(TOPIC, table("a/1", epoch=2).batch(large, time=0.0), 0.0)  # what it had is given back first
+    assert (last.series, last.refused) == (7, 7)
+
+
+def test_a_series_that_changes_its_labels_again_and_again_is_counted_once() -> None:
+    last = LastValues()
+    for n in range(100):
+        announced = [Announcement(1, {"__name__": "m", "n": str(n) * 2000})]
+        last.take(TOPIC, Batch(source="a/host", epoch=1, seq=n + 1, time=0.0, series=announced, ids=[1], values=[n]), 0)
+    assert (last.series, last.refused) == (1, 0)
+    assert known(remembered(last, 0.0)) == {labels("m", n="99" * 2000): 99.0}
+
+
+def test_announcements_are_not_kept_with_the_batches_that_brought_them() -> None:
+    last = LastValues()
+    for n in range(1, 1000):
+        announced = [Announcement(1, {"__name__": "m"})] * 100
+        batch = Batch(source="a/host", epoch=1, seq=n, time=0.0, series=announced, ids=[n, n, n], values=[1, 2, 3])
+        last.take(TOPIC, batch, 0.0)
+    source = last._sources["a/host"]
+    assert not any(batch.series for batch, _ in source.groups.values())
+
+
+def test_a_value_that_stands_in_a_batch_many_times_is_held_once() -> None:
+    last = LastValues()
+    for n in range(1, 40):
+        announced = [Announcement(1, {"__name__": "m"})]
+        ids = [1] * (20_000 + n)
+        batch = Batch(
+            source="a/host", epoch=1, seq=n, time=0.0, series=announced, ids=ids, values=[float(n)] * len(ids)
+        )
+        last.take(TOPIC, batch, 0.0)
+    held = sum(len(batch.ids) for batch, _ in last._sources["a/host"].groups.values())
+    assert held <= lastvalues.SLACK + 2000
+    assert known(remembered(last, 0.0)) == {labels("m"): 39.0}
 
 
 @settings(deadline=None, max_examples=200)

@@ -62,20 +62,20 @@ def test_a_series_whose_labels_are_no_labels_is_not_remembered() -> None:
 
 
 def test_one_host_does_not_take_the_room_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lastvalues, "MAX_HOST_SOURCES", 3)
-    monkeypatch.setattr(lastvalues, "MAX_HOST_SERIES", 5)
+    monkeypatch.setattr(lastvalues, "OWN_SOURCES", 3)
+    monkeypatch.setattr(lastvalues, "OWN_SERIES", 5)
     last = LastValues()
     for n in range(5):
         last.take("t", batch(1, f"evil/{n}", series=announced(2)), now=float(n))
     assert (last.sources, last.series, last.refused) == (3, 5, 2 + 1)
-    assert not last.has_room("evil/9")
-    assert last.has_room("evil/0")
+    assert not last.has_room("evil/9", "evil")
+    assert last.has_room("evil/0", "evil")
     last.take("t", batch(1, "good/host", series=announced(4)), now=4.0)
     assert last.series == 9
     last.forget_silent(now=lastvalues.SILENT_S + 3.5)
     assert (last.sources, last.series) == (1, 4)
-    assert last.has_room("evil/9")
-    assert not last._series_of["evil"]
+    assert last.has_room("evil/9", "evil")
+    assert "evil" not in last._owners
 
 
 def test_a_reader_keeps_no_more_series_and_sources_than_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +140,14 @@ async def test_who_sends_what_is_no_message_is_cut_off_after_a_while(
     user = key(gate)
     for _ in range(int(gates.MAX_REFUSED)):
         gate.garbage(user)
-    gate.enter(user, "127.0.0.1")
+    gate.enter(user, "127.0.0.1", b"")
     gate.garbage(user)
     with pytest.raises(Refused, match="cut off for now"):
-        gate.enter(user, "127.0.0.1")
+        gate.enter(user, "127.0.0.1", b"")
     assert "refused host/a: host/a: sends what is no message" in caplog.text
     assert "refused host/a: cut off for 10 s" in caplog.text
     await trio.sleep(gates.CUT_OFF_S)
-    gate.enter(user, "127.0.0.1")
+    gate.enter(user, "127.0.0.1", b"")
 
 
 # --- at the planes
@@ -215,7 +215,7 @@ async def test_a_flood_of_large_batches_ends_for_its_sender_and_an_honest_one_go
 async def test_a_host_can_not_invent_sources_without_end(
     fleet: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lastvalues, "MAX_HOST_SOURCES", 3)
+    monkeypatch.setattr(lastvalues, "OWN_SOURCES", 3)
     async with fleet.sockets("host/beta") as sockets:
         dealer = sockets.open("dealer", connect=fleet.config.telemetry_in)
         for n in range(5):

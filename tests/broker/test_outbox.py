@@ -49,6 +49,36 @@ def test_without_an_ack_it_asks_for_a_sign_of_life_and_repeats_all_in_order_when
     assert [id for _, id in send(outbox, 2.6)] == ["1", "2", "3"]
 
 
+def test_what_was_refused_is_in_doubt_while_an_attempt_has_no_answer_or_failed_late() -> None:
+    outbox = Outbox()
+    outbox.add(entry(0))
+    full, late = Nack("log", "full", "0"), Nack("log", "sync", "0", unsure=True)
+    now = 0.0
+
+    def again() -> None:
+        nonlocal now
+        now += 2 * LOG_PAUSE_S
+        assert [id for _, id in send(outbox, now)] == ["0"]
+
+    again()
+    assert not outbox.in_doubt(full)
+    assert outbox.in_doubt(late)
+    outbox.nacked(full, now)
+    again()
+    assert not outbox.in_doubt(full)
+    outbox.nacked(late, now)
+    again()
+    assert outbox.in_doubt(full)  # the late one may have been written
+    outbox.acked("0", now)
+    outbox.add(entry(0))
+    send(outbox, now)
+    assert outbox.tick(now + ACK_TIMEOUT_S)  # the connection breaks, and is repaired
+    outbox.heard()
+    again()
+    assert outbox.in_doubt(full)
+    assert outbox.in_doubt(Nack("refused", "no", "0"))
+
+
 def test_a_log_that_can_not_be_written_is_tried_again_later_in_order() -> None:
     outbox = Outbox()
     for n in range(3):

@@ -22,7 +22,7 @@ from interlock.broker.keyring import Keyring
 from interlock.broker.keys import Grant
 from interlock.broker.planes import serve_planes
 from interlock.broker.protocol import Receipt, Received, Watch
-from interlock.broker.receipts import KEEP_S, MAX_COMMANDS, MAX_REASON, MAX_WATCHERS, PART, Receipts
+from interlock.broker.receipts import KEEP_S, MAX_COMMANDS, MAX_EARLY, MAX_REASON, MAX_WATCHERS, PART, Receipts
 from interlock.broker.security import Security
 
 ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
@@ -60,6 +60,30 @@ def test_of_a_command_that_it_does_not_know_it_says_so() -> None:
     assert receipts.watch(None, b"p", Watch("c")) == [Received("c")]
     receipts.logged("c", topic=topics.ALL_HOSTS, source="operator/o", seq=3, now=0.0)
     assert receipts.watch(None, b"p", Watch("c")) == [Received("c", 3)]
+
+
+def test_who_watches_before_the_command_is_logged_is_told_without_asking_again() -> None:
+    receipts = Receipts()
+    receipts.watch(grant("operator/o"), b"p", Watch("c"))
+    receipts.watch(grant("operator/p"), b"q", Watch("c"))
+    receipts.watch(grant("host/beta"), b"stranger", Watch("c"))
+    receipts.logged("c", topic=topics.ALL_HOSTS, source="operator/o", seq=3, now=0.0)
+    receipts.take(grant("host/alpha"), Receipt("host/alpha", "c"))
+    told = receipts.due()
+    assert {peer for peer, _ in told} == {b"p", b"q"}
+    assert all(answer == Received("c", 3, {"host/alpha": ""}) for _, answer in told)
+
+
+def test_watches_of_what_is_never_logged_do_not_pile_up() -> None:
+    receipts = Receipts()
+    for n in range(MAX_EARLY + 1):
+        receipts.watch(None, b"p", Watch(f"c{n}"))
+    for n in range(MAX_WATCHERS + 1):
+        receipts.watch(None, b"%d" % n, Watch("c1000"))
+    for id in ("c0", "c1000"):
+        receipts.logged(id, topic=topics.ALL_HOSTS, source="operator/o", seq=3, now=0.0)
+        receipts.take(None, Receipt("host/alpha", id))
+    assert len(receipts.due()) == MAX_WATCHERS
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def test_the_chain_the_numbers_and_the_ids_outlive_what_was_dropped(log: EventLo
     )
     assert (repeated.header.seq, repeated.fresh) == (7, False)
     assert (fresh.header.seq, fresh.header.prev) == (1502, 1500)
+    (other,) = again.append([Draft(A, Header(id="id-7", source="another", time=1.0), b"\x80")], now=300.0)
+    assert (other.header.seq, other.fresh) == (1503, True)
     assert again.verify().findings == []
     again.close()
 

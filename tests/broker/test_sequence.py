@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interlock.broker.protocol import LINK_LOST_S, Beat
+from interlock.broker.protocol import BEAT_S, LINK_LOST_S, Beat
 from interlock.broker.sequence import REPLAY_TIMEOUT_S, Arrival, Ask, Deliver, Follower, Moved, Page, Step, matches
 from interlock.broker.trail import Recent
 
@@ -249,6 +250,19 @@ def test_silence_is_a_lost_link_and_a_beat_ends_it() -> None:
     sub.do(sub.follower.beat(broker.beat(), 20.0))
     assert not sub.follower.lost
     assert sub.asks == [0]
+
+
+def test_a_beat_that_announces_a_longer_pause_is_no_silence_until_that_is_over() -> None:
+    broker, sub = Broker(), subscriber("fact/")
+    settle(broker, sub, 0.0)
+    sub.do(sub.follower.beat(msgspec.structs.replace(broker.beat(), next=5.0), 10.0))
+    assert sub.follower.deadline() == 10.0 + 5.0 - BEAT_S + LINK_LOST_S
+    sub.do(sub.follower.tick(15.0))
+    assert not sub.follower.lost
+    sub.do(sub.follower.beat(msgspec.structs.replace(broker.beat(), next=float("inf")), 16.0))
+    assert sub.follower.deadline() < 100.0
+    sub.do(sub.follower.beat(msgspec.structs.replace(broker.beat(), next=-1.0), 17.0))
+    assert sub.follower.deadline() == 17.0 + LINK_LOST_S
 
 
 def test_more_live_events_than_are_kept_during_a_replay_are_replayed_too() -> None:

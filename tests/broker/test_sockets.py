@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+import zmq
 
 from interlock.broker.errors import ConfigError, InUse
 from interlock.broker.sockets import Socket, open_sockets
+from interlock.broker.tuning import HEARTBEAT_MS, HEARTBEAT_TTL_MS
 
 
 @pytest.fixture
@@ -140,3 +142,13 @@ async def test_a_mandatory_router_says_when_nobody_is_there() -> None:
         assert not router.send_nowait([b"nobody", b"x"])
         with pytest.raises(ConfigError, match="mandatory"):
             await router.send([b"nobody", b"x"])
+
+
+async def test_who_connects_pings_and_says_so() -> None:
+    async with open_sockets() as sockets:
+        server = sockets.open("router", bind="tcp://127.0.0.1:*")
+        client = sockets.open("dealer", connect=server.endpoint)
+        careless = sockets.open("dealer", connect=server.endpoint, heartbeat=False)
+        pings = [one._raw.getsockopt(zmq.HEARTBEAT_IVL) for one in (client, careless, server)]
+        assert pings == [HEARTBEAT_MS, 0, 0]
+        assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == HEARTBEAT_TTL_MS

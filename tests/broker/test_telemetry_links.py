@@ -142,6 +142,35 @@ async def test_what_was_measured_while_the_link_was_cut_arrives_afterwards_in_or
                 nursery.cancel_scope.cancel()
 
 
+async def test_what_was_lost_with_a_link_that_was_back_before_anything_else_was_sent_arrives_all_the_same(
+    planes: BrokerConfig,
+) -> None:
+    with trio.fail_after(60):
+        async with wired(planes, "telemetry_in") as (wire, config):
+            async with (
+                client.open_bus(config, "host/a") as bus,
+                client.open_bus(planes, "cli/1") as other,
+                other.samples(["telemetry/a/host/"]) as feed,
+            ):
+                publisher, reader = bus.telemetry("a", "host"), SeriesReader()
+                while True:  # until there is a link
+                    publisher.send({UP: 0.0}, time=time.time())
+                    with trio.move_on_after(0.5):
+                        assert set(numbers(await some(feed, reader, 1), reader)) == {0.0}
+                        break
+                wire.silent = True
+                for n in (1.0, 2.0):
+                    publisher.send({UP: n}, time=time.time())
+                await trio.sleep(0.1)  # they are swallowed
+                wire.cut()
+                wire.silent = wire.refuses = False
+                seen: list[float] = []
+                while len(seen) < 2:
+                    seen += [value for value in numbers(await feed.__anext__(), reader) if value]
+                assert seen == [1.0, 2.0]
+                assert feed.missed == 0
+
+
 async def test_a_half_open_link_is_known_within_two_seconds_and_its_gap_is_told(planes: BrokerConfig) -> None:
     with trio.fail_after(90):
         async with wired(planes, "telemetry_out") as (wire, config):

@@ -177,6 +177,13 @@ def test_a_batch_comes_back_nan_and_infinity_included(
     assert msgpack.unpackb(wire.encode(batch))["series"] == [[1, labels]]
 
 
+def test_a_header_without_end_is_refused() -> None:
+    for sig, what in ((bytes(wire.MAX_SIGNATURE + 1), "signature of 65 bytes"), (bytes(5000), "header of 50.. bytes")):
+        header = wire.Header(id="1", source="s", time=1.5, sig=sig)
+        with pytest.raises(WireError, match=what):
+            wire.decode_event([b"t/", wire.encode(header), wire.encode(facts.HostDown(host="a"))])
+
+
 def test_ids_without_values_are_refused() -> None:
     batch = Batch(source="a", epoch=1, seq=1, time=0.0, ids=[1, 2], values=[1.0])
     with pytest.raises(WireError, match="2 ids but 1 values"):

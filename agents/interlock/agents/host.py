@@ -40,13 +40,14 @@ from interlock.broker.security import Security, load_security
 from interlock.broker.shielding import start_shielded
 from interlock.broker.simgpu import create_cards
 from interlock.broker.sockets import open_sockets
-from interlock.broker.wire import Event, decode_body
+from interlock.broker.wire import Event, decode_body, encode
 
 log = logging.getLogger("interlock.host")
 
 MAX_TROUBLE = 500  # characters of why an agent doesn't serve, where many are listed
 FIRST_NEWS_S = 15.0  # a host says ready once every agent is healthy or has failed to start, or this much later
 SETTLE_S = 5.0  # a command is marked as taken once its slot has written it, or this much later
+GIVEN_KEPT = 10_000  # ids of commands that this process gave to a slot: as many as the journal has results
 POSITION = "events"  # mark in the journal: up to where commands were taken
 
 
@@ -63,8 +64,13 @@ class Host:
         self.security = security
         self.gate = None if security is None else Gate(security, f"host {name}")
         self.slots: dict[str, SlotShell] = {}
+        self._began = time.time()
+        self._given: dict[str, None] = {}  # by id, the oldest first
+        self._refusals: dict[str, facts.CommandRefused] = {}  # not in the journal yet
 
     def publish(self, fact: Fact) -> None:
+        if isinstance(fact, facts.CommandRefused):
+            self._refusals[fact.command] = fact
         self.bus.post(topics.host_fact(self.name), fact)
 
     # --- commands
@@ -80,7 +86,14 @@ class Host:
                 if slot is not None:
                     with trio.move_on_after(SETTLE_S):
                         await slot.settled()
+                await self._keep_refusals()
                 await trio.to_thread.run_sync(self.journal.set_mark, POSITION, event.header.seq)
+
+    async def _keep_refusals(self) -> None:
+        """A refused command is not done later, although its state fits then: whoever repeats it is told the same."""
+        for id, refusal in list(self._refusals.items()):
+            await trio.to_thread.run_sync(self.journal.remember_refused, id, encode(refusal))
+            del self._refusals[id]
 
     def _check(self, event: Event) -> None:
         """Whoever asked proves it to this host itself, not to the broker. Refused otherwise."""
@@ -115,15 +128,24 @@ class Host:
                 | commands.CutOver()
                 | commands.Commit()
             ):
-                done = await trio.to_thread.run_sync(self.journal.done, event.header.id)
-                if done is not None:
-                    self.bus.post(topics.host_fact(self.name), decode_body(done), id=f"{event.header.id}/done")
-                elif slot is None:
-                    self._refuse(body, event.header.id, f"there is no agent {body.agent!r} on host {self.name}")
-                else:
-                    slot.give(Ask(body, event.header.id))
+                await self._take_command(body, event.header.id)
             case _:
                 log.warning("%s is no command for a host", type(body).__name__)
+
+    async def _take_command(self, body: commands.HostCommand, id: str) -> None:
+        """Once: a repeated one is answered with its result, or with nothing while it is under way."""
+        await self._keep_refusals()
+        done = await trio.to_thread.run_sync(self.journal.done, id)
+        slot = self.slots.get(body.agent)
+        if done is not None:
+            self.bus.post(topics.host_fact(self.name), decode_body(done), id=f"{id}/done")
+        elif slot is None:
+            self._refuse(body, id, f"there is no agent {body.agent!r} on host {self.name}")
+        elif id not in self._given:
+            self._given[id] = None
+            if len(self._given) > GIVEN_KEPT:
+                del self._given[next(iter(self._given))]
+            slot.give(Ask(body, id))
 
     def _refuse(self, body: commands.HostCommand, asked: str, reason: str) -> None:
         refused = facts.CommandRefused(
@@ -137,6 +159,8 @@ class Host:
         body = event.body
         if not isinstance(body, commands.RollBack | commands.RenewLease):
             raise Refused(f"{type(body).__name__} does not come this way", hint="publish it through the broker")
+        if self.security is not None and isinstance(body, commands.RenewLease) and event.header.time < self._began:
+            raise Refused("it was sent before this host started, and may have been taken then")
         slot = self.slots.get(body.agent)
         if slot is None:
             raise Refused(f"there is no agent {body.agent!r} on host {self.name}")

@@ -139,8 +139,16 @@ class Journal:
         with self._writing() as db:
             _write_done(db, command, result)
 
+    def remember_refused(self, command: str, refusal: bytes) -> None:
+        """Keep a command's refusal as its result, unless it has one: it is not done later, when it would fit."""
+        with self._writing() as db:
+            if db.execute("SELECT 1 FROM done WHERE command = ?", (command,)).fetchone() is None:
+                _write_done(db, command, refusal)
+
     def done(self, command: str) -> bytes | None:
-        """The result of a command that was done; None if it was not, or is older than the newest DONE_KEPT."""
+        """The result of a command that was done, or its refusal; None if there is none, or it is older than the newest
+        DONE_KEPT.
+        """
         with self._reading() as db:
             found = db.execute("SELECT result FROM done WHERE command = ?", (command,)).fetchone()
         return found[0] if found else None

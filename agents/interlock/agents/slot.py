@@ -346,7 +346,7 @@ class Slot(RollingBack):
 
     def _asked_back(self, given: AskRollBack, now: Moment) -> list[Action]:
         command = given.command
-        if command.migration != self.row.migration:
+        if not self._is_current(command.migration, command.epoch):
             return []  # done already, or never ours
         if self.row.state in ON_TRIAL:
             return self._roll_back(command.breach, now)

@@ -21,6 +21,7 @@ from interlock.broker.sequence import Deliver, Moved
 from interlock.broker.sockets import Sockets
 from interlock.broker.wire import Body, Event
 
+FEED_TURN = 16  # events that a consumer may take in one turn before other tasks have theirs
 FEED_QUEUE = 2000  # events that wait for a slow consumer; beyond it the feed stops reading, and replays later
 MAX_SOURCES = 20_000  # of telemetry that one feed tells apart: two roles on each of 10,000 hosts
 MAX_LOSING = 1_000  # of these, whose losses are counted one by one
@@ -30,7 +31,7 @@ class EventFeed:
     """The events of some topics, in the order of the log: an async iterator of `wire.Event`, for one task.
 
     caught_up: set once everything that was in the log at subscription has been delivered and the consumer has come
-    back for more. position: the number up to which everything is delivered. lost: the broker has been silent for 2 s.
+    back for more. position: the number up to which everything is delivered. lost: the broker has been silent for 1.5 s.
     undecodable: events left out because they are of no type or version known here.
     """
 
@@ -43,6 +44,7 @@ class EventFeed:
         self._arrived = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self._busy = False  # the consumer is at work on the last event
+        self._taken = 0  # in this turn
 
     def __aiter__(self) -> EventFeed:
         return self
@@ -53,12 +55,16 @@ class EventFeed:
         while True:
             while self._queue:
                 event = self._take(self._queue.popleft())
-                if len(self._queue) < FEED_QUEUE:
+                if self._room and self.has_room:
                     self._room.unpark_all()
                 if event is not None:
                     self._busy = True
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    self._taken += 1
+                    if self._taken >= FEED_TURN:
+                        self._taken = 0
+                        await trio.lowlevel.cancel_shielded_checkpoint()
                     return event
+            self._taken = 0
             await self._arrived.park()
 
     def put(self, step: Deliver[Event | None] | Moved) -> None:
@@ -67,11 +73,16 @@ class EventFeed:
             self._take(step)
             return
         self._queue.append(step)
-        self._arrived.unpark_all()
+        if self._arrived:
+            self._arrived.unpark_all()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._queue) < FEED_QUEUE
 
     async def room(self) -> None:
         """For the transport: wait until the consumer has taken enough."""
-        while len(self._queue) >= FEED_QUEUE:
+        while not self.has_room:
             await self._room.park()
 
     def _take(self, step: Deliver[Event | None] | Moved) -> Event | None:
@@ -246,7 +257,8 @@ class Bus(Protocol):
     async def publish(self, topic: str, body: Body, *, id: str | None = None, timeout: float = 5.0) -> int:
         """Its number in the log, once it is on disk there.
 
-        Refused: it is not in the log. Unreachable after `timeout` seconds: it may be; the same id is logged once.
+        Refused: it is not in the log. Unreachable after `timeout` seconds: it may be, also where the broker has told of
+        trouble with its disk meanwhile; the same id is logged once.
         """
 
     def post(self, topic: str, body: Body, *, id: str | None = None) -> str:

@@ -48,7 +48,7 @@ class _Entrance:
         self.rejects = Rejects(f"direct {endpoint}")
         self._accept = accept
         self._gate = gate
-        self._accepted: OrderedDict[str, None] = OrderedDict()
+        self._accepted: OrderedDict[tuple[str, str], None] = OrderedDict()  # source and id
 
     def reply(self, user: str, frames: list[bytes]) -> Reply:
         try:
@@ -60,14 +60,15 @@ class _Entrance:
                 self._gate.garbage(user)
             return Reply(_id_of(frames), ok=False, reason=str(error), kind="version" if unknown else "invalid")
         id = event.header.id
+        name = (event.header.source, id)
         try:
             if self._gate is not None:
                 self._gate.admit(user, lambda grant: policy.direct(grant, event))
-            if id not in self._accepted:
+            if name not in self._accepted:
                 self._accept(event)
         except Refused as refused:
             return Reply(id, ok=False, reason=str(refused), kind="refused")
-        self._accepted[id] = None
+        self._accepted[name] = None
         while len(self._accepted) > REMEMBERED:
             self._accepted.popitem(last=False)
         return Reply(id, ok=True)
@@ -145,7 +146,7 @@ async def serve_direct(
     gate: Gate | None = None,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Hand each event that arrives at `endpoint` to `accept`, once by its id, and answer; runs until cancelled.
+    """Hand each event that arrives at `endpoint` to `accept`, once by source and id, and answer; until cancelled.
 
     gate: who may ask; it serves on these sockets already. None: everybody may.
     `accept` raises Refused to say no. Started with the real endpoint. InUse if the port is taken.

@@ -47,3 +47,7 @@ class InUse(InterlockError):
 
 class LogError(InterlockError):
     """The event log, or a host's journal, can't be read or written."""
+
+
+class UnsureWrite(LogError):
+    """Writing to the event log failed so late that the events may be there all the same. Repeating them finds out."""

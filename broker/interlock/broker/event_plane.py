@@ -1,8 +1,8 @@
 """The event plane: takes events, logs them, acknowledges them, publishes them, and replays the log.
 
-Three tasks share one state, and only the writer and the reader wait for the disk, in a thread each: intake decodes what
-arrives and queues it; the writer takes all that has queued into one transaction, then acknowledges and publishes; the
-reader answers replays one after another. What is published is on disk.
+Three tasks share one state, and only the writer and the reader (`replays.py`) wait for the disk, in a thread each:
+intake decodes what arrives and queues it, by key; the writer takes what has queued, the keys in turn, into one
+transaction, then acknowledges and publishes; the reader answers replays. What is published is on disk.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -21,16 +21,14 @@ import trio
 
 from interlock.broker import policy, wire
 from interlock.broker.config import BrokerConfig, LogConfig
-from interlock.broker.errors import LogError, Refused, UnknownVersion, WireError
+from interlock.broker.errors import LogError, Refused, UnknownVersion, UnsureWrite, WireError
+from interlock.broker.fair import Fair
 from interlock.broker.gate import Gate, open_gated
 from interlock.broker.keys import Grant
 from interlock.broker.log import Draft, EventLog, Record, open_log
+from interlock.broker.pace import Pace
 from interlock.broker.protocol import (
-    BEAT_S,
     BEAT_TOPIC,
-    MAX_PREFIXES,
-    PAGE_BYTES,
-    PAGE_EVENTS,
     Ack,
     Answer,
     Beat,
@@ -41,8 +39,6 @@ from interlock.broker.protocol import (
     Publish,
     Receipt,
     Replay,
-    Replayed,
-    ReplayEvent,
     ReplayFailed,
     Watch,
     Why,
@@ -51,16 +47,21 @@ from interlock.broker.protocol import (
 )
 from interlock.broker.receipts import Receipts
 from interlock.broker.rejects import Rejects
+from interlock.broker.replays import Replays
 from interlock.broker.security import Security
 from interlock.broker.signing import is_signed
 from interlock.broker.sockets import Socket
 from interlock.broker.trail import Recent
+from interlock.broker.tuning import MAX_SUBSCRIPTION
 
-QUEUE = 4096  # events that wait for the disk; the next are refused for now, so that replays go on
-QUEUE_BYTES = 64 << 20  # the same in bytes of bodies
+QUEUE = 4096  # events that wait for the disk; of one key at most as many as is free for all others
+QUEUE_BYTES = 64 << 20  # the same in bytes
+EVENT_COST = 256  # bytes that an event counts for besides its frames: it takes time to log, however short it is
+TURN_BYTES = 8 << 10  # of one key's events that are logged before the next key's: some 10 events of our size
 MAX_ID = 256  # characters of an event's id and of its source
 COMMIT = 1024  # events in one transaction: some 10 ms of CPU, beside one fsync
-REPLAYS = 4096  # requests that wait; one that finds no room is asked again by its client after 2 s
+KEY_COMMIT = 256  # of one key: 4 windows of an outbox, so that only a flood meets it; the others wait for it
+COMMIT_BYTES = 8 << 20  # in one transaction: what a slow disk writes in 0.1 s, for which the next event waits
 RETAIN_S = 30.0  # between looks at what is too old: it takes a millisecond if nothing is
 PEERS = 20_000  # connections whose order of publications is remembered: more than can connect
 PEER_QUEUE = 4000  # messages that wait for one client: 8 pages of a replay
@@ -73,6 +74,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Waiting(msgspec.Struct, frozen=True):
+    key: Hashable
     peer: bytes
     n: int
     draft: Draft
@@ -90,27 +92,28 @@ class EventPlane:
         self._log = log
         self._keep = keep
         self._disk = trio.Lock()  # one of: adding events, dropping old ones
-        self._queue: deque[_Waiting] = deque()
+        self._queue: Fair[_Waiting] = Fair(items=QUEUE, cost=QUEUE_BYTES, quantum=TURN_BYTES)
         self._queued = trio.lowlevel.ParkingLot()
-        self._queue_bytes = 0
-        self._replays_in, self._replays_out = trio.open_memory_channel[tuple[bytes, Replay]](REPLAYS)
         self._expected: OrderedDict[bytes, int] = OrderedDict()
         self._published = log.last
         self._recent = Recent(log.last)
         self._receipts = Receipts()
         self._epoch = time.time_ns()
         self._beats = 0
+        self._pace = Pace()
+        self._hurry = trio.Event()
         self._trouble = ""
         if log.trouble:
             self._note(log.trouble)
         self.rejects = Rejects("event plane")
+        self._replays = Replays(ingress, log, self.rejects)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._take_in)
             nursery.start_soon(self._write)
             nursery.start_soon(self._retain)
-            nursery.start_soon(self._replay)
+            nursery.start_soon(self._replays.run)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._take_subscriptions)
 
@@ -135,7 +138,7 @@ class EventPlane:
     def _take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
         if self._gate is not None:
             try:
-                self._gate.request(user)
+                self._gate.request(user, sum(map(len, frames)))
             except Refused as refused:
                 self._answer(peer, Nack("log", str(refused), _id_of(frames[1:])))
                 raise
@@ -149,14 +152,7 @@ class EventPlane:
                 except Refused as refused:
                     self._answer(peer, ReplayFailed(request.request, str(refused), "refused"))
                     return
-                if len(request.prefixes) > MAX_PREFIXES or any(not p.isascii() for p in request.prefixes):
-                    reason = f"more than {MAX_PREFIXES} prefixes, or not ASCII"
-                    self._answer(peer, ReplayFailed(request.request, reason, "invalid"))
-                    return
-                try:
-                    self._replays_in.send_nowait((peer, request))
-                except trio.WouldBlock:
-                    self.rejects.count("a replay request: too many at once")
+                self._replays.ask(user or peer, peer, request)
             case Receipt():
                 self._admit(user, lambda grant: self._receipts.take(grant, request))
             case Watch():
@@ -190,39 +186,46 @@ class EventPlane:
             return
         except (WireError, Refused) as error:
             self.rejects.count("what is not an event, or its sender may not", error)
-            self._expect(peer, request, given_up=True)
+            self._expect(peer, request)
             kind: Why = "invalid" if isinstance(error, WireError) else "refused"
             if self._gate is not None and kind == "invalid":
                 self._gate.garbage(user)
             self._answer(peer, Nack(kind, str(error), _id_of(frames)))
             return
-        if len(self._queue) >= QUEUE or self._queue_bytes >= QUEUE_BYTES:
-            self._answer(peer, Nack("log", "too many events wait for the disk", event.header.id))
-        elif not self._expect(peer, request):
+        if not self._may_follow(peer, request):
             self._answer(peer, Nack("order", "an earlier event is missing", event.header.id))
-        else:
-            self._queue.append(_Waiting(peer, request.n, Draft(event.topic, event.header, event.raw)))
-            self._queue_bytes += len(event.raw)
+            return
+        key = user or peer  # without keys, connections take turns
+        waiting = _Waiting(key, peer, request.n, Draft(event.topic, event.header, event.raw))
+        if self._queue.put(key, waiting, EVENT_COST + sum(map(len, frames))):
+            self._expect(peer, request)
             self._queued.unpark()
+        else:
+            self.rejects.count("(for now) an event: too many of its sender wait for the disk")
+            self._answer(peer, Nack("log", "too many of your events wait for the disk", event.header.id))
 
-    def _expect(self, peer: bytes, request: Publish, *, given_up: bool = False) -> bool:
-        """Whether everything that this connection sent before has arrived; and what is expected of it next."""
+    def _may_follow(self, peer: bytes, request: Publish) -> bool:
+        """Whether everything that this connection sent before has arrived."""
+        return not request.n or request.n <= max(self._expected.get(peer, request.oldest), request.oldest)
+
+    def _expect(self, peer: bytes, request: Publish) -> None:
+        """The next one of this connection may come, if this one was in its place."""
         if not request.n:
-            return True
+            return
         expected = max(self._expected.get(peer, request.oldest), request.oldest)
-        if request.n > expected and not given_up:
-            return False
         self._expected[peer] = max(expected, request.n + 1) if request.n <= expected else expected
         self._expected.move_to_end(peer)
         while len(self._expected) > PEERS:
             self._expected.popitem(last=False)
-        return True
 
-    def _answer(self, peer: bytes, answer: Answer, frames: Iterable[bytes] = ()) -> bool:
-        delivered = self._ingress.send_nowait([peer, wire.encode(answer), *frames])
+    def _answer(self, peer: bytes, answer: Answer) -> bool:
+        delivered = self._ingress.send_nowait([peer, wire.encode(answer)])
         if not delivered:
-            self.rejects.count("an answer whose asker is gone or does not read")
+            self._count_unheard()
         return delivered
+
+    def _count_unheard(self) -> None:
+        self.rejects.count("an answer whose asker is gone or does not read")
 
     def _tell_watchers(self) -> None:
         for peer, received in self._receipts.due():
@@ -235,9 +238,8 @@ class EventPlane:
         while True:
             while not self._queue:
                 await self._queued.park()
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), COMMIT))]
+            batch = self._queue.take(COMMIT, COMMIT_BYTES, each=KEY_COMMIT)
             drafts = [waiting.draft for waiting in batch]
-            self._queue_bytes -= sum(len(draft.body) for draft in drafts)
             try:
                 async with self._disk:
                     records = await trio.to_thread.run_sync(partial(self._log.append, drafts, now=time.time()))
@@ -247,8 +249,14 @@ class EventPlane:
             self._note("")
             self._remember_commands(records)
             self._feed.send_burst([self._as_news(record) for record in records if record.fresh])
-            for waiting, record in zip(batch, records, strict=True):
-                self._answer(waiting.peer, Ack(waiting.draft.header.id, record.header.seq))
+            self._pace.event()
+            self._hurry.set()
+            acks = [
+                [waiting.peer, wire.encode(Ack(waiting.draft.header.id, record.header.seq))]
+                for waiting, record in zip(batch, records, strict=True)
+            ]
+            for _ in range(len(acks) - self._ingress.send_burst(acks)):
+                self._count_unheard()
 
     def _remember_commands(self, records: list[Record]) -> None:
         now = trio.current_time()
@@ -262,10 +270,16 @@ class EventPlane:
         if self._log.last > self._published:  # the commit happened and then failed: subscribers learn from the beat
             self._published = self._log.last
             self._recent.skip(self._published)
+        first: dict[tuple[Hashable, bytes], int] = {}
         for waiting in batch:
-            if waiting.n and waiting.peer in self._expected:  # what follows must not overtake it
-                self._expected[waiting.peer] = min(self._expected[waiting.peer], waiting.n)
-            self._answer(waiting.peer, Nack("log", str(error), waiting.draft.header.id))
+            if waiting.n:
+                first.setdefault((waiting.key, waiting.peer), waiting.n)
+            self._answer(waiting.peer, Nack("log", str(error), waiting.draft.header.id, isinstance(error, UnsureWrite)))
+        for (key, peer), n in first.items():  # what follows must not overtake it
+            if peer in self._expected:
+                self._expected[peer] = min(self._expected[peer], n)
+            for later in self._queue.withdraw(key, partial(_follows, peer, n)):
+                self._answer(peer, Nack("order", "an earlier event could not be written", later.draft.header.id))
 
     def _note(self, trouble: str) -> None:
         if trouble != self._trouble:
@@ -279,7 +293,19 @@ class EventPlane:
         """The frames of a fresh event, which is published in this order."""
         header = record.header
         since, recent = self._recent.trail()
-        live = LiveHeader(**msgspec.structs.asdict(header), since=since, recent=recent)
+        live = LiveHeader(  # field by field: asdict would take half of what an event costs
+            v=header.v,
+            id=header.id,
+            source=header.source,
+            time=header.time,
+            seq=header.seq,
+            prev=header.prev,
+            logged=header.logged,
+            expires=header.expires,
+            sig=header.sig,
+            since=since,
+            recent=recent,
+        )
         self._recent.add(record.topic, header.seq)
         self._published = header.seq
         return [record.topic.encode(), wire.encode(live), record.body]
@@ -297,36 +323,6 @@ class EventPlane:
             except LogError as error:
                 self.rejects.count("(for now) old events that the log can't drop", error)
 
-    # --- replay
-
-    async def _replay(self) -> None:
-        async for peer, request in self._replays_out:
-            limit = max(1, min(request.limit, PAGE_EVENTS))
-            try:
-                excerpt = await trio.to_thread.run_sync(
-                    partial(self._log.read, request.after, request.prefixes, limit=limit, max_bytes=PAGE_BYTES)
-                )
-            except LogError as error:
-                self.rejects.count("a replay that the log refused", error)
-                self._answer(peer, ReplayFailed(request.request, str(error)))
-                continue
-            records = excerpt.records if excerpt.snapshot is None else [excerpt.snapshot, *excerpt.records]
-            for record in records:
-                frames = [record.topic.encode(), wire.encode(record.header), record.body]
-                if not self._answer(peer, ReplayEvent(request.request), frames):
-                    break  # it asks again when it is back
-            else:
-                end = Replayed(
-                    request.request,
-                    excerpt.through,
-                    excerpt.more,
-                    len(records),
-                    self._log.identity,
-                    excerpt.start,
-                    excerpt.snapshot is not None,
-                )
-                self._answer(peer, end)
-
     # --- the feed
 
     async def _beat(self) -> None:
@@ -340,18 +336,31 @@ class EventPlane:
                 since=since,
                 topics=topics,
                 log=self._log.identity,
+                next=self._pace.beat(trio.current_time(), self._feed.users),
             )
             if self._log.identity:  # without one, subscribers wait; they would take it for a new log
                 self._feed.send_nowait([BEAT_TOPIC.encode(), wire.encode(beat)])
-            await trio.sleep(BEAT_S)
+            self._hurry = trio.Event()
+            while trio.current_time() < (due := self._pace.due()):
+                with trio.move_on_at(due):
+                    await self._hurry.wait()
+                    self._hurry = trio.Event()
+
+    def _subscribed(self) -> None:
+        self._pace.joined()
+        self._hurry.set()
 
     async def _take_subscriptions(self) -> None:
         if self._gate is not None:
-            await self._gate.grant_subscriptions(self._feed, self.rejects)
+            await self._gate.grant_subscriptions(self._feed, self._subscribed)
         while True:
             for frames in await self._feed.receive_batch():
                 if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):
                     self.rejects.count("what is not a subscription", f"{len(frames)} frames")
+
+
+def _follows(peer: bytes, n: int, waiting: _Waiting) -> bool:
+    return waiting.peer == peer and waiting.n > n
 
 
 def _checked(frames: list[bytes]) -> wire.Event:
@@ -394,7 +403,12 @@ async def serve_events(
                 "router", bind=config.events, mandatory=True, send_limit=PEER_QUEUE, label="event ingress"
             )
             feed = sockets.open(
-                "xpub", bind=config.feed, send_limit=PEER_QUEUE, manual=gate is not None, label="event feed"
+                "xpub",
+                bind=config.feed,
+                send_limit=PEER_QUEUE,
+                max_message=MAX_SUBSCRIPTION,
+                manual=gate is not None,
+                label="event feed",
             )
             if gate is not None:
                 gate.guard(ingress, feed)

@@ -80,13 +80,17 @@ class FeedReader:
             self._changed = trio.Event()
             if self._wanted is not None:
                 await self.feed.room()
-                wanted, self._wanted = self._wanted, None
-                self._link.forget(self._request)
-                self._request = self._link.ask(wanted.after, self._follower.prefixes, self._answered)
+                self._ask()
             with trio.move_on_at(self._follower.deadline()):
                 await self._changed.wait()
                 continue
             self._do(self._follower.tick(trio.current_time()))
+
+    def _ask(self) -> None:
+        wanted, self._wanted = self._wanted, None
+        if wanted is not None:
+            self._link.forget(self._request)
+            self._request = self._link.ask(wanted.after, self._follower.prefixes, self._answered)
 
     def _answered(self, page: Page[Event | None] | None) -> None:
         now = trio.current_time()
@@ -96,7 +100,10 @@ class FeedReader:
         for step in steps:
             if isinstance(step, Ask):
                 self._wanted = step
-            else:
+        if self.feed.has_room:  # the broker reads the next page while this one is delivered
+            self._ask()
+        for step in steps:
+            if not isinstance(step, Ask):
                 self.feed.put(step)
         self._changed.set()
         follower = self._follower

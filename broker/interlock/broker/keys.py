@@ -18,6 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from interlock.broker import crypto
+from interlock.broker.durable import make_folder, sync_folder
 from interlock.broker.errors import ConfigError
 from interlock.broker.topics import RESERVED, check_name
 
@@ -292,7 +293,7 @@ def _read(path: Path, kind: type[_T], hint: str, *, private: bool = False) -> _T
 def _write(path: Path, content: msgspec.Struct, *, mode: int) -> None:
     """Whole or not at all: a reader never sees half a file, and a private one is never open to others."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(path.parent, mode=0o700)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")  # 0600
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -301,6 +302,7 @@ def _write(path: Path, content: msgspec.Struct, *, mode: int) -> None:
                 file.flush()
                 os.fsync(descriptor)
             os.replace(name, path)
+            sync_folder(path.parent)  # else a revoked key could be back after a power cut
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(name)

@@ -1,28 +1,43 @@
 """What the telemetry plane remembers: of each source the newest announcement and the newest value of each live series.
 
 Pure: the time is an argument, by any clock that never goes back. Of each set of series that a source sends together the
-newest batch is kept as it came; so remembering costs no copy of samples, and each value keeps its own time.
+newest batch is kept as it came, without its announcements; so remembering costs no copy of samples, and each value
+keeps its own time. What one owner (a key, or a host where there are none) can make it remember is bounded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from sys import getsizeof
 
 import msgspec
 
 from interlock.broker.samples import MAX_SERIES, MAX_SOURCES, Announcement, Batch, fits
 
 SILENT_S = 60.0  # a source that sent nothing for so long is forgotten: every role speaks twice a second
-MAX_HOST_SOURCES = 64  # of one host: it has two, and no key may take all the room there is
-MAX_HOST_SERIES = 20_000  # of one host: four sources that are full
 MAX_ALL_SERIES = 500_000  # of all, at some 0.5 kB each; as many as the rule engine takes
+OWN_SOURCES = 8  # of one owner: a role has three at most
+OWN_SERIES = 10_000  # of one owner: two sources as large as one may be
+OWN_BYTES = 16 << 20  # of labels, of one owner: 10,000 series with 1.6 kB each, three times as much as ours have
+ALL_BYTES = 1 << 30  # of labels, of all: twice what as many series as ours take, on a broker of that size
 SLACK = 10_000  # samples that the batches of one source may hold beyond what is newest
+BATCH_COST = 8  # samples that a batch counts for besides its own: what its object takes
 MAX_LOSING = 1_000  # sources whose losses are counted one by one
 
 
+class _Owner:
+    """What one owner has of it."""
+
+    def __init__(self) -> None:
+        self.sources = 0
+        self.series = 0
+        self.bytes = 0  # of labels
+
+
 class _Source:
-    def __init__(self, topic: str, batch: Batch) -> None:
+    def __init__(self, owner: str, topic: str, batch: Batch) -> None:
+        self.owner = owner
         self.topic = topic
         self.epoch = batch.epoch
         self.seq = 0
@@ -45,42 +60,41 @@ class LastValues:
         self.repeated = 0
         self.refused = 0
         self.series = 0
+        self._bytes = 0
         self._sources: dict[str, _Source] = {}
-        self._sources_of: Counter[str] = Counter()  # by host
-        self._series_of: Counter[str] = Counter()
+        self._owners: dict[str, _Owner] = {}
 
     @property
     def sources(self) -> int:
         return len(self._sources)
 
-    def has_room(self, name: str) -> bool:
-        """Whether this source is known, or its host may have one more."""
-        return name in self._sources or self._sources_of[_host(name)] < MAX_HOST_SOURCES
+    def has_room(self, name: str, owner: str) -> bool:
+        """Whether this source is known, or its owner may have one more."""
+        own = self._owners.get(owner)
+        return name in self._sources or own is None or own.sources < OWN_SOURCES
 
-    def take(self, topic: str, batch: Batch, now: float) -> None:
-        """Remember what is new in a batch."""
+    def take(self, topic: str, batch: Batch, now: float, *, owner: str = "") -> None:
+        """Remember what is new in a batch. `owner`: whose it is; by default the host's that its source names."""
         source = self._sources.get(batch.source)
         if source is not None and (batch.epoch, batch.seq) <= (source.epoch, source.seq):
             self.repeated += 1
             return
         if source is None or batch.epoch != source.epoch:
-            source = self._begin(topic, batch)
+            source = self._begin(owner or batch.source.partition("/")[0], topic, batch)
             if source is None:
                 return
         else:
             self._count_lost(batch.source, batch.seq - source.seq - 1)
         source.topic, source.seq, source.heard = topic, batch.seq, now
-        before = len(source.series)
         if batch.series:
             self._announce(source, batch)
         for gone in batch.stale:
-            source.series.pop(gone, None)
-        self._count_series(batch.source, len(source.series) - before)
+            self._end(source, gone)
         if batch.series or batch.stale:  # a batch is held as long as its values are; what it announced is not
             batch = msgspec.structs.replace(batch, series=[], stale=[])
         ids = tuple(batch.ids)
         if ids not in source.groups:
-            source.held += len(ids)
+            source.held += len(ids) + BATCH_COST
         source.groups[ids] = (batch, now)
         if source.held > source.room:
             _compact(source)
@@ -102,59 +116,77 @@ class LastValues:
             if source.topic.startswith(wanted) and self._sources.get(name) is source:
                 yield source.topic, _cached(name, source, now)
 
-    def _begin(self, topic: str, batch: Batch) -> _Source | None:
+    def _begin(self, owner: str, topic: str, batch: Batch) -> _Source | None:
         if batch.source in self._sources:
             self._forget(batch.source)
-        elif len(self._sources) >= MAX_SOURCES or not self.has_room(batch.source):
+        own = self._owners.get(owner) or _Owner()
+        if len(self._sources) >= MAX_SOURCES or not self.has_room(batch.source, owner):
             self.refused += 1
             return None
-        self._sources_of[_host(batch.source)] += 1
-        source = self._sources[batch.source] = _Source(topic, batch)
+        own.sources += 1
+        self._owners[owner] = own
+        source = self._sources[batch.source] = _Source(owner, topic, batch)
         return source
 
     def _forget(self, name: str) -> None:
-        self._count_series(name, -len(self._sources.pop(name).series))
-        host = _host(name)
-        self._sources_of[host] -= 1
-        if not self._sources_of[host]:
-            del self._sources_of[host], self._series_of[host]
-
-    def _count_series(self, name: str, more: int) -> None:
-        if more:
-            self.series += more
-            self._series_of[_host(name)] += more
+        source = self._sources.pop(name)
+        for gone in list(source.series):
+            self._end(source, gone)
+        own = self._owners[source.owner]
+        own.sources -= 1
+        if not own.sources:
+            del self._owners[source.owner]
 
     def _announce(self, source: _Source, batch: Batch) -> None:
         if batch.whole:  # what it does not name has ended, though the batch that said so was lost
             live = {announced.id for announced in batch.series}
             for gone in source.series.keys() - live:
-                del source.series[gone]
-        room = min(
-            MAX_SERIES - len(source.series),
-            MAX_ALL_SERIES - self.series,
-            MAX_HOST_SERIES - self._series_of[_host(batch.source)],
-        )
+                self._end(source, gone)
+        own = self._owners[source.owner]
         for announced in batch.series:
             known = source.series.get(announced.id)
-            if known != announced and not fits(announced.labels):
-                self.refused += 1
-                source.partial = True
+            if known is not None and known.labels == announced.labels:
                 continue
-            if known is None:
-                if room <= 0:
-                    self.refused += 1
-                    source.partial = True
-                    continue
-                room -= 1
+            if not fits(announced.labels):
+                self._refuse(source)
+                continue
+            if known is not None:
+                self._end(source, announced.id)
+            size = _size(announced.labels)
+            if (
+                len(source.series) >= MAX_SERIES
+                or own.series >= OWN_SERIES
+                or self.series >= MAX_ALL_SERIES
+                or own.bytes + size > OWN_BYTES
+                or self._bytes + size > ALL_BYTES
+            ):
+                self._refuse(source)
+                continue
             source.series[announced.id] = announced
+            self._count(own, 1, size)
+
+    def _refuse(self, source: _Source) -> None:
+        self.refused += 1
+        source.partial = True
+
+    def _end(self, source: _Source, id: int) -> None:
+        announced = source.series.pop(id, None)
+        if announced is not None:
+            self._count(self._owners[source.owner], -1, -_size(announced.labels))
+
+    def _count(self, own: _Owner, series: int, size: int) -> None:
+        own.series += series
+        own.bytes += size
+        self.series += series
+        self._bytes += size
 
     def _count_lost(self, name: str, count: int) -> None:
         if count > 0 and (name in self.lost or len(self.lost) < MAX_LOSING):
             self.lost[name] += count
 
 
-def _host(name: str) -> str:
-    return name.partition("/")[0]
+def _size(labels: Mapping[str, str]) -> int:
+    return getsizeof(labels) + sum(getsizeof(key) + getsizeof(value) for key, value in labels.items())
 
 
 def _compact(source: _Source) -> None:
@@ -165,7 +197,7 @@ def _compact(source: _Source) -> None:
         ids = [number for number, _ in pairs]
         small = msgspec.structs.replace(batch, ids=ids, values=[value for _, value in pairs], series=[], stale=[])
         source.groups[tuple(ids)] = (small, came)
-        source.held += len(ids)
+        source.held += len(ids) + BATCH_COST
     source.room = 2 * source.held + SLACK
 
 
@@ -174,13 +206,13 @@ def _newest(source: _Source) -> list[tuple[Batch, float, list[tuple[int, float]]
     found = []
     seen: set[int] = set()
     for batch, came in sorted(source.groups.values(), key=lambda held: held[0].seq, reverse=True):
-        pairs = [
-            (number, value)
+        fresh = {
+            number: value
             for number, value in zip(batch.ids, batch.values, strict=False)
             if number not in seen and number in source.series
-        ]
-        if pairs:
-            found.append((batch, came, pairs))
+        }
+        if fresh:
+            found.append((batch, came, list(fresh.items())))
             seen.update(batch.ids)
     return found[::-1]
 

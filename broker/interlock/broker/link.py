@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -24,9 +24,11 @@ from interlock.broker.protocol import (
     Replay,
     Replayed,
     ReplayEvent,
+    ReplayEvents,
     ReplayFailed,
     Watch,
     decode_answer,
+    decode_events,
     decode_trail,
 )
 from interlock.broker.rejects import Rejects
@@ -232,44 +234,50 @@ class Link:
                 if self.outbox.acked(answer.id, now):
                     self._settle(answer.id, answer.seq)
             case Nack():
+                doubt = self.outbox.in_doubt(answer)  # then who waits for a number learns nothing yet
                 if self.outbox.nacked(answer, now):
-                    self._settle(answer.id, answer.reason)
+                    self._settle(answer.id, answer.reason, silent=doubt)
                 elif answer.kind in ("log", "version"):
-                    self._refuse_publications(answer)
+                    self._refuse_publications(answer, silent=doubt)
                 if answer.kind == "version":
                     self.mismatch.say(answer.reason)
             case ReplayEvent():
-                self._collect(answer, frames[1:])
+                self._collect(answer.request, [frames[1:]])
+            case ReplayEvents():
+                self._collect(answer.request, decode_events(frames[1] if len(frames) == 2 else b""))
             case Received():
                 if (receipts := self._watched.get(answer.command)) is not None:
                     receipts.add(answer.by)
             case Replayed() | Pong() | ReplayFailed():
                 self._close_page(answer)
 
-    def _settle(self, id: str, outcome: int | str) -> None:
+    def _settle(self, id: str, outcome: int | str, *, silent: bool = False) -> None:
         if self._keeper is not None:
             self._keeper.settled(id)
         waiting = self._outcomes.get(id)
         if waiting is None and isinstance(outcome, str):
             _log.error("the broker refused a posted event for good: %s", outcome)
-        for settle in waiting or ():
+        for settle in () if silent else waiting or ():
             settle(outcome)
         self._settled.unpark_all()
 
-    def _refuse_publications(self, nack: Nack) -> None:
-        """Who waits for a number learns at once that the log can't be written; what was posted is repeated."""
-        for settle in self._outcomes.get(nack.id, ()):
+    def _refuse_publications(self, nack: Nack, *, silent: bool) -> None:
+        """Who waits for a number learns at once that the log can't be written; what was posted is repeated, and what
+        may be there all the same.
+        """
+        refused = nack.id in self._outcomes and not silent
+        for settle in self._outcomes.get(nack.id, ()) if refused else ():
             settle(nack.reason)
-        if nack.id in self._outcomes:
+        if refused:
             self.outbox.withdraw(nack.id, trio.current_time())
             self._settled.unpark_all()
         else:
             self._rejects.count("(for now) a post that the broker can't write", nack.reason)
 
-    def _collect(self, answer: ReplayEvent, frames: list[bytes]) -> None:
-        asked = self._asked.get(answer.request)
+    def _collect(self, request: int, events: Iterable[Sequence[bytes]]) -> None:
+        asked = self._asked.get(request)
         if asked is not None:
-            asked.events.append(read_arrival(frames, self._rejects))
+            asked.events += [read_arrival(frames, self._rejects, live=False) for frames in events]
 
     def _close_page(self, answer: Replayed | Pong | ReplayFailed) -> None:
         asked = self._asked.pop(answer.request, None)
@@ -303,11 +311,13 @@ def _page(asked: _Asked, answer: Replayed) -> Page[Event | None]:
     return Page(asked.after, events, answer.through, answer.more, answer.log, answer.start, snapshot)
 
 
-def read_arrival(frames: Sequence[bytes], rejects: Rejects) -> Arrived:
-    """The frames of an event, with its trail. One of a type or version unknown here keeps its place."""
+def read_arrival(frames: Sequence[bytes], rejects: Rejects, *, live: bool = True) -> Arrived:
+    """The frames of an event, if it is a live one with its trail. One of a type or version unknown here keeps its
+    place.
+    """
     if len(frames) != 3:
         raise WireError(f"an event has 3 frames, this has {len(frames)}")
-    topic, header, trail = wire.decode_topic(frames[0]), wire.decode_header(frames[1]), decode_trail(frames[1])
+    topic, header = wire.decode_topic(frames[0]), wire.decode_header(frames[1])
     payload = None
     try:
         check(header.v, "event")
@@ -316,4 +326,7 @@ def read_arrival(frames: Sequence[bytes], rejects: Rejects) -> Arrived:
         rejects.count("an event of an unknown version", error)
     except WireError as error:
         rejects.count("an event body", error)
+    if not live:
+        return Arrival(topic, header.seq, payload)
+    trail = decode_trail(frames[1])
     return Arrival(topic, header.seq, payload, trail.since, trail.recent)

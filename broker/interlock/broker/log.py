@@ -21,40 +21,48 @@ import msgspec
 
 from interlock.broker import chain, wire
 from interlock.broker.chain import Head, Stored, Verdict
-from interlock.broker.errors import LogError, WireError
+from interlock.broker.errors import LogError, UnsureWrite, WireError
 from interlock.broker.facts import FleetSnapshot
 from interlock.broker.sequence import matches
 from interlock.broker.topics import FLEET_SNAPSHOT, SNAPSHOTS
 from interlock.broker.wire import Header
 
-VERSION = 2  # of the tables, in SQLite's user_version. 1: before the chain
+VERSION = 3  # of the tables, in SQLite's user_version. 1: before the chain; 2: an id was anybody's
 BUSY_S = 5.0  # somebody else looks into the file (a backup, an operator's sqlite3): wait for so long
 TAIL_EVENTS = 1000  # whose chain is checked when the log is opened: what a power cut could touch, in some 10 ms
 
 _TABLES = (
     """CREATE TABLE events (
   seq INTEGER PRIMARY KEY,
-  id TEXT NOT NULL UNIQUE,
+  source TEXT NOT NULL,
+  id TEXT NOT NULL,
   topic TEXT NOT NULL,
   logged REAL NOT NULL,
   header BLOB NOT NULL,
   body BLOB NOT NULL,
-  hash BLOB NOT NULL
+  hash BLOB NOT NULL,
+  UNIQUE (id, source)
 ) STRICT""",
     "CREATE INDEX events_of_topic ON events (topic, seq)",
     "CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
 )
 _MORE_TABLES = (  # what retention leaves behind
-    "CREATE TABLE IF NOT EXISTS gone (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE) STRICT",
+    "CREATE TABLE IF NOT EXISTS gone (seq INTEGER PRIMARY KEY, source TEXT NOT NULL, id TEXT NOT NULL,"
+    " UNIQUE (id, source)) STRICT",  # source is empty where version 2 dropped the event
     "CREATE TABLE IF NOT EXISTS topics (topic TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT",
 )
 PRUNE_EVENTS = 1000  # dropped in one transaction: events that wait for the disk meanwhile wait for some 30 ms
 GONE_IDS = 200_000  # of dropped events, kept so that a late repetition is recognised: 20 MB
 _STORED = "seq, id, topic, logged, header, body, hash"
+# What SQLite says of a commit that surely did not happen: the last frame of it, which makes it one, was not written.
+_NOT_WRITTEN = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_READONLY", "SQLITE_BUSY")
+
+
+_LOOK = "is the disk full, or the file damaged? a copy of the file and its -wal keeps what can be saved"
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A logged event: its header with seq, prev and logged filled in; `fresh` is False for a repeated id."""
+    """A logged event: its header with seq, prev and logged filled in; `fresh` is False if it was there already."""
 
     topic: str
     header: Header
@@ -125,18 +133,21 @@ class EventLog:
         return self._head
 
     def append(self, drafts: Sequence[Draft], *, now: float) -> list[Record]:
-        """All of them, in one transaction; a repeated id gives the record that is there. LogError: none was added."""
+        """All of them, in one transaction; an id repeated by its source gives the record that is there.
+
+        LogError: none was added. UnsureWrite: they may have been.
+        """
         if self.trouble:
             raise LogError(self.trouble, where=str(self.path))
         with self._translated("written"):
+            committing = False
             try:
                 self._writer.execute("BEGIN IMMEDIATE")
                 records, head = self._insert(drafts, now)
+                committing = True
                 self._writer.execute("COMMIT")
-            except sqlite3.Error:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                self._refresh()  # a commit that failed late may have happened
+            except sqlite3.Error as error:
+                self._take_back(error, committing)
                 raise
         fresh = [record for record in records if record.fresh]
         self.topics.update((record.topic, record.header.seq) for record in fresh)
@@ -145,6 +156,20 @@ class EventLog:
             self._snapshot = _snapshot_of(record.topic, record.header.seq, record.body) or self._snapshot
         self.last = head.seq  # after the topics: a reader in another thread takes them in the opposite order
         return records
+
+    def _take_back(self, error: sqlite3.Error, committing: bool) -> None:
+        """After a failure: find out what is in the log. UnsureWrite if that is not certain, or it happened."""
+        before = self.last
+        unsure = committing and not getattr(error, "sqlite_errorname", "").startswith(_NOT_WRITTEN)
+        try:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            self._refresh()
+        except sqlite3.Error:
+            if not unsure:
+                raise
+        if unsure or self.last > before:
+            raise UnsureWrite(f"can't be written safely: {error}", where=str(self.path), hint=_LOOK) from error
 
     def read(self, after: int, prefixes: Sequence[str], *, limit: int, max_bytes: int) -> Excerpt:
         """What was logged after `after` under any of the prefixes: at most `limit` events and some `max_bytes`."""
@@ -183,11 +208,11 @@ class EventLog:
             (after, end, *bounds, limit + 1),
         )
         for row in rows:
-            if len(records) == limit or (records and size + len(row[2]) > max_bytes):
+            if len(records) == limit or (records and size + len(row[1]) + len(row[2]) > max_bytes):
                 rows.close()
                 return Excerpt(records, records[-1].header.seq, more=True)
             records.append(_record(row))
-            size += len(row[2])
+            size += len(row[1]) + len(row[2])
         return Excerpt(records, end, more=False)
 
     def prune(self, *, before: float, max_bytes: int) -> int:
@@ -220,7 +245,7 @@ class EventLog:
     def _drop(self, anchor: Head) -> None:
         upto = (anchor.seq,)
         execute = self._writer.execute
-        execute("INSERT OR IGNORE INTO gone SELECT seq, id FROM events WHERE seq <= ?", upto)
+        execute("INSERT OR IGNORE INTO gone SELECT seq, source, id FROM events WHERE seq <= ?", upto)
         execute("INSERT OR REPLACE INTO topics SELECT topic, max(seq) FROM events WHERE seq <= ? GROUP BY topic", upto)
         execute("DELETE FROM events WHERE seq <= ?", upto)
         execute("DELETE FROM gone WHERE seq <= ?", (anchor.seq - GONE_IDS,))
@@ -270,17 +295,22 @@ class EventLog:
                 self._writer.execute(statement)
             return
         if read_only:
+            if version == 2:  # what is read is the same
+                return
             what = f"has version {version}, which has no chain" if version else "is no event log"
             raise LogError(what, where=str(self.path), hint="a broker that opens it brings it up to date")
         self._writer.execute("BEGIN IMMEDIATE")
         try:
-            if version == 0:
-                self._create()
-                self._note("identity", uuid.uuid4().hex)
-                self._note("head", Head())
+            if version == 2:
+                self._add_sources()
             else:
-                self._chain_first_version()
-            self._note("floor", Head())
+                if version == 0:
+                    self._create()
+                    self._note("identity", uuid.uuid4().hex)
+                    self._note("head", Head())
+                else:
+                    self._chain_first_version()
+                self._note("floor", Head())
             self._writer.execute(f"PRAGMA user_version = {VERSION}")
             self._writer.execute("COMMIT")
         except BaseException:
@@ -303,6 +333,23 @@ class EventLog:
             head = self._insert_one(head, topic, header, body)
         self._writer.execute("DROP TABLE old")
         self._note("head", head)
+
+    def _add_sources(self) -> None:
+        """Version 2 knew ids without their source: one could use up another's."""
+        execute = self._writer.execute
+        for statement in _MORE_TABLES:  # the oldest of that version had none of these
+            execute(statement)
+        execute("DROP INDEX events_of_topic")
+        execute("ALTER TABLE events RENAME TO old")
+        execute("ALTER TABLE gone RENAME TO old_gone")
+        self._create()
+        rows = execute(f"SELECT {_STORED} FROM old ORDER BY seq")
+        for seq, id, topic, logged, header, body, hash in rows:
+            stored = (seq, wire.decode_header(header).source, id, topic, logged, header, body, hash)
+            execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", stored)
+        execute("INSERT INTO gone SELECT seq, '', id FROM old_gone")
+        execute("DROP TABLE old")
+        execute("DROP TABLE old_gone")
 
     def _about(self, key: str) -> str:
         return str(self._writer.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()[0])
@@ -361,10 +408,14 @@ class EventLog:
         return records, head
 
     def _known(self, draft: Draft) -> Record | None:
-        row = self._writer.execute("SELECT topic, header, body FROM events WHERE id = ?", (draft.header.id,)).fetchone()
+        """What this source has logged under this id. Another's id is not its: nobody can use it up."""
+        id, source = draft.header.id, draft.header.source
+        row = self._writer.execute(
+            "SELECT topic, header, body FROM events WHERE id = ? AND source = ?", (id, source)
+        ).fetchone()
         if row is not None:
             return _record(row, fresh=False)
-        gone = self._writer.execute("SELECT seq FROM gone WHERE id = ?", (draft.header.id,)).fetchone()
+        gone = self._writer.execute("SELECT seq FROM gone WHERE id = ? AND +source IN (?, '')", (id, source)).fetchone()
         if gone is None:
             return None
         return Record(draft.topic, msgspec.structs.replace(draft.header, seq=gone[0]), draft.body, fresh=False)
@@ -373,8 +424,8 @@ class EventLog:
         packed = wire.encode(header)
         hash = chain.link(head.hash, header.seq, topic, packed, body)
         self._writer.execute(
-            "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (header.seq, header.id, topic, header.logged, packed, body, hash),
+            "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (header.seq, header.source, header.id, topic, header.logged, packed, body, hash),
         )
         return Head(header.seq, hash)
 
@@ -385,9 +436,7 @@ class EventLog:
         except (sqlite3.Error, OSError, WireError, ValueError, TypeError, OverflowError) as error:
             # a damaged file gives values of other types, and texts, in SQLite's own errors too, that are no UTF-8
             raise LogError(
-                f"can't be {what}: {' '.join(str(error).split())}",
-                where=str(self.path),
-                hint="is the disk full, or the file damaged? a copy of the file and its -wal keeps what can be saved",
+                f"can't be {what}: {' '.join(str(error).split())}", where=str(self.path), hint=_LOOK
             ) from error
 
 

@@ -34,7 +34,7 @@ class MemoryBroker:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.clock = clock
         self.log: list[Event] = []
-        self._ids: dict[str, int] = {}
+        self._ids: dict[tuple[str, str], int] = {}  # source and id -> number
         self._feeds: list[tuple[tuple[str, ...], EventFeed]] = []
         self._samples: list[tuple[tuple[str, ...], SampleFeed]] = []
         self._last = LastValues()
@@ -71,7 +71,7 @@ class MemoryBroker:
             del self._direct[endpoint]
 
     def _append(self, event: Event) -> int:
-        known = self._ids.get(event.header.id)
+        known = self._ids.get((event.header.source, event.header.id))
         if known is not None:
             return known
         seq = len(self.log) + 1
@@ -79,7 +79,7 @@ class MemoryBroker:
         header = msgspec.structs.replace(event.header, seq=seq, prev=prev, logged=self.clock())
         logged = wire.decode_event(wire.encode_event(Event(event.topic, header, event.body, event.raw)))
         self.log.append(logged)
-        self._ids[event.header.id] = seq
+        self._ids[event.header.source, event.header.id] = seq
         for prefixes, feed in self._feeds:
             feed.put(Deliver(seq, logged) if matches(event.topic, prefixes) else Moved(seq))
         return seq

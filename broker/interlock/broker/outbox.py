@@ -31,6 +31,7 @@ class Outbox:
         self._numbers: dict[str, int] = {}
         self._last = 0
         self._sent: set[str] = set()
+        self._open: dict[str, int] = {}  # how often each was sent without being told that it is not in the log
         self._waiting_since = float("inf")  # the oldest unanswered sending
         self._hold_until: float | None = None
         self._doubtful = False
@@ -66,13 +67,22 @@ class Outbox:
         if not self._sent:
             self._waiting_since = now
         self._sent.add(id)
+        self._open[id] = self._open.get(id, 0) + 1
 
     def acked(self, id: str, now: float) -> bool:
         """The event is in the log. False if it is none of ours (any more)."""
         return self.withdraw(id, now)
 
+    def in_doubt(self, nack: Nack) -> bool:
+        """Whether the event may be in the log although it was refused: an earlier attempt was not answered, or this
+        one failed late. To be asked before `nacked`.
+        """
+        return self._open.get(nack.id, 0) + nack.unsure > 1
+
     def nacked(self, nack: Nack, now: float) -> bool:
         """True if the event is given up: asking again would not help."""
+        if nack.id in self._open and not nack.unsure:
+            self._open[nack.id] -= 1
         if nack.kind in ("order", "log", "version"):  # another version understands it once somebody has updated
             if nack.id in self._entries:
                 pause = ORDER_PAUSE_S if nack.kind == "order" else LOG_PAUSE_S
@@ -87,6 +97,7 @@ class Outbox:
             return False
         del self._numbers[id]
         self._sent.discard(id)
+        self._open.pop(id, None)
         self._waiting_since = now if self._sent else float("inf")
         return True
 

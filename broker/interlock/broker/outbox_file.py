@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from interlock.broker.durable import make_folder, sync_folder
 from interlock.broker.errors import LogError
 from interlock.broker.outbox import Entry
 
@@ -51,9 +52,14 @@ class OutboxFile:
         self.entries: list[Entry] = []
         self._live: dict[str, int] = {}  # size by id
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._file = io.FileIO(path, "r+" if path.exists() else "x+")
         except OSError as error:
+            raise self._wrong("opened", error) from error
+        try:
+            sync_folder(path.parent)
+        except OSError as error:
+            self._file.close()
             raise self._wrong("opened", error) from error
         try:
             self._size = self._read()
@@ -122,6 +128,7 @@ class OutboxFile:
             raise
         self._file.close()
         self._file, self._size = file, file.tell()
+        sync_folder(self.path.parent)  # else what is appended from now on would go with the name
 
     def _read(self) -> int:
         headed = self._check_head()

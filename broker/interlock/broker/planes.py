@@ -13,6 +13,7 @@ from pathlib import Path
 
 import trio
 
+from interlock.broker import descriptors
 from interlock.broker.config import BrokerConfig, FleetConfig
 from interlock.broker.errors import InterlockError, InUse
 from interlock.broker.event_plane import serve_events
@@ -51,6 +52,7 @@ async def run_broker(fleet: FleetConfig, ready: Ready) -> None:
     folder = fleet.state_dir / "broker"
     with held(folder / "lock", "broker"):
         security = load_security(fleet, "broker")
+        descriptors.provide("event plane", len(security.roll.keys()) if security else 0)
         async with trio.open_nursery() as nursery:
             if security is not None:
                 nursery.start_soon(security.watch)
@@ -72,6 +74,7 @@ async def run_telemetry(fleet: FleetConfig, ready: Ready) -> None:
                     raise
                 await trio.sleep(RETRY_S)
         security = load_security(fleet, "broker")
+        descriptors.provide("telemetry plane", len(security.roll.keys()) if security else 0)
         async with trio.open_nursery() as nursery:
             if security is not None:
                 nursery.start_soon(security.watch)

@@ -1,12 +1,13 @@
 """What travels between a client and the event plane besides events: requests, answers, beats. `docs/wire.md`
 tells it to programs in other languages.
 
-A request is `[request]`, or `[request, topic, header, body]` to publish; an answer is `[answer]`, or
-`[answer, topic, header, body]` for an event of a replay.
+A request is `[request]`, or `[request, topic, header, body]` to publish; an answer is `[answer]` or,
+for events of a replay, `[answer, events]` or `[answer, topic, header, body]`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -17,12 +18,13 @@ from interlock.broker.fields import EventId, Identity, Number, Prefixes, Reason,
 from interlock.broker.version import SPEAKS, WIRE_VERSION, Speaks, V, check, check_meets
 
 PAGE_EVENTS = 500  # events in one answer to a replay; with the ROUTER's limit of 4000 messages a peer: 8 pages
+PACK_BYTES = 64 << 10  # of small events that travel as one frame: a frame costs as much as encoding ten of them
 PAGE_BYTES = 4 << 20  # bytes of bodies in one answer, so that 10,000 hosts asking at once can't take all memory
 MAX_PREFIXES = 64  # of one replay
 BEAT_TOPIC = "beat/"
-BEAT_S = 0.5  # seconds between beats
+BEAT_S = 0.5  # seconds between beats; more while nothing happens, where there are thousands of subscribers (`pace.py`)
 BEAT_MEMORY = 6  # a beat tells what changed in so many beats: 5 lost in a row need no replay
-LINK_LOST_S = 2.0  # seconds without a beat: 4 beats, and as long as ZeroMQ takes to find a dead peer
+LINK_LOST_S = 1.5  # seconds without a beat: 3 of them, so that a dead or half-open link is known within 2 s
 TRAIL_EVENTS = 64  # an event tells the topics of so many events before it
 
 Why = Literal["invalid", "refused", "version", "order", "log"]
@@ -89,11 +91,14 @@ class Ack(msgspec.Struct, frozen=True, tag_field="op", tag="ack"):
 
 
 class Nack(msgspec.Struct, frozen=True, tag_field="op", tag="nack"):
-    """The event is not in the log; or another request, without an id, was not understood."""
+    """This attempt did not put the event into the log; an earlier one that was never answered may have. Or another
+    request, without an id, was not understood.
+    """
 
     kind: Kind
     reason: Reason
     id: Annotated[str, says("the event's, where its header could be read")] = ""
+    unsure: Annotated[bool, says("this attempt may have, too: repeat it to find out")] = False
 
 
 class Replayed(msgspec.Struct, frozen=True, tag_field="op", tag="replayed"):
@@ -111,7 +116,15 @@ class Replayed(msgspec.Struct, frozen=True, tag_field="op", tag="replayed"):
 
 
 class ReplayEvent(msgspec.Struct, frozen=True, tag_field="op", tag="event"):
-    """One event of an answer; its topic, header and body follow."""
+    """One large event of an answer; its topic, header and body follow."""
+
+    request: Number
+
+
+class ReplayEvents(msgspec.Struct, frozen=True, tag_field="op", tag="events"):
+    """Small events of an answer; one frame follows, a list of lists `[topic, header, body]`, each of the three as the
+    bytes that it would be in a frame of its own.
+    """
 
     request: Number
 
@@ -142,7 +155,7 @@ class Received(msgspec.Struct, frozen=True, tag_field="op", tag="received"):
 
 
 Request = Publish | Replay | Ping | Receipt | Watch
-Answer = Ack | Nack | Replayed | ReplayEvent | ReplayFailed | Pong | Received
+Answer = Ack | Nack | Replayed | ReplayEvent | ReplayEvents | ReplayFailed | Pong | Received
 
 
 class Trail(msgspec.Struct, frozen=True):
@@ -164,6 +177,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True):
     topics: Annotated[dict[str, int], says("every topic with an event after `since`, with its last number")]
     log: LogIdentity
     speaks: Speaks = SPEAKS
+    next: Annotated[float, says("the next beat comes within so many seconds")] = BEAT_S
 
 
 class _Asking(msgspec.Struct, frozen=True):
@@ -177,6 +191,7 @@ _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 _askings = msgspec.msgpack.Decoder(_Asking)
 _trails = msgspec.msgpack.Decoder(Trail)
+_packs = msgspec.msgpack.Decoder(list[tuple[bytes, bytes, bytes]])
 _beats = msgspec.msgpack.Decoder(Beat)
 
 
@@ -201,6 +216,28 @@ def refusal(frame: bytes, error: UnknownVersion, id: str) -> Answer:
 
 def decode_answer(frame: bytes) -> Answer:
     return wire.decode(frame, _answers, what="answer")
+
+
+def decode_events(frame: bytes) -> list[tuple[bytes, bytes, bytes]]:
+    return wire.decode(frame, _packs, what="array of events")
+
+
+def answers(request: int, events: Iterable[tuple[bytes, bytes, bytes]]) -> Iterator[list[bytes]]:
+    """The messages that carry these events, in their order, as few as possible."""
+    pack: list[tuple[bytes, bytes, bytes]] = []
+    size = 0
+    for event in events:
+        more = sum(map(len, event))
+        if pack and size + more > PACK_BYTES:
+            yield [wire.encode(ReplayEvents(request)), wire.encode(pack)]
+            pack, size = [], 0
+        if more > PACK_BYTES:
+            yield [wire.encode(ReplayEvent(request)), *event]
+        else:
+            pack.append(event)
+            size += more
+    if pack:
+        yield [wire.encode(ReplayEvents(request)), wire.encode(pack)]
 
 
 def decode_trail(header: bytes) -> Trail:

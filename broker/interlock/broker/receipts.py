@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from interlock.broker import policy
+from interlock.broker.errors import Refused
 from interlock.broker.keys import Grant
 from interlock.broker.protocol import Receipt, Received, Watch
 
 MAX_COMMANDS = 1000  # a fleet's whole day of migrations, or one wave over 200 hosts
 MAX_RECEIPTS = 200_000  # of all commands: 20 to each of 10,000 hosts, some 100 bytes each
 MAX_WATCHERS = 100  # of one command: who published it, a few operators, and connections that are gone
+MAX_EARLY = 1000  # commands that are watched before they are logged: who is forgotten asks again, as it would anyway
 KEEP_S = 600.0  # a command's deadline is seconds or minutes away
 PART = 5_000  # receipts in one answer: 0.5 MB with the longest names and no reasons
 MAX_REASON = 100  # characters of a reason, so that an answer keeps below `wire.MAX_FRAME`
@@ -40,12 +43,16 @@ class Receipts:
         self._commands: OrderedDict[str, _Command] = OrderedDict()
         self._count = 0
         self._changed: dict[str, None] = {}
+        self._early: OrderedDict[str, dict[bytes, Grant | None]] = OrderedDict()  # command -> who will watch it
 
     def logged(self, id: str, *, topic: str, source: str, seq: int, now: float) -> None:
         """A command or rollback is in the log from now on."""
         if id in self._commands:
             return
-        self._commands[id] = _Command(topic, source, seq, now)
+        command = self._commands[id] = _Command(topic, source, seq, now)
+        for peer, grant in self._early.pop(id, {}).items():
+            with suppress(Refused):  # it hears so when it asks again
+                self._add_watcher(command, grant, peer)
         while self._commands:
             oldest, command = next(iter(self._commands.items()))
             if len(self._commands) <= MAX_COMMANDS and now - command.since < KEEP_S:
@@ -71,15 +78,26 @@ class Receipts:
             self._forget(next(iter(self._commands)))
 
     def watch(self, grant: Grant | None, peer: bytes, request: Watch) -> list[Received]:
-        """All that is known, and from now on this peer is told what is new. Refused if it is not its business."""
+        """All that is known, and from now on this peer is told what is new. Refused if it is not its business.
+
+        Of a command that is not logged yet it is told from then on: whoever publishes one watches it first.
+        """
         command = self._commands.get(request.command)
         if command is None:
+            waiting = self._early.setdefault(request.command, {})
+            if len(waiting) < MAX_WATCHERS:
+                waiting[peer] = grant
+            while len(self._early) > MAX_EARLY:
+                self._early.popitem(last=False)
             return [Received(request.command)]
+        self._add_watcher(command, grant, peer)
+        return list(_parts(request.command, command.seq, command.by)) or [Received(request.command, command.seq)]
+
+    def _add_watcher(self, command: _Command, grant: Grant | None, peer: bytes) -> None:
         if grant is not None:
             policy.watch(grant, command.source, command.topic)
         if len(command.watchers) < MAX_WATCHERS:
             command.watchers.add(peer)
-        return list(_parts(request.command, command.seq, command.by)) or [Received(request.command, command.seq)]
 
     def gone(self, id: str, peer: bytes) -> None:
         """This peer can't be told any more."""

@@ -25,7 +25,6 @@ MAX_IN_BATCH = 20_000  # announcements, samples: four sources that are full; dec
 MAX_SOURCES = 20_000  # two roles on each of 10,000 hosts; the one heard of longest ago goes first
 ANNOUNCEMENTS = 3  # a new series is announced in so many batches in a row: one lost batch costs no second
 
-
 _Many = msgspec.Meta(max_length=MAX_IN_BATCH)  # msgspec looks at it before it decodes the first
 
 
@@ -56,7 +55,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fits(labels: dict[str, str]) -> bool:
-    """Whether a series with these labels is one that anybody remembers."""
+    """Whether a series with these labels is one that anybody remembers: labels are kept at every reader."""
     return len(labels) <= MAX_LABELS and sum(map(len, labels)) + sum(map(len, labels.values())) <= MAX_LABELS_TEXT
 
 
@@ -142,7 +141,7 @@ class SeriesReader:
             live = {announced.id for announced in batch.series}
             ended += [table.pop(number) for number in [number for number in table if number not in live]]
         for announced in batch.series:
-            if announced.id in table or len(table) < MAX_SERIES:
+            if (announced.id in table or len(table) < MAX_SERIES) and fits(announced.labels):
                 table[announced.id] = tuple(sorted(announced.labels.items()))
         samples = []
         for number, value in zip(batch.ids, batch.values, strict=False):

@@ -17,7 +17,7 @@ from interlock.broker import crypto, keys
 from interlock.broker.config import BrokerConfig, FleetConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.keys import PrivateKeys, Roll
-from interlock.broker.sockets import Curve
+from interlock.broker.tuning import Curve
 
 INSECURE = "INTERLOCK_INSECURE"  # set to 1: as mode = "insecure" in the fleet file; --insecure sets it
 OPERATOR = "INTERLOCK_OPERATOR"  # the operator's name, where a folder has keys of several

@@ -17,10 +17,11 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from interlock.broker.protocol import LINK_LOST_S, Beat
+from interlock.broker.protocol import BEAT_S, LINK_LOST_S, Beat
 
 REPLAY_TIMEOUT_S = 2.0  # without an answer, ask again: a page takes milliseconds, a restart of the broker a second
 REPLAY_PAUSE_S = 0.5  # before asking again after the broker said that it can't
+MAX_PAUSE_S = 60.0  # a beat may announce no longer silence: that of 100,000 subscribers
 KEPT = 2000  # live events kept during a replay; more are let go and replayed
 
 P = TypeVar("P")
@@ -80,7 +81,8 @@ class Follower(Generic[P]):
     """Follows the log under some prefixes. Each method takes what happened and returns what to do, in order.
 
     position: all up to this number is delivered (None: it begins at the end of the log, and is not known yet).
-    lost: no beat for LINK_LOST_S; what was missed is replayed when the beats come back. gaps: holes seen so far.
+    lost: no beat for LINK_LOST_S, or longer where the last one announced so; what was missed is replayed when the beats
+    come back. gaps: holes seen so far.
     """
 
     def __init__(self, prefixes: Sequence[str], *, after: int | None, now: float) -> None:
@@ -92,6 +94,7 @@ class Follower(Generic[P]):
         self._log = ""
         self._epoch = 0
         self._last_beat = now
+        self._silence = LINK_LOST_S
         self._asked: float | None = None  # when, if a replay runs
         self._timeout = REPLAY_TIMEOUT_S
         self._kept: list[Arrival[P]] = []
@@ -123,6 +126,7 @@ class Follower(Generic[P]):
             return []  # from before a restart
         self._epoch = beat.epoch
         self._last_beat = now
+        self._silence = LINK_LOST_S + min(max(0.0, beat.next - BEAT_S), MAX_PAUSE_S)
         self.lost = False
         if self._other_log(beat.log):
             return self._restart(now)
@@ -173,7 +177,7 @@ class Follower(Generic[P]):
 
     def tick(self, now: float) -> list[Step[P]]:
         """Time has passed: notice silence, and ask again for what was not answered."""
-        if now - self._last_beat >= LINK_LOST_S:
+        if now - self._last_beat >= self._silence:
             self.lost = True
         if self._asked is not None and now - self._asked >= self._timeout:
             return self._ask(now)
@@ -181,7 +185,7 @@ class Follower(Generic[P]):
 
     def deadline(self) -> float:
         """When `tick` is due if nothing arrives before."""
-        silent = float("inf") if self.lost else self._last_beat + LINK_LOST_S
+        silent = float("inf") if self.lost else self._last_beat + self._silence
         unanswered = float("inf") if self._asked is None else self._asked + self._timeout
         return min(silent, unanswered)
 

@@ -12,31 +12,32 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from socket import SHUT_RDWR
-from socket import socket as StreamSocket
 
 import trio
 import zmq
 
+from interlock.broker import tuning
+from interlock.broker.connections import MAX_FRAMES, Ask, Connections, Happening
 from interlock.broker.errors import ConfigError, InUse
+from interlock.broker.lines import Line
+from interlock.broker.tuning import LINGER_MS, MAX_MESSAGE, ZAP_DOMAIN, Curve, Options
 
 DRAIN = 256  # messages taken per wake-up at most, so that one busy socket doesn't starve the others
-HEARTBEAT_MS = 1000  # clients ping an idle link this often,
-HEARTBEAT_TIMEOUT_MS = 2000  # and know within this time that it is dead; servers don't (it costs them too much)
-HANDSHAKE_MS = 3000  # a connection that does not finish its greeting within this time is closed
-MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
-LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
 MAX_SOCKETS = 8192  # per process: a gateway has a few per agent
-MAX_MET = 256  # connections of one user that are remembered before those that ended are forgotten
 ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect (RFC 27)
-ZAP_DOMAIN = b"interlock"
 # As plain numbers: arithmetic with the enumerations of pyzmq costs some 10 us a message.
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
 _numbers = itertools.count(1)
+OPTIONS = {tuning.METADATA: 95}  # those that pyzmq has no name for
+HAPPENINGS = {
+    int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED,
+    int(zmq.EVENT_HANDSHAKE_SUCCEEDED): Happening.JOINED,
+    int(zmq.EVENT_DISCONNECTED): Happening.ENDED,
+}
 
 KINDS = {
     "router": zmq.ROUTER,
@@ -51,15 +52,6 @@ KINDS = {
     "pull": zmq.PULL,
     "pair": zmq.PAIR,
 }
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Our CURVE key pair, and the public key of the server that we connect to where none is named (32 bytes each)."""
-
-    public: bytes
-    secret: bytes = field(repr=False)
-    server: bytes
 
 
 class Socket:
@@ -77,11 +69,39 @@ class Socket:
         self.endpoint = ""
         self._file: tuple[str, os.stat_result] | None = None
         self._breaks: Socket | None = None
-        self._routes = raw.getsockopt(zmq.TYPE) == zmq.ROUTER
-        self._met: dict[str, dict[bytes, tuple[int, int]]] = {}  # user -> route -> descriptor, inode
-        self.proves_users = False  # each message comes with the user that the connection's key belongs to
+        self._max_frames = 1 << 30
+        self._monitor: zmq.Socket[bytes] | None = None
+        self.connections: Connections[zmq.Frame] | None = None  # of a server that knows its users
 
     # --- wiring
+
+    def know_users(self, context: zmq.Context[zmq.Socket[bytes]], name: str) -> None:
+        """Before it binds, with CURVE: have ZAP ask under this name, and know each connection."""
+        self._raw.setsockopt(zmq.ZAP_DOMAIN, name.encode())
+        self.watch(context, name, (Happening.ACCEPTED, Happening.ENDED))
+        self.connections = Connections(name.encode(), self.happened, _property)
+        self._max_frames = MAX_FRAMES
+
+    def watch(self, context: zmq.Context[zmq.Socket[bytes]], name: str, whats: Sequence[Happening]) -> None:
+        """Before it binds or connects: have `happened` tell these."""
+        self._raw.monitor(
+            f"inproc://happenings-of-{name}", sum(code for code, what in HAPPENINGS.items() if what in whats)
+        )
+        self._monitor = context.socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.LINGER, 0)
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # at a limit libzmq's I/O thread would wait for us
+        self._monitor.connect(f"inproc://happenings-of-{name}")
+
+    def happened(self) -> Iterator[tuple[Happening, int]]:
+        """What has happened to its streams since this was last asked, each with a descriptor."""
+        while self._monitor is not None and int(zmq.backend.Socket.get(self._monitor, EVENTS)) & POLLIN:
+            told = self._monitor.recv_multipart(NOBLOCK)[0]
+            yield HAPPENINGS[int.from_bytes(told[:2], sys.byteorder)], int.from_bytes(told[2:6], sys.byteorder)
+
+    async def until_happened(self) -> None:
+        """Wait until `happened` has something to tell. `happened` must have been asked before."""
+        if self._monitor is not None:
+            await trio.lowlevel.wait_readable(int(self._monitor.getsockopt(zmq.FD)))
 
     def bind(self, endpoint: str) -> str:
         """Bind and return the endpoint with its real port. InUse if it is taken, ConfigError if it can't be."""
@@ -119,6 +139,10 @@ class Socket:
         if self._raw.closed:
             return
         self._scope.cancel()
+        if self._monitor is not None:
+            self._raw.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
         if self._breaks is not None:
             self._raw.disable_monitor()  # or its end would take so long that what it holds may still be delivered
         self._raw.close(linger=linger_ms)
@@ -160,6 +184,27 @@ class Socket:
             return sum(map(self._put, messages))
         finally:
             self._wake()
+
+    def send_tracked(self, frames: Sequence[bytes]) -> Callable[[], bool] | None:
+        """As `send_nowait`; who calls what it returns learns whether the message has left libzmq's queue, or was
+        dropped with the connection. None: nothing was sent. It costs some 10 us.
+        """
+        *first, last = frames
+        tracked = zmq.Frame(last, track=True, copy=False)
+        tracker = tracked.tracker
+        assert tracker is not None
+        send = self._raw.send
+        try:
+            for frame in first:
+                send(frame, NOBLOCK | MORE)
+            send(tracked, NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH, zmq.EFSM):
+                return None
+            raise
+        finally:
+            self._wake()
+        return lambda: bool(tracker.done)
 
     def _put(self, frames: Sequence[bytes]) -> bool:
         """Only the first frame can be refused: what follows belongs to the same message. EVENTS must be looked at."""
@@ -229,63 +274,57 @@ class Socket:
 
     async def receive_known(self, limit: int = DRAIN) -> list[tuple[str, list[bytes]]]:
         """As `receive_batch`, each message with its user: what ZAP called the connection's key ("" without CURVE)."""
-        if not self.proves_users:
+        connections = self.connections
+        if connections is None:
             return [("", frames) for frames in await self.receive_batch(limit)]
         await trio.lowlevel.checkpoint_if_cancelled()
         with self._receiver:
             batch: list[tuple[str, list[bytes]]] = []
             while True:
-                while len(batch) < limit:
+                now = trio.current_time()
+                for _ in range(limit):
                     try:
-                        batch.append(self._receive_proved())
+                        first, frames = self._take()
                     except zmq.Again:
                         break
+                    if (user := connections.sender(first, frames, now)) is not None:
+                        batch.append((user, frames))
                 events = self._wake()
                 if batch:
                     break
-                if not events & POLLIN:
+                if events & POLLIN:
+                    await trio.lowlevel.checkpoint()
+                else:
                     await self._readable.park()
                     self._check_open()
         await trio.lowlevel.cancel_shielded_checkpoint()
         return batch
 
-    def _receive_proved(self) -> tuple[str, list[bytes]]:
-        first, frames = self._take()
-        try:
-            user = str(first.get("User-Id"))
-        except zmq.ZMQError:  # what an XPUB makes up itself when a connection has ended
-            return "", frames
-        if not self._routes:  # subscriptions: seldom, and nothing but the descriptor tells connections apart
-            descriptor = int(first.get(zmq.SRCFD))
-            self._meet(user, b"%d" % descriptor, descriptor)
-        elif frames[0] not in self._met.get(user, ()):
-            self._meet(user, frames[0], int(first.get(zmq.SRCFD)))
-        return user, frames
+    async def grant_subscriptions(self, may: Callable[[Line, bytes], bool]) -> None:
+        """Of an XPUB opened with `manual` that knows its users: grant what `may` allows; until cancelled.
 
-    async def grant_subscriptions(self, may: Callable[[str, list[bytes]], bool]) -> None:
-        """Of an XPUB opened with `manual`: grant each subscription of which `may(user, frames)`; until cancelled.
-
-        `may` is told of the ends too; one that comes without a user says that nobody has this prefix any more.
-
-        Read and granted in one go: at the next look at EVENTS libzmq may forget whose it was.
+        Granted in the same breath as received: at the next look at EVENTS libzmq may forget whose it was.
         """
+        assert self.connections is not None
+        in_step, ask = True, Ask(may, self._apply)
         with self._receiver:
             while True:
+                now = trio.current_time()
                 for _ in range(DRAIN):
                     try:
-                        user, frames = self._receive_proved()
+                        first, frames = self._take()
                     except zmq.Again:
+                        in_step = True
                         break
-                    granted = may(user, frames)
-                    if frames[0][:1] == b"\0":
-                        self.unsubscribe(frames[0][1:])
-                    elif granted:
-                        self.subscribe(frames[0][1:])
+                    in_step = self.connections.subscription(first, frames, now, ask, in_step=in_step)
                 if self._wake() & POLLIN:
                     await trio.lowlevel.checkpoint()
                 else:
                     await self._readable.park()
                     self._check_open()
+
+    def _apply(self, frame: bytes) -> None:
+        (self.subscribe if frame[:1] == b"\1" else self.unsubscribe)(frame[1:])
 
     def _take(self) -> tuple[zmq.Frame, list[bytes]]:
         """A message, and its first frame as libzmq has it. zmq.Again if none waits.
@@ -297,33 +336,14 @@ class Socket:
         frames = [first.bytes]
         while frame.more:
             frame = receive(NOBLOCK, copy=False)
-            frames.append(frame.bytes)
+            if len(frames) <= self._max_frames:  # one too many is kept, to show that there were
+                frames.append(frame.bytes)
         return first, frames
 
-    # --- cutting off
-
-    def _meet(self, user: str, route: bytes, descriptor: int) -> None:
-        """Remember which connection it is. The inode tells it from a later one with the same descriptor."""
-        mine = self._met.setdefault(user, {})
-        if len(mine) >= MAX_MET:
-            self.lines(user)  # forgets those that have ended
-            mine = self._met.setdefault(user, {})
-        with suppress(OSError):  # it is gone already
-            mine[route] = (descriptor, os.fstat(descriptor).st_ino)
-
-    def lines(self, user: str) -> int:
-        """How many connections of this user, that have said something, are open."""
-        living = {route: line for route, line in self._met.pop(user, {}).items() if _is_line(*line)}
-        if living:
-            self._met[user] = living
-        return len(set(living.values()))
-
-    def cut(self, user: str) -> int:
-        """Break all connections of the user that have said something; returns how many. Others notice nothing.
-
-        libzmq has no call for it, so the stream below is shut down. Whoever has not said anything is sent nothing.
-        """
-        return sum(_shut(*line) for line in set(self._met.pop(user, {}).values()))
+    @property
+    def users(self) -> int:
+        """How many connections, of users that are known, have said something and are open."""
+        return 0 if self.connections is None else self.connections.lines.heard
 
     # --- inside
 
@@ -355,8 +375,10 @@ class Sockets:
     def __init__(self, nursery: trio.Nursery, curve: Curve | None = None) -> None:
         self.curve = curve
         self._guarded = False
+        self._names = itertools.count(1)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._context.set(zmq.IO_THREADS, 1)  # `lines` counts on the order in which one of them tells things
         self._nursery = nursery
         self._open: list[Socket] = []
 
@@ -375,6 +397,7 @@ class Sockets:
         mandatory: bool = False,
         relaxed: bool = False,
         immediate: bool = False,
+        watched: bool = False,
         identity: bytes | None = None,
         max_message: int = MAX_MESSAGE,
         server: bytes = b"",
@@ -386,38 +409,29 @@ class Sockets:
 
         heartbeat: ping the peer; by default on connecting sockets only. manual: XPUB that grants each subscription by
         hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a REQ that may give up on an answer and
-        ask again. immediate: take messages only while there is a connection.
+        ask again. immediate: take messages only while there is a connection. watched:
+        `happened` tells when it joins and ends.
         """
         raw = self._context.socket(KINDS[kind])
-        raw.setsockopt(zmq.LINGER, LINGER_MS)
-        raw.setsockopt(zmq.RCVHWM, receive_limit)
-        raw.setsockopt(zmq.SNDHWM, send_limit)
-        raw.setsockopt(zmq.MAXMSGSIZE, max_message)
-        raw.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        raw.setsockopt(zmq.IPV6, 1 if "[" in (bind or connect or "") else 0)
-        raw.setsockopt(zmq.RECONNECT_IVL, 50)
-        raw.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        if heartbeat if heartbeat is not None else connect is not None:
-            raw.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            raw.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        if immediate:
-            raw.setsockopt(zmq.IMMEDIATE, 1)
+        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
+        apply(raw, tuning.of_kind(kind, manual=manual, mandatory=mandatory, relaxed=relaxed))
+        limits: Options = {"RCVHWM": receive_limit, "SNDHWM": send_limit, "MAXMSGSIZE": max_message}
+        apply(raw, limits | {"IPV6": int("[" in (bind or connect or "")), "IMMEDIATE": int(immediate)})
         if identity is not None:
             raw.setsockopt(zmq.IDENTITY, identity)
         if self.curve is not None:
-            self._secure(raw, self.curve, server, binds=bind is not None)
-        if kind == "xpub":
-            raw.setsockopt(zmq.XPUB_VERBOSE, 1)
-            if manual:
-                raw.setsockopt(zmq.XPUB_MANUAL, 1)
-        if kind == "router" and mandatory:
-            raw.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        if kind == "req" and relaxed:
-            raw.setsockopt(zmq.REQ_RELAXED, 1)
-            raw.setsockopt(zmq.REQ_CORRELATE, 1)
+            if bind is not None and not self._guarded:  # without it libzmq would let every key in
+                raw.close(linger=0)
+                raise ConfigError("nobody guards this context", where="CURVE", hint="open_guard comes first")
+            apply(raw, tuning.encryption(self.curve, server, binds=bind is not None))
+            if bind is None and kind == "dealer":
+                raw.setsockopt(zmq.PROBE_ROUTER, 1)  # it says that it is there: a server cuts who says nothing
         socket = Socket(raw, label or f"{kind} {bind or connect or ''}", mandatory=mandatory)
-        socket.proves_users = self.curve is not None and bind is not None
         try:
+            if self.curve is not None and bind is not None:
+                socket.know_users(self._context, f"{ZAP_DOMAIN}/{next(self._names)}")
+            if watched:
+                socket.watch(self._context, str(next(self._names)), (Happening.JOINED, Happening.ENDED))
             for prefix in subscribe:
                 socket.subscribe(prefix.encode())
             if bind is not None:
@@ -425,7 +439,7 @@ class Sockets:
             if connect is not None:
                 socket.connect(connect)
         except BaseException:
-            raw.close(linger=0)
+            socket.close(linger_ms=0)
             raise
         return self._keep(socket)
 
@@ -449,19 +463,6 @@ class Sockets:
         self._guarded = True
         return self._keep(guard)
 
-    def _secure(self, raw: zmq.Socket[bytes], curve: Curve, server: bytes, *, binds: bool) -> None:
-        if binds and not self._guarded:  # without it libzmq would let every key in
-            raw.close(linger=0)
-            raise ConfigError("nobody guards this context", where="CURVE", hint="open_guard comes first")
-        raw.setsockopt(zmq.CURVE_SECRETKEY, curve.secret)
-        raw.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
-        if binds:
-            raw.setsockopt(zmq.CURVE_SERVER, 1)
-            raw.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-            raw.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no connection where nobody answers for it
-        else:
-            raw.setsockopt(zmq.CURVE_SERVERKEY, server or curve.server)
-
     def _keep(self, socket: Socket) -> Socket:
         self._open = [other for other in self._open if not other.closed]
         self._open.append(socket)
@@ -474,26 +475,23 @@ class Sockets:
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
 
 
-def _is_line(descriptor: int, inode: int) -> bool:
-    try:
-        return os.fstat(descriptor).st_ino == inode
-    except OSError:
-        return False
+def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+    """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
+    apply(raw, tuning.link(pings=connects))
 
 
-def _shut(descriptor: int, inode: int) -> bool:
-    """Shut the stream down if it is still the one that was met. Looked at through a copy of its descriptor: nobody can
-    close and reuse that in between."""
+def apply(raw: zmq.Socket[bytes], options: Options) -> None:
+    """Set options by libzmq's names."""
+    for name, value in options.items():
+        raw.setsockopt(OPTIONS[name] if name in OPTIONS else zmq.SocketOption[name], value)
+
+
+def _property(message: zmq.Frame, name: str) -> str:
+    """What libzmq knows of whom a message came from; "" if nothing."""
     try:
-        copy = StreamSocket(fileno=os.dup(descriptor))
-    except OSError:
-        return False
-    with copy:
-        if not _is_line(copy.fileno(), inode):
-            return False
-        with suppress(OSError):  # it ended by itself
-            copy.shutdown(SHUT_RDWR)
-    return True
+        return str(message.get(name))
+    except zmq.ZMQError:
+        return ""
 
 
 @asynccontextmanager

@@ -1,7 +1,8 @@
 """The one connection of a role to the telemetry plane's ingress: batches go out, what the plane remembers comes back.
 
 While there is no connection, batches wait in the backlog, and leave afterwards in their order, marked with how late
-they are. Nobody ever waits for them.
+they are. What a connection took before it ended goes first: also if the next one was there before anything was sent.
+Nobody ever waits for them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import trio
 
 from interlock.broker import wire
 from interlock.broker.backlog import MARK_LATE_S, Backlog, Counts, Entry
+from interlock.broker.connections import Happening
 from interlock.broker.errors import WireError
 from interlock.broker.link import Mismatch
 from interlock.broker.rejects import Rejects
@@ -21,8 +23,8 @@ from interlock.broker.samples import Batch
 from interlock.broker.sockets import Sockets
 from interlock.broker.telemetry_protocol import AskFailed, AskLast, Page, decode_answer
 
-# Batches that the connection itself may hold. A publisher that sent fewer lately has not filled it: where it takes no
-# more, the connection is gone. 2 MB at most of a large host, for the 3 s that a half-open connection is believed in.
+# Batches that the connection itself may hold: 2 MB at most of a large host, for the 2 s that a half-open connection is
+# believed in.
 LINK_QUEUE = 256
 
 _Answered = Callable[[list[list[bytes]], bool], None]  # batches as [topic, batch], and whether more follow
@@ -40,14 +42,15 @@ class TelemetryLink:
     def __init__(self, sockets: Sockets, endpoint: str, mismatch: Mismatch, *, label: str) -> None:
         self.mismatch = mismatch
         self._socket = sockets.open(
-            "dealer", connect=endpoint, send_limit=LINK_QUEUE, immediate=True, label=f"{label} telemetry"
+            "dealer", connect=endpoint, send_limit=LINK_QUEUE, immediate=True, watched=True, label=f"{label} telemetry"
         )
         self._rejects = Rejects(f"{label} telemetry")
         self._backlog = Backlog()
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Asked] = {}
         self._stalled = trio.Event()
-        self._broken = False
+        self._joined = trio.Event()
+        self._joined.set()  # until it ends for the first time, the socket knows
 
     @property
     def waiting(self) -> int:
@@ -74,6 +77,7 @@ class TelemetryLink:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._receive)
             nursery.start_soon(self._catch_up)
+            nursery.start_soon(self._follow)
 
     async def _receive(self) -> None:
         while True:
@@ -87,13 +91,32 @@ class TelemetryLink:
         """Once the connection takes no more: go on as soon as it does, or there is another."""
         while True:
             await self._stalled.wait()
+            await self._joined.wait()
             await self._socket.until_writable()
-            self._stalled = trio.Event()
-            self._broken = False
-            self._send_waiting()
+            self._look()
+            if self._joined.is_set():
+                self._stalled = trio.Event()
+                self._send_waiting()
+
+    async def _follow(self) -> None:
+        """Repeat what a connection that has ended may not have delivered, though nothing else is to be sent."""
+        while True:
+            self._look()
+            await self._socket.until_happened()
+
+    def _look(self) -> None:
+        """Learn whether the connection has ended, and whether there is another."""
+        for what, _ in self._socket.happened():
+            if what is Happening.JOINED:
+                self._joined.set()
+            elif self._joined.is_set():
+                self._backlog.broken(trio.current_time())
+                self._joined = trio.Event()
+                self._stalled.set()
 
     def _send_waiting(self) -> None:
-        while True:
+        self._look()
+        while not self._stalled.is_set():
             now = trio.current_time()
             entry = self._backlog.next(now)
             if entry is None:
@@ -102,9 +125,6 @@ class TelemetryLink:
             if late >= MARK_LATE_S:
                 batch = msgspec.structs.replace(batch, delay=batch.delay + late)
             if not self._socket.send_nowait([entry.topic, wire.encode(batch)]):
-                if not self._broken and self._backlog.recently_sent < LINK_QUEUE:
-                    self._broken = True
-                    self._backlog.broken(now)
                 self._stalled.set()
                 return
             self._backlog.sent(now)

@@ -21,7 +21,7 @@ from interlock.broker.config import BrokerConfig
 from interlock.broker.errors import Refused, UnknownVersion, WireError
 from interlock.broker.gate import Gate, open_gated
 from interlock.broker.keys import Grant
-from interlock.broker.lastvalues import MAX_HOST_SOURCES, LastValues
+from interlock.broker.lastvalues import OWN_SOURCES, LastValues
 from interlock.broker.pulse import PULSE_S
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import Batch, Labels, SeriesTable, labels
@@ -41,6 +41,7 @@ from interlock.broker.telemetry_protocol import (
     decode_ask,
     number_of,
 )
+from interlock.broker.tuning import MAX_SUBSCRIPTION
 
 SUBSCRIBER_QUEUE = 1000  # batches that wait for one subscriber: 1 s of 100 publishers at 10 Hz; then its next are lost
 PUBLISHER_QUEUE = 100  # batches of one publisher that wait to be read; then they wait, and are dropped, at its side
@@ -68,6 +69,7 @@ async def serve_telemetry(
             "xpub",
             bind=config.telemetry_out,
             send_limit=SUBSCRIBER_QUEUE,
+            max_message=MAX_SUBSCRIPTION,
             manual=gate is not None,
             label="telemetry feed",
         )
@@ -122,7 +124,7 @@ class _Plane:
             if batch.cached:
                 raise WireError("only the broker says what it remembers", where=topic)
             if self._gate is not None:
-                self._gate.admit(user, lambda grant: self._may_send(grant, topic, batch))
+                self._gate.admit(user, lambda grant: self._may_send(user, grant, topic, batch))
         except UnknownVersion as error:
             self._rejects.count("a batch of an unknown version", error)
         except WireError as error:
@@ -132,16 +134,14 @@ class _Plane:
         except Refused as error:
             self._rejects.count("a batch whose sender may not", error)
         else:
-            self._last.take(topic, batch, trio.current_time())
+            self._last.take(topic, batch, trio.current_time(), owner=user)
             return True
         return False
 
-    def _may_send(self, grant: Grant, topic: str, batch: Batch) -> None:
+    def _may_send(self, user: str, grant: Grant, topic: str, batch: Batch) -> None:
         policy.telemetry(grant, topic, batch)
-        if not self._last.has_room(batch.source):
-            raise Refused(
-                f"sends as more than {MAX_HOST_SOURCES} sources at once", where=f"{grant.identity} on {topic}"
-            )
+        if not self._last.has_room(batch.source, user):
+            raise Refused(f"sends as more than {OWN_SOURCES} sources at once", where=f"{grant.identity} on {topic}")
 
     def pass_on(self, batches: list[list[bytes]]) -> None:
         """Send what was taken to whoever listens."""
@@ -255,7 +255,7 @@ async def _take_subscriptions(
     feed: Socket, gate: Gate | None, rejects: Rejects, subscribed: Callable[[], None]
 ) -> None:
     if gate is not None:
-        await gate.grant_subscriptions(feed, rejects, subscribed)
+        await gate.grant_subscriptions(feed, subscribed)
     while True:
         for frames in await feed.receive_batch():
             if len(frames) != 1 or frames[0][:1] not in (b"\0", b"\1"):

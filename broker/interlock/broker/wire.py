@@ -23,6 +23,8 @@ MAX_FRAME = 1 << 20  # bytes: the largest frame anyone of ours sends is a report
 MAX_TOPIC = 256  # bytes
 MAX_WHY = 200  # characters of what is wrong with a frame: msgspec quotes it
 MAX_NESTING = 16  # maps and lists inside each other in evidence; ours has 4, and what copies or prints it recurses
+MAX_HEADER = 4096  # bytes, of an event as its publisher sends it: id and source of 256 characters take half of it
+MAX_SIGNATURE = 64  # bytes: an Ed25519 signature
 
 Body = Command | Fact
 
@@ -31,7 +33,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     """Who said it and when, and where it stands in the log: seq, prev and logged are filled in by the broker."""
 
     v: V = WIRE_VERSION
-    id: Annotated[str, says("chosen by the publisher, unique for ever: what repeats are recognised by")]
+    id: Annotated[str, says("chosen by the publisher, for its source unique for ever: what repeats are recognised by")]
     source: Annotated[str, says("the publisher's identity, such as host/alpha")]
     time: Annotated[float, says("seconds since 1970 by the publisher's clock")]
     seq: Annotated[int, says("the number in the log: 1, 2, 3, ...")] = 0
@@ -143,8 +145,13 @@ def decode_event(frames: Sequence[bytes]) -> Event:
     """An event from its three frames; WireError if they are anything else, UnknownVersion for one of those."""
     if len(frames) != 3:
         raise WireError(f"an event has 3 frames, this has {len(frames)}")
-    topic, header = decode_topic(frames[0]), decode_header(frames[1])
+    topic = decode_topic(frames[0])
+    if len(frames[1]) > MAX_HEADER:
+        raise WireError(f"event header of {len(frames[1])} bytes", hint=f"at most {MAX_HEADER}")
+    header = decode_header(frames[1])
     check(header.v, "an event")
+    if len(header.sig) > MAX_SIGNATURE:
+        raise WireError(f"signature of {len(header.sig)} bytes", hint=f"at most {MAX_SIGNATURE}")
     return Event(topic, header, decode_body(frames[2]), frames[2])
 
 

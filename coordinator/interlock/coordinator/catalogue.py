@@ -126,7 +126,11 @@ BEATS: dict[str, Kind] = {"feed": protocol.Beat, "telemetry_out": telemetry_prot
 _EVENT = ("topic", "header", "body")
 EXCHANGES = (
     Exchange("events", protocol.Publish, (protocol.Ack, protocol.Nack), ("request", *_EVENT)),
-    Exchange("events", protocol.Replay, (protocol.ReplayEvent, protocol.Replayed, protocol.ReplayFailed)),
+    Exchange(
+        "events",
+        protocol.Replay,
+        (protocol.ReplayEvents, protocol.ReplayEvent, protocol.Replayed, protocol.ReplayFailed),
+    ),
     Exchange("events", protocol.Ping, (protocol.Pong,)),
     Exchange("events", protocol.Receipt, ()),
     Exchange("events", protocol.Watch, (protocol.Received,)),
@@ -137,6 +141,7 @@ REPLY = direct.Reply
 FRAMES: dict[Kind, tuple[str, ...]] = {
     protocol.Publish: ("request", *_EVENT),
     protocol.ReplayEvent: ("answer", *_EVENT),
+    protocol.ReplayEvents: ("answer", "events"),
     telemetry_protocol.Page: ("answer", "topic", "batch", "topic", "batch", "..."),
     **dict.fromkeys(BEATS.values(), ("topic", "beat")),
     samples.Batch: ("topic", "batch"),

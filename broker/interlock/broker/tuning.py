@@ -1,0 +1,71 @@
+"""What our ZeroMQ links are set to: limits, and libzmq's options by their names. `sockets.py` applies them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from interlock.broker.connections import PINGS
+
+# A half-open link is known within 2 s, on both sides. Servers don't ping: it would cost them four times as much.
+HEARTBEAT_MS = 1000  # clients ping each link this often,
+HEARTBEAT_TIMEOUT_MS = 900  # and give it up when nothing comes for so long after a ping;
+HEARTBEAT_TTL_MS = 1800  # they let libzmq on the server give it up so long after the last ping, if nothing else came
+HANDSHAKE_MS = 10_000  # a handshake ends within this, or begins anew: 5,000 at once take a broker so long, 1.1 ms each
+BACKLOG = 4096  # connections that wait to be accepted: the default of Linux; who finds no room asks after 1, 3, 7 s
+RECONNECT_MS, RECONNECT_MAX_MS = 50, 1000  # between attempts to connect, doubled until the second
+MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
+MAX_SUBSCRIPTION = 2048  # the same on a feed, where nothing but subscriptions and the greeting comes in
+LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
+METADATA = "METADATA"  # ZMQ_METADATA, which pyzmq has no name for
+ZAP_DOMAIN = "interlock"
+
+Options = dict[str, int | bytes]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Our CURVE key pair, and the public key of the server that we connect to where none is named (32 bytes each)."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    server: bytes
+
+
+def link(*, pings: bool) -> Options:
+    """Of every socket. `pings`: this end finds out whether the other is still there, and lets it find out too."""
+    options: Options = {
+        "LINGER": LINGER_MS,
+        "HANDSHAKE_IVL": HANDSHAKE_MS,
+        "BACKLOG": BACKLOG,
+        "RECONNECT_IVL": RECONNECT_MS,
+        "RECONNECT_IVL_MAX": RECONNECT_MAX_MS,
+    }
+    if pings:
+        options |= {
+            "HEARTBEAT_IVL": HEARTBEAT_MS,
+            "HEARTBEAT_TIMEOUT": HEARTBEAT_TIMEOUT_MS,
+            "HEARTBEAT_TTL": HEARTBEAT_TTL_MS,
+            METADATA: f"{PINGS}:{HEARTBEAT_MS}".encode(),
+        }
+    return options
+
+
+def encryption(curve: Curve, server: bytes, *, binds: bool) -> Options:
+    """Of a socket with these keys. server: the public key of whom it connects to, where that is not the broker."""
+    options: Options = {"CURVE_SECRETKEY": curve.secret, "CURVE_PUBLICKEY": curve.public}
+    if binds:
+        # no connection where nobody answers for it
+        return options | {"CURVE_SERVER": 1, "ZAP_ENFORCE_DOMAIN": 1}
+    return options | {"CURVE_SERVERKEY": server or curve.server}
+
+
+def of_kind(kind: str, *, manual: bool = False, mandatory: bool = False, relaxed: bool = False) -> Options:
+    """Of sockets of one kind: see `Sockets.open`."""
+    match kind:
+        case "xpub":
+            return {"XPUB_VERBOSE": 1, "XPUB_MANUAL": int(manual)}
+        case "router" if mandatory:
+            return {"ROUTER_MANDATORY": 1}
+        case "req" if relaxed:
+            return {"REQ_RELAXED": 1, "REQ_CORRELATE": 1}
+    return {}
