@@ -34,6 +34,35 @@ BEFORE_THE_CANDIDATE = ("stage prepare", "done prepare", "stage infrastructure")
 LIVE = ("stage observation", "done cut-over")  # here a breach can come in the same moment as the kill
 OUTCOMES = {0: "committed", 10: "rolled-back", 11: "held", 12: "refused", 13: "failed"}
 
+# How a candidate does on a machine that may be busy is not the question here.
+UNJUDGED = """
+observe = { latency_passed = 1e3, latency_failed = 1e4, slow_passed = 0.98, slow_failed = 0.99, memory_passed = 9.0 }
+"""
+HEAD = f"""
+name = "crashes"
+state = "state"
+[rules]
+files = ["rules.yaml"]
+[monitor]
+gpu = "none"
+[coordinator]
+lease_s = 4.0
+[strategies.rapid]  # for what is to be committed
+baseline_s = 0.3
+shadow_requests = 10
+shadow_min_requests = 5
+canary = [{{ share = 0.5, seconds = 0.2 }}]
+observation_s = 0.5
+{UNJUDGED}
+[strategies.staged]  # for what turns bad while it is observed
+baseline_s = 0.3
+shadow_requests = 10
+shadow_min_requests = 5
+canary = [{{ share = 0.5, seconds = 0.2 }}]
+observation_s = 100.0
+{UNJUDGED}
+"""
+
 PROMISE_S = 5.0  # a rollback that is due is done within, the restart of who was killed included
 MIGRATION_S = 4.0  # a random moment is within so long after the start
 SETTLE_S = 40.0  # for all views to agree, on a machine that may be busy

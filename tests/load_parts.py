@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import trio
 
-from crash_parts import processes, wait
+from crash_parts import UNJUDGED, processes, wait
 from interlock.broker import commands, facts, topics
 from interlock.broker.bus import Bus, EventFeed
 from interlock.broker.client import open_bus
@@ -25,7 +25,7 @@ from interlock.broker.security import load_operator
 EACH_S = 90.0  # for one migration, on a machine that may be busy
 MAX_ODD = 10  # then it is given up
 
-HEAD = """
+HEAD = f"""
     name = "load"
     state = "state"
     [log]
@@ -37,9 +37,11 @@ HEAD = """
     [strategies.rapid]  # committed
     baseline_s = 0.1
     observation_s = 0.1
+    {UNJUDGED}
     [strategies.staged]  # rolled back
     baseline_s = 0.1
     observation_s = 600.0
+    {UNJUDGED}
 """
 
 

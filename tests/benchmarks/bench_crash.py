@@ -26,7 +26,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crash_parts import MOMENTS, PROMISE_S, ROLES, Case, Crash, LogFold, Result, cases, possible, processes
+from crash_parts import HEAD, MOMENTS, PROMISE_S, ROLES, Case, Crash, LogFold, Result, cases, possible, processes
 from fleet.conftest import TestFleet
 
 SUPERVISED = ("host", "coordinator", "rules", "broker", "telemetry", "monitor")
@@ -44,7 +44,7 @@ def until_steady(fleet: TestFleet, case: Case) -> None:
 def run(kills: int, seed: int, *, steady: bool) -> dict[str, Any]:
     results: list[Result] = []
     began = time.monotonic()
-    fleet = TestFleet(Path(tempfile.mkdtemp(prefix="il-crash-")), {"calc": "alpha", "rep": "alpha"})
+    fleet = TestFleet(Path(tempfile.mkdtemp(prefix="il-crash-")), {"calc": "alpha", "rep": "alpha"}, head=HEAD)
     try:
         fleet.start()
         fold = LogFold(fleet)
@@ -55,7 +55,8 @@ def run(kills: int, seed: int, *, steady: bool) -> dict[str, Any]:
             result = Crash(fleet, fold, case).run()
             results.append(result)
             took = "" if result.rollback_s is None else f", rolled back in {result.rollback_s:.2f} s"
-            print(f"{number}/{kills} {case}: {result.outcome}{took} {result.why} {result.violations or ''}", file=sys.stderr)
+            said = f"{result.outcome}{took} {result.why} {result.violations or ''}"
+            print(f"{number}/{kills} {case}: {said}", file=sys.stderr)
         ended = fleet.stop()
     finally:
         fleet.close()

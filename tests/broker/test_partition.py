@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -14,27 +13,11 @@ from typing import Any
 import pytest
 import trio
 
+from net_parts import ip, why_not
+
 NEAR, FAR = "10.213.77.1", "10.213.77.2"  # the broker's and the host's address; in namespaces they meet no others
 CUT_S = 4.0  # longer than both sides take to know it: 1.5 s without beats, 3 s without an answer to a heartbeat
 HEALED_S = 3.0  # between cuts at least
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
-
-
-def why_not() -> str:
-    if not shutil.which("ip"):
-        return "iproute2 is not installed"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    probe = f"il-probe-{os.getpid()}"
-    try:
-        ip("netns", "add", probe)
-        ip("netns", "delete", probe)
-    except subprocess.CalledProcessError as error:
-        return f"no network namespaces here: {error.stderr.decode().strip()}"
-    return ""
 
 
 WHY_NOT = why_not()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from crash_parts import MOMENTS, ROLES, Case, Crash, LogFold, cases, possible
+from crash_parts import HEAD, MOMENTS, ROLES, Case, Crash, LogFold, cases, possible
 
 # Moments that no test of test_fleet_kills.py has; each role once, before the requests move and after.
 SAMPLE = [
@@ -27,7 +27,7 @@ UNTIMED_S = 60.0  # the promise is the bench's to hold: no test hangs on the mac
 
 @pytest.fixture(scope="module")
 def running(make_module_fleet: Callable[..., Any]) -> Iterator[tuple[Any, LogFold]]:
-    fleet = make_module_fleet({"calc": "alpha", "rep": "alpha"})
+    fleet = make_module_fleet({"calc": "alpha", "rep": "alpha"}, head=HEAD)
     fleet.start()
     yield fleet, LogFold(fleet)
     assert fleet.stop() == 0, fleet.log
