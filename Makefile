@@ -2,19 +2,21 @@
 #   make demo    watch a migration succeed and a bad one roll itself back
 #   make test    the whole suite        make check   lint, format, types
 #   make bench   the benchmarks, as JSON on stdout
+#   make fuzz    coverage-guided fuzzing of what decodes, SECONDS=60 for all targets; JSON on stdout
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
+SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LINTED := $(wildcard broker agents monitors coordinator tests examples)
 
-.PHONY: help demo test check bench bench-bus format clean
+.PHONY: help demo test check bench bench-bus fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 # Installed again only when what is to be installed has changed.
 $(STAMP): pyproject.toml constraints.txt
@@ -41,6 +43,11 @@ bench: $(STAMP)
 # Beside nats-server, redis-server and mosquitto, where they are installed.
 bench-bus: $(STAMP)
 	@$(BIN)/python tests/benchmarks/bench_bus.py
+
+# Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) install -c constraints.txt -e '.[fuzz]' || true
+	@$(BIN)/python tests/benchmarks/fuzz_wire.py --seconds $(SECONDS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(LINTED)

@@ -12,7 +12,8 @@ import pytest
 
 from interlock.agents.host import Host
 from interlock.agents.journal import Journal
-from interlock.agents.slot_io import AskRollBack, Renew
+from interlock.agents.slot import Slot as Slot_
+from interlock.agents.slot_io import AskRollBack, Moment, Renew, Row
 from interlock.broker import facts, keys, signing, topics, wire
 from interlock.broker.bus import new_event
 from interlock.broker.commands import Breach, Commit, RenewLease, RollBack, RollCall
@@ -119,3 +120,31 @@ async def test_a_roll_call_is_answered_and_what_is_forged_or_late_refused(stage:
     done = await answers(stage.signed("coordinator", topics.command("alpha"), COMMIT, "commit"))
     assert done == {"host/alpha": ""}
     assert len(stage.slot.given) == 1
+
+
+async def test_after_a_restart_of_the_host_a_replayed_command_and_an_old_epoch_change_nothing(
+    stage: Stage, tmp_path: Path
+) -> None:
+    commit = stage.signed("coordinator", topics.command("alpha"), COMMIT, id="c1")
+    rollback = stage.signed("rules", topics.rollback("alpha"), ROLL_BACK)
+    result = facts.StepDone(host="alpha", agent="chat", migration="m", epoch=7, step="commit", command="c1")
+    row = Row("chat", "v2", "d2", epoch=7)  # committed: what m brought is permanent
+    stage.journal.save_slot(row, "committed", done=("c1", wire.encode(result)))
+    stage.journal.close()
+    stage.journal = Journal.open(tmp_path / "host.sqlite")
+    host = Host("alpha", FleetConfig(), stage.broker.bus("host/alpha"), stage.journal, stage.host.security)
+    host.slots["chat"] = cast(Any, stage.slot)
+    known = stage.journal.slot("chat")
+    assert known == row
+    await host._take(commit)
+    assert stage.slot.given == []  # answered from the journal
+    assert stage.broker.log[-1].body == result
+    slot = Slot_("alpha", known)
+    now = Moment(mono=1.0, wall=time.time())
+    old = msgspec.structs.replace(COMMIT, migration="m0", epoch=6)
+    assert "its epoch 6 is older than 7" in str(slot.refusal(old, now))
+    assert "not in flight" in str(slot.refusal(COMMIT, now))
+    await host._take(rollback)  # replayed: it is passed on, and the slot has nothing to undo
+    [asked] = stage.slot.given
+    slot.handle(asked, now)
+    assert slot.row == row

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+from interlock.broker import client, crypto, keys, topics
+from interlock.broker.bus import Bus, new_event
 from interlock.broker.config import BrokerConfig, FleetConfig, load_fleet
+from interlock.broker.facts import HostDown
+from interlock.broker.keyring import Keyring
 from interlock.broker.planes import serve_planes
+from interlock.broker.security import Security
+from interlock.broker.sockets import Curve, Sockets, open_sockets
+from interlock.broker.wire import Body, Event
 
 ANY = BrokerConfig(
     events="tcp://127.0.0.1:*",
@@ -86,3 +96,80 @@ async def broker_role(folder: Path) -> AsyncIterator[BrokerRole]:
         if role.process is not None and role.process.returncode is None:
             with trio.CancelScope(shield=True), trio.fail_after(20):
                 await role.end()
+
+
+WHO = ["broker", "coordinator", "rules", "host/alpha", "host/beta", "monitor/alpha", "operator/local"]
+
+
+class Fleet:
+    """A broker with keys, in this process, and the keys of everybody."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "keys"
+        self.ring = Keyring(self.folder, "f")
+        self.ring.ensure(WHO, now=1.0)
+        self.config = ANY
+
+    def security(self, identity: str) -> Security:
+        return Security(
+            keys.read_private(self.folder, identity), keys.Roll(keys.read_authority(self.folder)), self.folder
+        )
+
+    @asynccontextmanager
+    async def bus(self, identity: str) -> AsyncIterator[Bus]:
+        async with client.open_bus(self.config, "", security=self.security(identity)) as bus:
+            yield bus
+
+    @asynccontextmanager
+    async def sockets(self, identity: str) -> AsyncIterator[Sockets]:
+        async with open_sockets(self.security(identity).curve()) as sockets:
+            yield sockets
+
+    def event(self, who: str, topic: str, body: Body) -> Event:
+        return new_event(topic, body, source=who, time=1.0)
+
+    def stranger(self) -> Curve:
+        return Curve(*crypto.new_curve_pair(), self.security("rules").key_of("broker"))
+
+    async def works(self) -> None:
+        """An honest host is served as ever."""
+        with trio.fail_after(25):
+            async with self.bus("host/alpha") as bus, self.bus("operator/local") as operator:
+                seq = await bus.publish(topics.host_fact("alpha"), HostDown(host="alpha"), timeout=20)
+                async with operator.events(["fact/"], after=seq - 1) as feed:
+                    assert (await anext(feed)).header.source == "host/alpha"
+
+    @asynccontextmanager
+    async def unnoticed(self) -> AsyncIterator[list[float]]:
+        """Round trips of an honest host go on meanwhile on connections that stay; the seconds that each took."""
+        took: list[float] = []
+        async with self.bus("host/alpha") as bus, trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                while True:
+                    began = trio.current_time()
+                    await bus.publish(topics.host_fact("alpha"), HostDown(host="alpha"), timeout=20)
+                    took.append(trio.current_time() - began)
+                    await trio.sleep(0.01)
+
+            nursery.start_soon(ask)
+            await until(lambda: len(took) > 2)
+            yield took
+            before = len(took)
+            await until(lambda: len(took) > before + 2)
+            nursery.cancel_scope.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(25):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
+
+@pytest.fixture
+async def fleet(folder: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> Fleet:
+    caplog.set_level(logging.WARNING)
+    fleet = Fleet(folder)
+    serve = partial(serve_planes, security=fleet.security("broker"))
+    fleet.config = await nursery.start(serve, ANY, folder / "log")
+    return fleet

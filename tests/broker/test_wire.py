@@ -31,10 +31,14 @@ FIELDS: dict[Any, st.SearchStrategy[Any]] = {
 
 def bodies(kind: type[Any]) -> st.SearchStrategy[Any]:
     """Any value of a kind of message: required fields are drawn, of optional ones some."""
-    fields, plain = {}, get_type_hints(kind)
+    fields, plain, bounded = {}, get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
         annotation = plain[field.name]
-        if annotation in FIELDS:
+        bounds = [meta for meta in getattr(bounded[field.name], "__metadata__", ()) if meta.le is not None]
+        if bounds:
+            numbers = st.integers if annotation is int else st.floats
+            fields[field.encode_name] = numbers(bounds[0].ge, bounds[0].le)
+        elif annotation in FIELDS:
             fields[field.encode_name] = FIELDS[annotation]
         elif field.required:
             values = get_args(annotation)
@@ -105,6 +109,44 @@ def test_what_is_no_body_is_refused_in_one_line(frame: bytes) -> None:
     with pytest.raises(WireError) as raised:
         wire.decode_body(frame)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "why"),
+    [
+        ({"x": b"bytes"}, "a bytes"),
+        ({"x": msgspec.msgpack.Ext(5, b"x")}, "a Ext"),
+        ({"x": msgspec.Raw(b"\xd6\xff\0\0\0\0")}, "a datetime"),
+        ({"x": {1: 2}}, "no text"),
+        ({"x": [{(1, 2): 3}]}, "no text"),
+        ({"x": msgspec.Raw(b"\x91" * wire.MAX_NESTING + b"\xc0")}, "nested too deeply"),
+        ({"x": msgspec.Raw(b"\x81\xa1k" * 500 + b"\xc0")}, "nested too deeply"),
+    ],
+)
+def test_evidence_that_json_can_t_say_is_refused(evidence: dict[str, Any], why: str) -> None:
+    """It was logged, and ended whatever folded or printed it: the coordinator, at each of its starts."""
+    body = facts.StepDone(host="a", agent="b", migration="m", epoch=1, step="commit", command="c", evidence=evidence)
+    with pytest.raises(WireError, match=why):
+        wire.decode_body(wire.encode(body))
+
+
+def test_evidence_may_be_as_deep_as_the_limit_says() -> None:
+    deep: Any = None
+    for _ in range(wire.MAX_NESTING - 2):
+        deep = [deep]
+    body = facts.StepDone(host="a", agent="b", migration="m", epoch=1, step="commit", command="c", evidence={"x": deep})
+    assert wire.decode_body(wire.encode(body)) == body
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"epoch": -1}, {"epoch": 2**64 - 1}, {"lease_s": float("nan")}, {"lease_s": float("inf")}, {"lease_s": -1.0}],
+)
+def test_a_command_with_numbers_at_which_clocks_and_journals_break_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(WireError, match="Expected"):
+        wire.decode_body(
+            wire.encode(commands.RenewLease(**{"migration": "m", "agent": "a", "epoch": 1, "lease_s": 1.0} | field))
+        )
 
 
 def test_an_event_keeps_the_bytes_of_its_body() -> None:

@@ -17,6 +17,7 @@ import trio
 from interlock.broker.errors import InterlockError
 
 MAX_HEAD = 1 << 16  # bytes of a request line and headers, or of a chunk's header; nginx takes 32 kB
+MAX_WHY = 200  # characters of what is wrong with a message: h11 quotes it, up to `MAX_HEAD`
 READ = 1 << 16  # bytes per read
 LINGER_S = 1.0  # a client that still sends while we close gets so long to read our answer
 LINGER_BYTES = 1 << 20  # and so much of what it sends is thrown away
@@ -88,7 +89,7 @@ class _Side:
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
-                raise HttpError(str(error), error.error_status_hint) from None
+                raise HttpError(str(error)[:MAX_WHY], error.error_status_hint) from None
             if event is not h11.NEED_DATA:
                 return event
             await self._before_reading()

@@ -251,7 +251,12 @@ def _explained(path: Path) -> Iterator[None]:
             where=str(path),
             hint="check that the folder can be written, the disk is not full, and no other program holds the file",
         ) from None
-    except sqlite3.DatabaseError as error:
+    except (
+        sqlite3.DatabaseError,
+        ValueError,
+        TypeError,
+        OverflowError,
+    ) as error:  # of a text that is no UTF-8, for one
         raise LogError(
             f"the host's journal is damaged: {' '.join(str(error).split())}",
             where=str(path),

@@ -13,12 +13,15 @@ import msgspec
 
 from interlock.broker.fields import (
     AgentName,
+    Count,
     Deadline,
     Epoch,
     Labels,
     MigrationId,
     Reason,
     RevisionName,
+    Share,
+    Span,
     says,
 )
 
@@ -85,7 +88,7 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     epoch: Epoch
     deadline: Deadline
     to: RevisionName
-    baseline_s: Annotated[float, says("seconds for which the serving revision is measured")]
+    baseline_s: Annotated[Span, says("seconds for which the serving revision is measured")]
 
 
 class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
@@ -95,7 +98,7 @@ class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
     agent: AgentName
     epoch: Epoch
     deadline: Deadline
-    promise_s: Annotated[float, says("seconds: a rehearsal that takes longer has failed")]
+    promise_s: Annotated[Span, says("seconds: a rehearsal that takes longer has failed")]
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
@@ -114,10 +117,10 @@ class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
     agent: AgentName
     epoch: Epoch
     deadline: Deadline
-    requests: Annotated[int, says("so many compared are enough")]
-    seconds: Annotated[float, says("seconds that it lasts at most")]
-    min_requests: Annotated[int, says("with fewer compared it has failed")]
-    max_mismatches: Annotated[int, says("more answers that differ: it has failed")]
+    requests: Annotated[Count, says("so many compared are enough")]
+    seconds: Annotated[Span, says("seconds that it lasts at most")]
+    min_requests: Annotated[Count, says("with fewer compared it has failed")]
+    max_mismatches: Annotated[Count, says("more answers that differ: it has failed")]
 
 
 class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
@@ -127,9 +130,9 @@ class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
     agent: AgentName
     epoch: Epoch
     deadline: Deadline
-    share: Annotated[float, says("of the live requests, 0 to 1, to the candidate")]
-    lease_s: Annotated[float, says("seconds: a lease that is not renewed for so long is rolled back")]
-    warm_up_s: Annotated[float, says("seconds of live requests after which its answers count in the comparison")] = 0.0
+    share: Annotated[Share, says("of the live requests, 0 to 1, to the candidate")]
+    lease_s: Annotated[Span, says("seconds: a lease that is not renewed for so long is rolled back")]
+    warm_up_s: Annotated[Span, says("seconds of live requests after which its answers count in the comparison")] = 0.0
 
 
 class Commit(_Body, frozen=True, kw_only=True, tag="commit"):
@@ -172,7 +175,7 @@ class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
     migration: MigrationId
     agent: AgentName
     epoch: Epoch
-    lease_s: Annotated[float, says("seconds from now, for which the lease holds")]
+    lease_s: Annotated[Span, says("seconds from now, for which the lease holds")]
 
 
 Step = Literal["prepare", "drill", "start-candidate", "hand-over", "shadow", "cut-over", "commit"]

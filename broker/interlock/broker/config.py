@@ -27,6 +27,7 @@ _ENDPOINT = re.compile(
 Level = Literal["low", "medium", "high", "critical"]
 StrategyName = Literal["rapid", "staged", "framework", "custom"]  # the later in the row, the more careful
 BackupLevel = Literal["configuration", "code", "state", "host"]
+MAX_FILE = 16 << 20  # characters: 10,000 hosts with an agent each take 3 million
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -300,17 +301,20 @@ class FleetConfig(_Config, frozen=True, kw_only=True):
 def load_fleet(path: str | os.PathLike[str]) -> FleetConfig:
     """The fleet file at `path`, checked. ConfigError says which key is wrong and what is near it."""
     try:
-        text = Path(path).read_text("utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(
             "there is no such file", where=str(path), hint="name your fleet file with --fleet, or set INTERLOCK_FLEET"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"can't be read: {error}", where=str(path)) from None
+    if len(text) > MAX_FILE:
+        raise ConfigError(f"is longer than {MAX_FILE} characters", where=str(path), hint="is it a fleet file?")
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"is not TOML: {error}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or a number of 5,000 digits
+        raise ConfigError(f"is not TOML: {error or 'nested too deeply'}", where=str(path)) from None
     return parse_fleet(tree, path=str(path))
 
 
@@ -321,6 +325,8 @@ def parse_fleet(tree: dict[str, Any], *, path: str = "") -> FleetConfig:
         raise _explain("Object contains unknown field `path`", tree, where)
     try:
         fleet = msgspec.convert({**tree, "path": path}, FleetConfig)
+    except RecursionError:
+        raise ConfigError("is nested too deeply", where=where) from None
     except msgspec.ValidationError as error:
         raise _explain(str(error), tree, where) from None
     _check(fleet, where)

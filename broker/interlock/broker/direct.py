@@ -56,6 +56,8 @@ class _Entrance:
         except WireError as error:
             unknown = isinstance(error, UnknownVersion)
             self.rejects.count("an event of an unknown version" if unknown else "what is not an event", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
             return Reply(_id_of(frames), ok=False, reason=str(error), kind="version" if unknown else "invalid")
         id = event.header.id
         try:

@@ -126,13 +126,19 @@ class EventPlane:
                     self._answer(peer, refusal(frames[0], error, _id_of(frames[1:])))
                 except WireError as error:
                     self.rejects.count("what is not a request", error)
+                    if self._gate is not None:
+                        self._gate.garbage(user)
                 except Refused:  # noted by the gate
                     self.rejects.count("a request of one who may not ask")
             self._tell_watchers()
 
     def _take(self, user: str, peer: bytes, frames: list[bytes]) -> None:
         if self._gate is not None:
-            self._gate.request(user)
+            try:
+                self._gate.request(user)
+            except Refused as refused:
+                self._answer(peer, Nack("log", str(refused), _id_of(frames[1:])))
+                raise
         request = decode_request(frames[0] if frames else b"")
         match request:
             case Publish():
@@ -186,6 +192,8 @@ class EventPlane:
             self.rejects.count("what is not an event, or its sender may not", error)
             self._expect(peer, request, given_up=True)
             kind: Why = "invalid" if isinstance(error, WireError) else "refused"
+            if self._gate is not None and kind == "invalid":
+                self._gate.garbage(user)
             self._answer(peer, Nack(kind, str(error), _id_of(frames)))
             return
         if len(self._queue) >= QUEUE or self._queue_bytes >= QUEUE_BYTES:

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import msgspec
 
+MAX_EPOCH = 1 << 53  # what every language's numbers hold exactly; SQLite takes 2**63 - 1
+MAX_SPAN_S = 1e9  # 31 years; never NaN or infinity, at which clocks and timers break
+
 
 def says(text: str) -> msgspec.Meta:
     """The meaning of one field, as `Annotated[int, says("how many")]`."""
@@ -25,7 +28,14 @@ RevisionName = Annotated[str, says("the revision's name")]
 RuleName = Annotated[str, says("the alert's name in the rule file")]
 InstanceId = Annotated[str, says("the host's own name for this process of the agent")]
 MigrationId = Annotated[str, says("the migration's id, chosen by the coordinator")]
-Epoch = Annotated[int, says("the migration's fencing token: the number in the log of the request that began it")]
+Epoch = Annotated[
+    int,
+    msgspec.Meta(ge=0, le=MAX_EPOCH),
+    says("the migration's fencing token: the number in the log of the request that began it"),
+]
+Span = Annotated[float, msgspec.Meta(ge=0, le=MAX_SPAN_S)]  # seconds
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Deadline = Annotated[float, says("seconds since 1970; refused after that")]
 Reason = Annotated[str, says("why, in one line for people")]
 Labels = Annotated[dict[str, str], says("labels as Prometheus has them: name and value")]

@@ -29,6 +29,9 @@ MAX_WHY = 200  # characters of a reason in the log
 MAX_LINES = 64  # connections at once; a role has up to 4 to each, an operator as many as commands that run at once
 NEW_LINES_PER_S, NEW_LINES = 20.0, 200.0  # handshakes, and how many at once: each costs 1 ms of CPU
 EVENTS_PER_S, EVENTS = 20_000.0, 40_000.0  # requests to the event plane: more than a disk takes, less than fills memory
+LARGE_BATCH = 16 << 10  # bytes of telemetry: a batch of 1,000 values; what is larger counts with its bytes,
+ANNOUNCED = 64  # and each announcement as so many more: to decode one takes 1 us, however short it is
+TELEMETRY_PER_S, TELEMETRY = 4.0 * (1 << 20), 16.0 * (1 << 20)  # 5,000 series announced each second are 1 MB
 MAX_SUBSCRIPTIONS = 1000  # different prefixes; ours have 10, and 300,000 take 0.5 GB
 MAX_REFUSED, REFUSED_S = 500.0, 10.0  # refusals in so many seconds: then it is cut off,
 CUT_OFF_S = 10.0  # and stays so for this long
@@ -43,13 +46,17 @@ class Allowance:
         self._rate, self._burst = rate, burst
         self._left, self._then = burst, now
 
-    def take(self, now: float) -> bool:
+    def take(self, now: float, amount: float = 1.0) -> bool:
         self._left = min(self._burst, self._left + (now - self._then) * self._rate)
         self._then = now
-        if self._left < 1:
+        if self._left < amount or self._left <= 0:
             return False
-        self._left -= 1
+        self._left -= amount
         return True
+
+    def charge(self, amount: float) -> None:
+        """Take what is known only afterwards; nothing more is given until it has come in again."""
+        self._left -= amount
 
 
 class _Account:
@@ -58,6 +65,7 @@ class _Account:
     def __init__(self, now: float) -> None:
         self.handshakes = Allowance(NEW_LINES_PER_S, NEW_LINES, now)
         self.requests = Allowance(EVENTS_PER_S, EVENTS, now)
+        self.telemetry = Allowance(TELEMETRY_PER_S, TELEMETRY, now)
         self.refusals = Allowance(MAX_REFUSED / REFUSED_S, MAX_REFUSED, now)
         self.prefixes: set[bytes] = set()
         self.cut_off_until = float("-inf")
@@ -130,6 +138,21 @@ class Gate:
         if not self._account(user).requests.take(trio.current_time()):
             who = self._name(user)
             raise self._refusal(user, Refused(f"asks more than {EVENTS_PER_S:g} times a second", where=who))
+
+    def batch(self, user: str, size: int) -> None:
+        """Count a telemetry batch of so many bytes, before anything is done with it. Refused if there are too many."""
+        counted = size if size > LARGE_BATCH else 0
+        if not self._account(user).telemetry.take(trio.current_time(), counted):
+            what = f"sends more than {TELEMETRY_PER_S / (1 << 20):g} MiB a second in large batches and announcements"
+            raise self._refusal(user, Refused(what, where=self._name(user)))
+
+    def announced(self, user: str, count: int) -> None:
+        """Count so many announcements of a batch that was decoded."""
+        self._account(user).telemetry.charge(count * ANNOUNCED)
+
+    def garbage(self, user: str) -> None:
+        """Count what is no message of ours: whoever sends much of it is cut off too."""
+        self._refusal(user, Refused("sends what is no message", where=self._name(user)))
 
     def _refusal(self, user: str, refused: Refused) -> Refused:
         """Note it, and cut off who is refused too often."""

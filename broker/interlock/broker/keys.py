@@ -214,11 +214,31 @@ def decode(data: bytes, kind: type[_T], *, where: str) -> _T:
         _check_format(data, where)  # a later one may look different
         raise ConfigError(f"is damaged: {error}", where=where, hint="restore it from a copy") from None
     _check_format(data, where)
-    if isinstance(found, Authority):
-        for grant in found.grants:
-            _check_hex(grant.curve, where)
-            _check_hex(grant.sign or grant.curve, where)
+    for one in _entries(found):
+        _check_identity(one.identity, where)
+        _check_hex(one.curve, where)
+        _check_hex(one.sign or one.curve, where)
     return found
+
+
+def _entries(found: Authority | PrivateKeys | Enrolment) -> list[Grant | PrivateKeys]:
+    match found:
+        case Authority():
+            return [*found.grants]
+        case Enrolment():
+            return [found.own, *found.authority.grants]
+    return [found]
+
+
+def _check_identity(identity: str, where: str) -> None:
+    """An identity becomes the name of a file."""
+    role, _, name = identity.partition("/")
+    try:
+        if identity_of(role, name) == identity:
+            return
+    except ConfigError:
+        pass
+    raise ConfigError(f"is damaged: {identity[:80]!r} is no identity", where=where, hint="restore it from a copy")
 
 
 def _check_hex(key: str, where: str) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from interlock.broker.samples import Announcement, Batch
+from interlock.broker.samples import MAX_SERIES, MAX_SOURCES, Announcement, Batch, fits
 
 SILENT_S = 60.0  # a source that sent nothing for so long is forgotten: every role speaks twice a second
-MAX_SOURCES = 20_000  # two roles on each of 10,000 hosts; later ones pass, but are not remembered
-MAX_SERIES = 5_000  # of one source: 50 agents with 100 series each
+MAX_HOST_SOURCES = 64  # of one host: it has two, and no key may take all the room there is
+MAX_HOST_SERIES = 20_000  # of one host: four sources that are full
 MAX_ALL_SERIES = 500_000  # of all, at some 0.5 kB each; as many as the rule engine takes
 SLACK = 10_000  # samples that the batches of one source may hold beyond what is newest
 MAX_LOSING = 1_000  # sources whose losses are counted one by one
@@ -46,10 +46,16 @@ class LastValues:
         self.refused = 0
         self.series = 0
         self._sources: dict[str, _Source] = {}
+        self._sources_of: Counter[str] = Counter()  # by host
+        self._series_of: Counter[str] = Counter()
 
     @property
     def sources(self) -> int:
         return len(self._sources)
+
+    def has_room(self, name: str) -> bool:
+        """Whether this source is known, or its host may have one more."""
+        return name in self._sources or self._sources_of[_host(name)] < MAX_HOST_SOURCES
 
     def take(self, topic: str, batch: Batch, now: float) -> None:
         """Remember what is new in a batch."""
@@ -69,7 +75,9 @@ class LastValues:
             self._announce(source, batch)
         for gone in batch.stale:
             source.series.pop(gone, None)
-        self.series += len(source.series) - before
+        self._count_series(batch.source, len(source.series) - before)
+        if batch.series or batch.stale:  # a batch is held as long as its values are; what it announced is not
+            batch = msgspec.structs.replace(batch, series=[], stale=[])
         ids = tuple(batch.ids)
         if ids not in source.groups:
             source.held += len(ids)
@@ -80,7 +88,7 @@ class LastValues:
     def forget_silent(self, now: float) -> None:
         """Drop every source that sent nothing for `SILENT_S`."""
         for name in [name for name, source in self._sources.items() if now - source.heard > SILENT_S]:
-            self.series -= len(self._sources.pop(name).series)
+            self._forget(name)
             self.lost.pop(name, None)
 
     def snapshot(self, prefixes: Sequence[str], now: float) -> Iterator[tuple[str, list[Batch]]]:
@@ -95,23 +103,44 @@ class LastValues:
                 yield source.topic, _cached(name, source, now)
 
     def _begin(self, topic: str, batch: Batch) -> _Source | None:
-        old = self._sources.pop(batch.source, None)
-        if old is not None:
-            self.series -= len(old.series)
-        elif len(self._sources) >= MAX_SOURCES:
+        if batch.source in self._sources:
+            self._forget(batch.source)
+        elif len(self._sources) >= MAX_SOURCES or not self.has_room(batch.source):
             self.refused += 1
             return None
+        self._sources_of[_host(batch.source)] += 1
         source = self._sources[batch.source] = _Source(topic, batch)
         return source
+
+    def _forget(self, name: str) -> None:
+        self._count_series(name, -len(self._sources.pop(name).series))
+        host = _host(name)
+        self._sources_of[host] -= 1
+        if not self._sources_of[host]:
+            del self._sources_of[host], self._series_of[host]
+
+    def _count_series(self, name: str, more: int) -> None:
+        if more:
+            self.series += more
+            self._series_of[_host(name)] += more
 
     def _announce(self, source: _Source, batch: Batch) -> None:
         if batch.whole:  # what it does not name has ended, though the batch that said so was lost
             live = {announced.id for announced in batch.series}
             for gone in source.series.keys() - live:
                 del source.series[gone]
-        room = min(MAX_SERIES - len(source.series), MAX_ALL_SERIES - self.series)
+        room = min(
+            MAX_SERIES - len(source.series),
+            MAX_ALL_SERIES - self.series,
+            MAX_HOST_SERIES - self._series_of[_host(batch.source)],
+        )
         for announced in batch.series:
-            if announced.id not in source.series:
+            known = source.series.get(announced.id)
+            if known != announced and not fits(announced.labels):
+                self.refused += 1
+                source.partial = True
+                continue
+            if known is None:
                 if room <= 0:
                     self.refused += 1
                     source.partial = True
@@ -122,6 +151,10 @@ class LastValues:
     def _count_lost(self, name: str, count: int) -> None:
         if count > 0 and (name in self.lost or len(self.lost) < MAX_LOSING):
             self.lost[name] += count
+
+
+def _host(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def _compact(source: _Source) -> None:

@@ -382,9 +382,10 @@ class EventLog:
     def _translated(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError, WireError) as error:
+        except (sqlite3.Error, OSError, WireError, ValueError, TypeError, OverflowError) as error:
+            # a damaged file gives values of other types, and texts, in SQLite's own errors too, that are no UTF-8
             raise LogError(
-                f"can't be {what}: {error}",
+                f"can't be {what}: {' '.join(str(error).split())}",
                 where=str(self.path),
                 hint="is the disk full, or the file damaged? a copy of the file and its -wal keeps what can be saved",
             ) from error

@@ -179,7 +179,7 @@ def _records(content: bytes, begin: int) -> Iterator[tuple[_Row, int]]:
             return
         try:
             row = _rows.decode(packed)
-        except msgspec.DecodeError:
+        except ValueError:  # msgspec's errors are ValueErrors, and so is a text that is not UTF-8
             return
         begin += 8 + size
         yield row, begin

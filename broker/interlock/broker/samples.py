@@ -6,6 +6,7 @@ repeated (see `SeriesTable`), since the telemetry plane may drop a batch and a c
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Annotated
 
 import msgspec
@@ -17,10 +18,18 @@ NAME = "__name__"  # the label that holds the metric's name, as in Prometheus
 
 KEYFRAME_S = 1.0  # a batch with all announcements at least this often; what a late joiner waits at most
 LATE_S = 2.0  # a sample that waited longer on its way is history: nobody may take it for how things stand now
+MAX_LABELS = 64  # of a series; Prometheus' usual limit is 30
+MAX_LABELS_TEXT = 4096  # characters of all names and values: they come back in alerts, which must fit into a frame
+MAX_SERIES = 5_000  # of one source: 50 agents with 100 series each; what comes later is not resolved
+MAX_IN_BATCH = 20_000  # announcements, samples: four sources that are full; decoding so many takes some 15 ms
+MAX_SOURCES = 20_000  # two roles on each of 10,000 hosts; the one heard of longest ago goes first
 ANNOUNCEMENTS = 3  # a new series is announced in so many batches in a row: one lost batch costs no second
 
 
-class Announcement(msgspec.Struct, frozen=True, array_like=True):
+_Many = msgspec.Meta(max_length=MAX_IN_BATCH)  # msgspec looks at it before it decodes the first
+
+
+class Announcement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """`[id, labels]`; labels hold the metric's name under `__name__`."""
 
     id: Annotated[int, says("the series' number in its publisher's epoch")]
@@ -37,13 +46,18 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     ]
     seq: Annotated[int, says("1, 2, 3, ... in the epoch; a hole is a lost batch")]
     time: Annotated[float, says("when the samples were taken, seconds since 1970 by the publisher's clock")]
-    series: Annotated[list[Announcement], says("announcements, `[id, labels]` each")] = []
-    ids: Annotated[list[int], says("the series `ids[i]` has the value `values[i]`")] = []
-    values: Annotated[list[float], says("as many as ids")] = []
-    stale: Annotated[list[int], says("ids of series that have ended")] = []
+    series: Annotated[list[Announcement], _Many, says("announcements, `[id, labels]` each")] = []
+    ids: Annotated[list[int], _Many, says("the series `ids[i]` has the value `values[i]`")] = []
+    values: Annotated[list[float], _Many, says("as many as ids")] = []
+    stale: Annotated[list[int], _Many, says("ids of series that have ended")] = []
     whole: Annotated[bool, says("`series` names all series there are, any other has ended")] = False
     delay: Annotated[float, says("seconds that the batch is known to have waited on its way")] = 0.0
     cached: Annotated[bool, says("no new batch, but the state after batch `seq`, as the broker remembers it")] = False
+
+
+def fits(labels: dict[str, str]) -> bool:
+    """Whether a series with these labels is one that anybody remembers."""
+    return len(labels) <= MAX_LABELS and sum(map(len, labels)) + sum(map(len, labels.values())) <= MAX_LABELS_TEXT
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -104,7 +118,7 @@ class SeriesReader:
 
     def __init__(self) -> None:
         self._epochs: dict[str, int] = {}
-        self._labels: dict[str, dict[int, Labels]] = {}
+        self._labels: OrderedDict[str, dict[int, Labels]] = OrderedDict()
         self.unresolved = 0  # samples whose announcement has not arrived (yet)
         self.outdated = 0  # batches of an epoch that is over
 
@@ -119,12 +133,17 @@ class SeriesReader:
             ended = list(self._labels.get(batch.source, {}).values())
             self._epochs[batch.source] = batch.epoch
             self._labels[batch.source] = {}
+            while len(self._labels) > MAX_SOURCES:
+                gone, _ = self._labels.popitem(last=False)
+                del self._epochs[gone]
+        self._labels.move_to_end(batch.source)
         table = self._labels[batch.source]
         if batch.whole:  # a series that it does not name has ended, though the batch that said so was lost
             live = {announced.id for announced in batch.series}
             ended += [table.pop(number) for number in [number for number in table if number not in live]]
         for announced in batch.series:
-            table[announced.id] = tuple(sorted(announced.labels.items()))
+            if announced.id in table or len(table) < MAX_SERIES:
+                table[announced.id] = tuple(sorted(announced.labels.items()))
         samples = []
         for number, value in zip(batch.ids, batch.values, strict=False):
             key = table.get(number)

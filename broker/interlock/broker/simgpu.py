@@ -110,7 +110,7 @@ class SimulatedGpu:
                 where=str(self.folder),
                 hint='set monitor.gpu = "simulated" and list the cards under [[monitor.simulated]]',
             ) from None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             raise NoSimulatedGpu(f"the card can't be read: {error}", where=str(self.folder / CARD)) from None
 
     def reserve(self, size: int) -> Reservation:

@@ -20,7 +20,8 @@ from interlock.broker import policy, topics, wire
 from interlock.broker.config import BrokerConfig
 from interlock.broker.errors import Refused, UnknownVersion, WireError
 from interlock.broker.gate import Gate, open_gated
-from interlock.broker.lastvalues import LastValues
+from interlock.broker.keys import Grant
+from interlock.broker.lastvalues import MAX_HOST_SOURCES, LastValues
 from interlock.broker.pulse import PULSE_S
 from interlock.broker.rejects import Rejects
 from interlock.broker.samples import Batch, Labels, SeriesTable, labels
@@ -42,7 +43,8 @@ from interlock.broker.telemetry_protocol import (
 )
 
 SUBSCRIBER_QUEUE = 1000  # batches that wait for one subscriber: 1 s of 100 publishers at 10 Hz; then its next are lost
-PUBLISHER_QUEUE = 1000  # batches of one publisher that wait to be read; then they wait, and are dropped, at its side
+PUBLISHER_QUEUE = 100  # batches of one publisher that wait to be read; then they wait, and are dropped, at its side
+TAKEN_AT_ONCE = 32  # messages between two looks at the rest: beats come in time though each takes 15 ms
 MAX_ASKS = 1_000  # requests for last values that wait, one of each connection; who gets no answer asks again
 MAX_SHOWN = 100  # characters of a peer's words in the log
 OWN_HOST, OWN_NAME = "fleet", "broker"  # what the plane says of itself belongs to no host
@@ -82,7 +84,7 @@ async def serve_telemetry(
             nursery.start_soon(plane.answer)
             while True:
                 batches = []
-                for user, (peer, *frames) in await ingress.receive_known():
+                for user, (peer, *frames) in await ingress.receive_known(TAKEN_AT_ONCE):
                     if plane.take(user, peer, frames):
                         batches.append(frames)
                 plane.pass_on(batches)
@@ -109,24 +111,37 @@ class _Plane:
             self._take_ask(user, peer, frames[0])
             return False
         try:
+            if self._gate is not None:
+                self._gate.batch(user, sum(map(len, frames)))
             batch = wire.decode_batch(frames)
+            if self._gate is not None and batch.series:
+                self._gate.announced(user, len(batch.series))
             topic = wire.decode_topic(frames[0])
             if not topic.startswith(f"{topics.TELEMETRY}{batch.source}/") or not topic.endswith("/"):
                 raise WireError(f"{topic!r} is not a topic of telemetry of {batch.source[:MAX_SHOWN]!r}")
             if batch.cached:
                 raise WireError("only the broker says what it remembers", where=topic)
             if self._gate is not None:
-                self._gate.admit(user, lambda grant: policy.telemetry(grant, topic, batch))
+                self._gate.admit(user, lambda grant: self._may_send(grant, topic, batch))
         except UnknownVersion as error:
             self._rejects.count("a batch of an unknown version", error)
         except WireError as error:
             self._rejects.count("what is not a telemetry batch", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
         except Refused as error:
             self._rejects.count("a batch whose sender may not", error)
         else:
             self._last.take(topic, batch, trio.current_time())
             return True
         return False
+
+    def _may_send(self, grant: Grant, topic: str, batch: Batch) -> None:
+        policy.telemetry(grant, topic, batch)
+        if not self._last.has_room(batch.source):
+            raise Refused(
+                f"sends as more than {MAX_HOST_SOURCES} sources at once", where=f"{grant.identity} on {topic}"
+            )
 
     def pass_on(self, batches: list[list[bytes]]) -> None:
         """Send what was taken to whoever listens."""
@@ -148,6 +163,8 @@ class _Plane:
         except WireError as error:
             self._rejects.count("what is not a request for last values", error)
             self._fail(peer, frame, "invalid", error)
+            if self._gate is not None:
+                self._gate.garbage(user)
             return
         except Refused as error:
             self._rejects.count("a request whose sender may not", error)

@@ -8,7 +8,7 @@ subscriber, so that they can be hashed and signed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
@@ -21,6 +21,8 @@ from interlock.broker.version import WIRE_VERSION, V, check, check_frame
 
 MAX_FRAME = 1 << 20  # bytes: the largest frame anyone of ours sends is a report of some 10 kB
 MAX_TOPIC = 256  # bytes
+MAX_WHY = 200  # characters of what is wrong with a frame: msgspec quotes it
+MAX_NESTING = 16  # maps and lists inside each other in evidence; ours has 4, and what copies or prints it recurses
 
 Body = Command | Fact
 
@@ -53,6 +55,20 @@ _body_decoder: msgspec.msgpack.Decoder[Body] = msgspec.msgpack.Decoder(Body)
 _header_decoder = msgspec.msgpack.Decoder(Header)
 _batch_decoder = msgspec.msgpack.Decoder(Batch)
 
+
+def _is_open(kind: Any) -> bool:
+    """A field in which a sender may say anything: a plain map, whatever is annotated to it."""
+    while hasattr(kind, "__metadata__"):
+        kind = kind.__origin__
+    return bool(kind == dict[str, Any])
+
+
+_OPEN = {
+    kind: [field.name for field in msgspec.structs.fields(kind) if _is_open(field.type)] for kind in get_args(Body)
+}
+
+_PLAIN = (str, int, float, type(None))  # bool is an int
+
 T = TypeVar("T")
 
 
@@ -72,11 +88,39 @@ def decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T], *, what: str) -> T
         return decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         check_frame(frame, what)
-        raise WireError(f"not a {what}: {error or type(error).__name__}") from error
+        raise WireError(f"not a {what}: {_line(str(error)) or type(error).__name__}") from error
+
+
+def _line(text: str) -> str:
+    """What a peer's bytes may say in a log or at a terminal: one line, and no control characters."""
+    return "".join(each if each.isprintable() else "?" for each in text[:MAX_WHY])
 
 
 def decode_body(frame: bytes) -> Body:
-    return decode(frame, _body_decoder, what="event body")
+    body = decode(frame, _body_decoder, what="event body")
+    for name in _OPEN[type(body)]:
+        _check_plain(getattr(body, name), name)
+    return body
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """What JSON can say too, and not nested without end: evidence is folded, copied and printed wherever it comes."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise WireError(f"{name} is nested too deeply", hint=f"at most {MAX_NESTING} maps and lists")
+        below: list[Any] = []
+        for found in level:
+            if isinstance(found, dict):
+                if not all(type(key) is str for key in found):
+                    raise WireError(f"a key in {name} is no text")
+                below += found.values()
+            elif isinstance(found, list):
+                below += found
+            elif not isinstance(found, _PLAIN):
+                raise WireError(f"{name} has a {type(found).__name__}, which JSON can't say")
+        level = below
 
 
 def decode_header(frame: bytes) -> Header:
@@ -87,9 +131,12 @@ def decode_topic(frame: bytes) -> str:
     try:
         if len(frame) > MAX_TOPIC:
             raise WireError(f"topic of {len(frame)} bytes", hint=f"at most {MAX_TOPIC}")
-        return frame.decode("ascii")
+        topic = frame.decode("ascii")
     except UnicodeDecodeError as error:
         raise WireError("topic is not ASCII") from error
+    if not topic.isprintable():
+        raise WireError(f"{topic!r} is not a topic", hint="it has control characters")
+    return topic
 
 
 def decode_event(frames: Sequence[bytes]) -> Event:

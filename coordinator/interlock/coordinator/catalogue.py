@@ -230,7 +230,15 @@ _BY_TYPE: dict[Any, Any] = {str: NAME, int: 41, float: 1767225600.5, bool: True,
 def example(kind: Kind) -> Any:
     """A message of this type, with its optional fields left to their defaults."""
     hints = get_type_hints(kind)
-    return kind(**{field.name: _value(field.name, hints[field.name]) for field in _needed(kind)})
+    bounded = get_type_hints(kind, include_extras=True)
+    needed = {field.name: _value(field.name, hints[field.name]) for field in _needed(kind)}
+    return kind(**{name: _within(value, bounded[name]) for name, value in needed.items()})
+
+
+def _within(value: Any, hint: Any) -> Any:
+    """The value, or one that its bounds allow."""
+    most = [meta.le for meta in getattr(hint, "__metadata__", ()) if meta.le is not None]
+    return type(value)(most[0] / 2) if most and value > most[0] else value
 
 
 def _needed(kind: Kind) -> list[msgspec.structs.FieldInfo]:

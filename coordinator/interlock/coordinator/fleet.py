@@ -215,7 +215,7 @@ class Fleet:
             return
         try:
             state = _states.decode(zlib.decompressobj().decompress(snapshot.state, STATE_BYTES))
-        except (zlib.error, msgspec.DecodeError) as error:
+        except (zlib.error, msgspec.DecodeError, RecursionError, ValueError) as error:
             _log.error("a snapshot of the fleet can't be read: %s", error)
             return
         self.hosts = {host.name: host for host in state.hosts}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import msgspec
 
-from interlock.broker.samples import LATE_S, Batch, Labels, SeriesReader
+from interlock.broker.samples import LATE_S, MAX_SOURCES, Batch, Labels, SeriesReader, fits
 
 REMEMBERED_S = 60.0  # a publisher's first batch older than this may be one that the broker remembered of a dead one
-MAX_LABELS = 64  # of a series; Prometheus' usual limit is 30
-MAX_LABELS_TEXT = 4096  # characters of all names and values: they come back in alerts, which must fit into a frame
 
 
 class Intake:
@@ -16,7 +16,7 @@ class Intake:
 
     def __init__(self) -> None:
         self._reader = SeriesReader()
-        self._newest: dict[str, tuple[int, int]] = {}  # source -> (epoch, seq)
+        self._newest: OrderedDict[str, tuple[int, int]] = OrderedDict()  # source -> (epoch, seq)
         self.repeated = 0  # batches that came twice or late
         self.lost = 0  # batches that never came
         self.late = 0  # samples that tell of the past, since they waited on their way
@@ -34,12 +34,15 @@ class Intake:
         if newest is not None and (place < newest or (place == newest and not batch.cached)):
             self.repeated += 1
             return [], []
-        fit = [announced for announced in batch.series if _fits(announced.labels)]
+        fit = [announced for announced in batch.series if fits(announced.labels)]
         if len(fit) < len(batch.series):
             self.oversized += len(batch.series) - len(fit)
             batch = msgspec.structs.replace(batch, series=fit)
         samples, ended = self._reader.read(batch)
         self._newest[batch.source] = place
+        self._newest.move_to_end(batch.source)
+        while len(self._newest) > MAX_SOURCES:
+            self._newest.popitem(last=False)
         if batch.delay > LATE_S:
             self.late += len(samples)
             samples = []
@@ -47,7 +50,3 @@ class Intake:
             return ([] if newest is None and now - batch.time > REMEMBERED_S else samples), ended
         self.lost += max(0, batch.seq - newest[1] - 1)
         return samples, ended
-
-
-def _fits(labels: dict[str, str]) -> bool:
-    return len(labels) <= MAX_LABELS and sum(map(len, labels)) + sum(map(len, labels.values())) <= MAX_LABELS_TEXT

@@ -6,6 +6,7 @@ rule that loads is a rule that works.
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import promql_parser as promql
@@ -37,13 +38,23 @@ _CARDINALITIES: dict[str, Cardinality] = {
 }
 _OTHER_CALLS = ("absent", "absent_over_time", "scalar", "vector", "time", "timestamp")
 MAX_EXPRESSION = 20_000  # characters: the longest of 1,093 public rules has some 2,000
+MAX_PARTS = 1_000  # parentheses and operators: the parser recurses, and some 2,500 exhaust its stack, which is fatal
 MAX_DEPTH = 100  # nested nodes; deeper ones would exhaust Python's stack in the evaluation
+
+
+_STRING = re.compile(r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | `[^`]*` """, re.VERBOSE)
+_PART = re.compile(r"[-+*/%^(]|[=!<>]=?|\b(?:and|or|unless|atan2)\b", re.IGNORECASE)
 
 
 def parse(text: str, *, where: str = "expression") -> Expression:
     """The tree of a PromQL expression. ConfigError where it is wrong, or names a construct that isn't supported."""
     if len(text) > MAX_EXPRESSION:
         raise ConfigError(f"the expression has {len(text)} characters", where=where, hint=f"at most {MAX_EXPRESSION}")
+    parts = len(_PART.findall(_STRING.sub("", text)))
+    if parts > MAX_PARTS:
+        raise ConfigError(
+            f"{_shown(text)} has {parts} operators and parentheses", where=where, hint=f"at most {MAX_PARTS}"
+        )
     try:
         tree = promql.parse(text)
     except ValueError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import reprlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,8 @@ from interlock.coordinator.rules.durations import duration
 from interlock.coordinator.rules.language import parse
 from interlock.coordinator.rules.rule import Action, Kind, NoData, Rule
 
+MAX_FILE = 4 << 20  # characters of a rule file: the largest of the public ones have 0.2 million
+MAX_KEYS = 200_000  # in all mappings of a file, those that are merged in from others counted each time
 DEFAULT_RULES = "default_rules.yaml"  # beside this module
 DEFAULT = "default"  # in a list of files: the default rules, so that rules of one's own need not replace them
 
@@ -68,12 +71,16 @@ def default_rules() -> list[Rule]:
 
 def parse_rules(text: str, *, file: str) -> list[Rule]:
     """The rules of one file's text; ConfigError for the first thing that is wrong."""
+    if len(text) > MAX_FILE:
+        raise ConfigError(f"has {len(text)} characters", where=file, hint=f"at most {MAX_FILE}")
     try:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", where=file) from None
     except RecursionError:
         raise ConfigError("is nested too deeply", where=file) from None
+    except (ValueError, OverflowError, TypeError) as error:  # a date that is none, a number that Python won't read
+        raise ConfigError(f"is not YAML: {' '.join(str(error).split())}", where=file) from None
     root = _mapping({} if tree is None else tree, file)
     _known(root, ("groups",), file)
     rules: list[Rule] = []
@@ -90,7 +97,15 @@ def parse_rules(text: str, *, file: str) -> list[Rule]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: YAML would silently take the last."""
+    """Refuses a key that stands twice in a mapping: YAML would silently take the last. And merges that multiply."""
+
+    merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > MAX_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_KEYS} keys", node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -131,7 +146,7 @@ def _rule(tree: dict[str, Any], number: int, shared: dict[str, str], group: str,
     no_data: NoData = _choice(tree, "x_no_data", get_args(NoData), "keep" if action == "rollback" else "resolve", where)
     dry_run = tree.get("x_dry_run", False)
     if not isinstance(dry_run, bool):
-        raise ConfigError(f"{dry_run!r} is not true or false", where=f"{where}: x_dry_run")
+        raise ConfigError(f"{_short(dry_run)} is not true or false", where=f"{where}: x_dry_run")
     return Rule(
         name=name,
         kind=kind,
@@ -159,6 +174,11 @@ def _distinct(rules: list[Rule]) -> None:
                 "there is already a rule with this name and these labels", where=rule.where, hint="give it another name"
             )
         seen.add(key)
+
+
+def _short(value: Any) -> str:
+    """So much of a value as an error needs: aliases can make a small file's value endless."""
+    return reprlib.repr(value)
 
 
 # --- reading values, each with its place for the error
@@ -191,9 +211,15 @@ def _sequence(value: Any, where: str) -> list[Any]:
 
 
 def _text(value: Any, where: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError("a text belongs here" if value is not None else "is missing", where=where)
-    return str(value)
+    try:
+        text = str(value)
+    except ValueError:  # a number of more digits than Python writes
+        raise ConfigError("the number is too long", where=where) from None
+    if not text.strip():
+        raise ConfigError("a text belongs here", where=where)
+    return text
 
 
 def _texts(tree: dict[str, Any], key: str, where: str) -> dict[str, str]:
@@ -210,11 +236,11 @@ def _text_or_empty(value: Any, where: str) -> str:
 
 def _duration(tree: dict[str, Any], key: str, where: str) -> float:
     value = tree.get(key)
-    return 0.0 if value is None else duration(str(value), where=f"{where}: {key}")
+    return 0.0 if value is None else duration(_text(value, f"{where}: {key}"), where=f"{where}: {key}")
 
 
 def _choice(tree: dict[str, Any], key: str, choices: tuple[Any, ...], default: Any, where: str) -> Any:
     value = tree.get(key, default)
     if value not in choices:
-        raise ConfigError(f"{value!r} is none of {', '.join(choices)}", where=f"{where}: {key}")
+        raise ConfigError(f"{_short(value)} is none of {', '.join(choices)}", where=f"{where}: {key}")
     return value
