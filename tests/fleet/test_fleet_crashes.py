@@ -19,6 +19,7 @@ SAMPLE = [
     Case("monitor", "done start-candidate", "calc"),
     Case("candidate", "done start-candidate", "rep"),
     Case("permanent", "stage integration", "rep"),
+    Case("permanent", "stage prepare", "calc"),
     Case("host", "done cut-over", "calc"),
     Case("candidate", "done commit", "calc"),
 ]

@@ -144,10 +144,11 @@ class Instance:
         return argv, env
 
     async def check(self) -> Health:
-        """One health check."""
+        """One health check; of one that has ended too."""
         if self.control is not None:
             return await self.control.health(HEALTH_TIMEOUT_S)
-        assert self.revision.probe is not None
+        if self.revision.probe is None:
+            return Health(False, "the instance is gone", 0.0)
         return await probe(
             self.revision.probe,
             request_endpoint=self.requests,
