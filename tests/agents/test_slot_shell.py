@@ -51,6 +51,9 @@ class StandInGateway:
     def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:
         self.callbacks.append(callback)
 
+    def begin_trial(self, slow_s: float | None) -> None:
+        """What it counts is not looked at here."""
+
     def detach(self, instance: str) -> None:
         self.told.append(f"detach {instance}")
 
