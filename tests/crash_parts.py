@@ -36,7 +36,7 @@ OUTCOMES = {0: "committed", 10: "rolled-back", 11: "held", 12: "refused", 13: "f
 
 # How a candidate does on a machine that may be busy is not the question here.
 UNJUDGED = """
-observe = { latency_passed = 1e3, latency_failed = 1e4, slow_passed = 0.98, slow_failed = 0.99, memory_passed = 9.0 }
+observe = { failures = 99, latency_passed = 98.0, latency_failed = 99.0, slow_passed = 0.98, slow_failed = 0.99 }
 """
 HEAD = f"""
 name = "crashes"

@@ -29,7 +29,7 @@ HEAD = f"""
     name = "load"
     state = "state"
     [log]
-    keep_mb = 8.0
+    keep_mb = 2.0
     [rules]
     files = ["rules.yaml"]
     [monitor]
@@ -54,7 +54,8 @@ class Held:
     descriptors: dict[str, int]  # by role
     processes: int
     folders: dict[str, int]  # bytes by path in the state folder, two levels deep
-    files: int  # in the state folder, and where the sockets of the instances are
+    files: int  # in the state folder
+    sockets: int  # and other files, where the instances have theirs
 
 
 @dataclass
@@ -80,16 +81,16 @@ def held(fleet: Any, migrations: int) -> Held:
     state: Path = fleet.folder / "state"
     folders: dict[str, int] = {}
     count = 0
-    for path in [*state.rglob("*"), *(file for folder in fleet.run_folders() for file in folder.rglob("*"))]:
+    for path in state.rglob("*"):
         try:
             size = path.lstat().st_size if path.is_file() else 0
         except OSError:  # gone meanwhile
             continue
         count += 1
-        if path.is_relative_to(state):
-            name = "/".join(path.relative_to(state).parts[:2])
-            folders[name] = folders.get(name, 0) + size
-    return Held(migrations, memory, descriptors, len(fleet.left()), folders, count)
+        name = "/".join(path.relative_to(state).parts[:2])
+        folders[name] = folders.get(name, 0) + size
+    sockets = sum(1 for folder in fleet.run_folders() for _ in folder.iterdir())
+    return Held(migrations, memory, descriptors, len(fleet.left()), folders, count, sockets)
 
 
 def calm(fleet: Any, agents: list[str]) -> bool:

@@ -5,7 +5,7 @@
 A real fleet; half of the migrations are committed, half are rolled back with all requests on the candidate. Every
 `--every` migrations all wait, and it is looked at what the roles hold. Prints one JSON object; exits 1 if a request
 failed, a migration ended otherwise than asked, or memory, descriptors, processes or files still grew in the second half
-of the run. The log is kept at 8 MiB, so that its bound is reached.
+of the run. The log is kept at 2 MiB, so that its bound is reached.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def grown(looks: list[Held]) -> dict[str, Any]:
         "folder_bytes": {name: line(lambda look, n=name: look.folders.get(n, 0)) for name in looks[-1].folders},
         "processes": line(lambda look: look.processes),
         "files": line(lambda look: look.files),
+        "sockets": line(lambda look: look.sockets),
     }
 
 
@@ -106,7 +107,7 @@ def too_much(growth: dict[str, Any]) -> list[str]:
         if value > bound
     ]
     found += ["processes grow"] if growth["processes"] > 1 else []
-    return found + (["files grow"] if growth["files"] > FILE_GROWTH else [])
+    return found + [f"{what} grow" for what in ("files", "sockets") if growth[what] > FILE_GROWTH]
 
 
 def main() -> int:

@@ -37,5 +37,7 @@ async def test_migrations_in_a_row_lose_no_request_and_leave_no_process_descript
         assert look.folders.keys() - begin.folders.keys() <= {"host-alpha/backups", "host-alpha/data"}
     assert end.folders["host-alpha/revisions"] == middle.folders["host-alpha/revisions"]
     assert end.folders["host-alpha/backups"] <= 2 * middle.folders["host-alpha/backups"]
+    for look in (middle, end):
+        assert look.sockets == begin.sockets
     assert fleet.stop() == 0, fleet.log
     fleet.nothing_left()

@@ -74,6 +74,7 @@ class Instance:
     control: InstanceControl | None = None
     handlers: dict[str, HandlerContract] = field(default_factory=dict)
     stopping: bool = False
+    _files: list[Path] = field(default_factory=list)  # in the folder of the sockets
 
     @property
     def revision(self) -> RevisionConfig:
@@ -128,6 +129,7 @@ class Instance:
                 control=self.health_endpoint, stop_timeout_s=self.revision.stop_timeout_s,
             )  # fmt: skip
             path = self.place.run_dir / f"{number}.json"
+            self._files = [path, *(self.place.run_dir / f"{number}.{kind}" for kind in ("req", "ctl"))]
             await trio.to_thread.run_sync(path.write_bytes, msgspec.json.encode(spec))
             argv = [values["python"], "-m", "interlock.agents.run", "--spec", str(path)]
         else:
@@ -252,9 +254,12 @@ class Instance:
         return code
 
     def close(self) -> None:
+        """What leads to it, the files of its sockets included: one that was killed has left them."""
         if self.control is not None:
             self.control.close()
             self.control = None
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
     # --- words
 
