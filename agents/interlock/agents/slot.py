@@ -279,6 +279,7 @@ class Slot:
                 return self._roll_back(breach, now)
             return []
         if given.instance == self.permanent:
+            self._cold = self._cold or self.row.state is State.ROLLING_BACK
             return self._start_permanent(now, restart=True)
         return []
 
@@ -336,6 +337,8 @@ class Slot:
     def _verified(self, given: Verified, now: Moment) -> list[Action]:
         if self.row.state is not State.ROLLING_BACK or given.migration != (self.row.migration or ""):
             return []
+        if given.instance not in ("", self.permanent):
+            return []  # it has died since: the one that takes its place is asked when it is healthy
         breach = self._breach or Breach(by="host", reason="unknown")
         if not given.ok:
             failed = facts.RollBackFailed(

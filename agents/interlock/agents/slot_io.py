@@ -98,6 +98,7 @@ class Verified:
     routed: float
     reason: str = ""
     evidence: Evidence = field(default_factory=dict)
+    instance: str = ""  # that was asked; left out: the permanent one of now
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,7 @@ class SlotShell:
                 nursery.cancel_scope.cancel()
         reason = f"revision {self.slot.row.permanent} did not answer within {VERIFY_S:g} s"
         evidence: Evidence = {"verified_by": answer.by}
-        self.give(Verified(migration, answer.came.is_set(), answer.at, routed, reason, evidence))
+        self.give(Verified(migration, answer.came.is_set(), answer.at, routed, reason, evidence, name))
 
     async def _probe_until(self, name: str, answer: FirstAnswer) -> None:
         while True:
