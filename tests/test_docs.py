@@ -20,9 +20,11 @@ import msgspec
 import pytest
 
 import wire_parts
+from interlock.agents import token_machine
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
 from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
 from interlock.broker import commands, config
+from interlock.broker.bounds import range_of
 from interlock.broker.config import BUILT_IN, StrategyConfig, parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator.demo.scenarios import SCENARIOS
@@ -58,6 +60,7 @@ TABLES = {
     "[hosts.NAME]": "HostConfig",
     "[agents.NAME]": "AgentConfig",
     "[agents.NAME.compare]": "CompareConfig",
+    "[agents.NAME.compare.handlers.NAME]": "HandlerCompare",
     "[agents.NAME.revisions.NAME]": "RevisionConfig",
     "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
 }
@@ -113,10 +116,12 @@ def _key_row(owner: str, field: ast.AnnAssign, lines: list[str]) -> str:
     if not comment and above.startswith("#"):
         comment = above[1:]
     assert comment.strip(), f"{owner}.{key} has no comment that says what it means"
+    annotation = ast.unparse(field.annotation)
+    allowed = f", {range_of(owner, key)}" if annotation.split(" ")[0] in ("int", "float") else ""
     field_of = {each.name: each for each in msgspec.structs.fields(getattr(config, owner))}
     cells = [
         f"`{field_of[key].encode_name}`",
-        _type(ast.unparse(field.annotation)),
+        _type(annotation) + allowed,
         _default(owner, key),
         comment.strip(),
     ]
@@ -202,6 +207,12 @@ def slot_diagram() -> str:
         lines.append(f"{_id(before)} --> {_id(slot.row.state)}: {what}")
     lines += [f"{_id(state)} --> rolling_back: roll back" for state in State if state in ON_TRIAL]
     return _diagram(lines, State)
+
+
+def token_diagram() -> str:
+    """The token machine: its table."""
+    lines = ["[*] --> free", *(f"{old} --> {new}: {what}" for (old, what), new in token_machine.TRANSITIONS.items())]
+    return _diagram(lines, token_machine.Phase)
 
 
 def migration_diagram() -> str:
@@ -325,6 +336,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "stages": stages,
     "slot": slot_diagram,
+    "token": token_diagram,
     "migration": migration_diagram,
     "migration-table": migration_table,
     "default-rules": rule_table,
@@ -390,9 +402,16 @@ def test_what_the_rules_page_calls_unsupported_is_refused() -> None:
             language.parse(expression)
 
 
+ENTRY = (
+    "name", "agent", "from", "to", "outcome", "decided_by", "breach_to_event_ms", "breach_to_restored_ms", "requests",
+    "failed_requests", "longest_gap_ms",
+)  # fmt: skip
+
+
 def test_the_report_of_the_demo_is_of_the_scenarios_that_it_plays() -> None:
     report = json.loads((DOCS / "demo-report.json").read_text("utf-8"))
     played = [(entry["name"], entry["outcome"], entry["failed_requests"]) for entry in report["scenarios"]]
+    assert {tuple(entry) for entry in report["scenarios"]} == {ENTRY}
     assert played == [(scenario.name, scenario.expected, 0) for scenario in SCENARIOS]
 
 

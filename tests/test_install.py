@@ -15,6 +15,10 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 NAMES = ["good", "gpu-memory", "crash", "slow", "wrong-answers", "exec"]
+ENTRY = (
+    "name", "agent", "from", "to", "outcome", "decided_by", "breach_to_event_ms", "breach_to_restored_ms", "requests",
+    "failed_requests", "longest_gap_ms",
+)  # fmt: skip
 DEMO_S = 240.0  # the demo takes less than a minute on an idle machine
 
 
@@ -60,6 +64,7 @@ def report(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     assert [path.name for path in folder.iterdir()] == ["report.json"]
     scenarios = json.loads((folder / "report.json").read_text())["scenarios"]
     assert [entry["name"] for entry in scenarios] == NAMES
+    assert {tuple(entry) for entry in scenarios} == {ENTRY}
     return {entry["name"]: entry for entry in scenarios}
 
 

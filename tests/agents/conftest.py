@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 
+from interlock.agents.answers import MAX_BODY
 from interlock.agents.instance import InstanceControl
 from interlock.broker.sockets import Socket, Sockets, open_sockets
 
@@ -34,7 +35,7 @@ class LaunchedAgent:
                 [python, "-m", "interlock.agents.run", "--spec", str(spec_file)], cwd=folder, stdout=log, stderr=log
             )
         self.control = InstanceControl(sockets, spec["control"])
-        self.requests: Socket = sockets.open("dealer", connect=spec["requests"])
+        self.requests: Socket = sockets.open("dealer", connect=spec["requests"], max_message=MAX_BODY)
         self.raw_control: Socket = sockets.open("dealer", connect=spec["control"])
 
     @property

@@ -47,7 +47,10 @@ def test_a_good_agent_is_described_and_nothing_is_written_into_its_source(tmp_pa
     code, report = checked(tmp_path, source)
     assert code == 0
     parameters = {"question": "str", "limit": "int = ..."}
-    assert report == {"ok": True, "handlers": {"ask": {"idempotent": True, "parameters": parameters}}}
+    assert report == {
+        "ok": True,
+        "handlers": {"ask": {"idempotent": True, "side_effects": False, "parameters": parameters}},
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spec.json", "subject.py"]
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from interlock.agents.agent import MAX_METRICS, Agent, Metrics, RequestError, background, handler, thread
 from interlock.agents.contract import (
+    MAX_REPLY,
     ContractError,
     bind_arguments,
     contract_of,
@@ -39,7 +40,7 @@ class Tutor(Agent):
     async def ask(self, question: str, limit: int = 3) -> dict[str, Any]:
         return {"question": question, "limit": limit}
 
-    @handler()
+    @handler(side_effects=True)
     def place(self, point: Point, when: date | None = None, kind: Literal["a", "b"] = "a") -> dict[str, Any]:
         return {"x": point.x}
 
@@ -66,12 +67,13 @@ def refused(action: str, **arguments: Any) -> str:
 
 def test_a_contract_lists_actions_with_their_types_and_what_runs_beside() -> None:
     assert CONTRACT.describe() == {
-        "ask": {"idempotent": True, "parameters": {"question": "str", "limit": "int = ..."}},
+        "ask": {"idempotent": True, "side_effects": False, "parameters": {"question": "str", "limit": "int = ..."}},
         "place": {
             "idempotent": False,
+            "side_effects": True,
             "parameters": {"point": "Point", "when": "datetime.date | None = ...", "kind": "Literal['a', 'b'] = ..."},
         },
-        "store.anything": {"idempotent": False, "parameters": {"key": "Any", "**": "Any"}},
+        "store.anything": {"idempotent": False, "side_effects": False, "parameters": {"key": "Any", "**": "Any"}},
     }
     assert CONTRACT.backgrounds == ["refresh"]
     assert CONTRACT.threads == ["crunch"]
@@ -189,7 +191,7 @@ def test_a_result_that_can_not_be_sent_is_a_fault_of_the_handler() -> None:
     with pytest.raises(TypeError):
         reply_ok({"a": object()}, "json")
     with pytest.raises(RequestError, match="bytes, at most"):
-        reply_ok({"a": "x" * 3_000_000}, "json")
+        reply_ok({"a": "x" * MAX_REPLY}, "json")
 
 
 def faulty(body: dict[str, Any]) -> str:

@@ -105,24 +105,73 @@ async def test_the_wrapped_examples_are_found_well_by_their_probes_and_answer(na
                 assert answer.endswith(b"served by page v1\n")
 
 
+async def test_the_example_with_its_own_protocol_answers_lines(tmp_path: Path) -> None:
+    port = free_port()
+    with program("lines", FLEET.agents["lines"].revisions["v1"], port, tmp_path / "log"), trio.fail_after(30):
+        while True:
+            try:
+                stream = await trio.open_tcp_stream("127.0.0.1", port)
+                break
+            except OSError:
+                await trio.sleep(0.05)
+        async with stream:
+            await stream.send_all(b"a line\n")
+            await stream.send_eof()
+            assert b"".join([bytes(chunk) async for chunk in stream]) == b"hello\nA LINE\n"
+
+
+async def test_the_worker_example_sorts_in_its_turn_only(
+    launch_agent: LaunchAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERLOCK_DATA", str(tmp_path))
+    revision = FLEET.agents["sorter"].revisions["v1"]
+    agent = await launch_agent("", entry=revision.entry, source=str(FLEET.folder / revision.source), standby=True)
+    (tmp_path / "inbox" / "a.txt").write_text("b\na\n")
+    assert (await agent.control.activate(20.0)).ok
+    result = tmp_path / "inbox" / "a.sorted"
+    with trio.fail_after(20):
+        while not result.exists():
+            assert (await agent.control.health()).ok
+    assert (await agent.control.deactivate(20.0)).ok
+    assert result.read_text() == "a\nb\n"
+    assert await agent.terminated() == 0
+
+
 def test_every_toml_file_and_block_is_a_fleet() -> None:
-    assert set(FLEET.agents) == {"greeter", "adder", "page"}
+    assert set(FLEET.agents) == {"greeter", "adder", "page", "lines", "sorter"}
     for path in (ROOT / "examples").rglob("*.toml"):
         load_fleet(path)
-    assert len(blocks("toml")) == 4
-    for block in blocks("toml"):
-        parse_fleet({"hosts": {"alpha": {"control": "tcp://127.0.0.1:7180"}}, **tomllib.loads(block)})
+    shown = tables()
+    assert [next(iter(table)) for table in shown] == [
+        "tutor",
+        "tutor",
+        "adder",
+        "page",
+        "page",
+        "lines",
+        "sorter",
+        "adder",
+    ]
+    for table in shown:
+        [(name, agent)] = table.items()
+        whole = {name: {**shown[0]["tutor"], **agent} if name == "tutor" else agent}  # its comparison stands by itself
+        parse_fleet({"hosts": {"alpha": {"control": "tcp://127.0.0.1:7180"}}, "agents": whole})
+
+
+def tables() -> list[dict[str, Any]]:
+    """The agents of each fleet file in the guide."""
+    return [tomllib.loads(block)["agents"] for block in blocks("toml")]
 
 
 def test_what_the_guide_shows_of_wrapping_is_what_the_examples_do() -> None:
-    for name, block in zip(("adder", "page"), blocks("toml")[1:3], strict=True):
-        shown = msgspec.convert(tomllib.loads(block)["agents"][name], AgentConfig)
+    for name in ("adder", "page", "lines"):
+        shown = msgspec.convert(next(table[name] for table in tables() if name in table), AgentConfig)
         assert shown.endpoint == FLEET.agents[name].endpoint
         assert shown.revisions["v1"].command == FLEET.agents[name].revisions["v1"].command
 
 
 def test_the_guides_class_is_an_agent_and_its_test_passes(tmp_path: Path) -> None:
-    tutor, its_test = blocks("python")
+    tutor, its_test, *_ = (block for block in blocks("python") if "utor" in block)
     module = types.ModuleType("tutor")
     exec(compile(tutor, "tutor.py", "exec"), module.__dict__)
     assert issubclass(module.Tutor, Agent)
@@ -139,7 +188,8 @@ def test_the_guides_class_is_an_agent_and_its_test_passes(tmp_path: Path) -> Non
 async def test_the_guides_class_answers_as_the_guide_says(launch_agent: LaunchAgent) -> None:
     request, reply, error, spec = (json.loads(block) for block in blocks("json"))
     config = tomllib.loads(blocks("toml")[0])["agents"]["tutor"]["revisions"]["v1"]["config"]
-    agent = await launch_agent(blocks("python")[0], entry="subject:Tutor", config=config)
+    [tutor] = [block for block in blocks("python") if "class Tutor" in block]
+    agent = await launch_agent(tutor, entry="subject:Tutor", config=config)
     action = request.pop("action")
     assert await agent.ask(action, **request) == reply
     assert await agent.ask(action, **request, limit="three") == error
@@ -149,3 +199,25 @@ async def test_the_guides_class_answers_as_the_guide_says(launch_agent: LaunchAg
     assert (await agent.control.metrics())["topics"] == 2.0
     assert spec["entry"] == "tutor:Tutor"
     assert await agent.terminated() == 0
+
+
+async def test_the_guides_worker_works_in_its_turn_and_stops(launch_agent: LaunchAgent) -> None:
+    [worker] = [block for block in blocks("python") if "class Sorter" in block]
+    agent = await launch_agent(
+        worker.replace("trio.sleep(1)", "trio.sleep(0.01)"), entry="subject:Sorter", standby=True
+    )
+    assert (await agent.control.activate(20.0)).ok
+    with trio.fail_after(20):
+        while (await agent.control.metrics()).get("sorted", 0) < 3:
+            assert agent.process.poll() is None, agent.log
+    assert (await agent.control.deactivate(20.0)).ok
+    assert await agent.terminated() == 0
+
+
+def test_the_guides_comparison_function_says_what_it_should() -> None:
+    [source] = [block for block in blocks("python") if "def same_meaning" in block]
+    module: dict[str, Any] = {}
+    exec(compile(source, "judging.py", "exec"), module)
+    assert module["same_meaning"]({}, {"a": "x"}, {"a": "y"}) is True
+    assert module["same_meaning"]({}, {"a": "x"}, {"a": "y" * 1000}) is False
+    assert module["same_meaning"]({}, {"a": "x"}, {"b": "x"}) == "keys ['a'] became ['b']"

@@ -72,7 +72,7 @@ COUNTER = (
 
         @handler("big")
         async def big(self):
-            return {"data": "x" * 3_000_000}
+            return {"data": "x" * (64 << 20)}
 """
 )
 
@@ -370,7 +370,7 @@ async def test_a_killed_instance_is_unreachable_and_another_takes_its_endpoints(
 
 async def test_garbage_on_both_sockets_does_nothing(launch_agent: LaunchAgent) -> None:
     agent = await launch_agent(COUNTER, config={"word": "w"})
-    malformed = [[b""], [b"x"], [b"1", b"2"], [b"1", b"x", b"{}"], [os.urandom(9)] * 9, [b"1", b"", b"", b""]]
+    malformed = [[b""], [b"x"], [b"1", b"2"], [b"1", b"x", b"{}"], [os.urandom(9)] * 9]
     for frames in malformed:
         await agent.requests.send(frames)
     unpackable = [b"", b"\xc1", b"\x81", b"3", b"{}", b"\x81\xa1a" * 50_000, os.urandom(200)]
@@ -385,10 +385,27 @@ async def test_garbage_on_both_sockets_does_nothing(launch_agent: LaunchAgent) -
     with trio.fail_after(20):
         id, body = await agent.raw_control.receive()
     assert id == b"q"
-    assert "known: describe, health, metrics, stop" in msgpack.unpackb(body)["error"]
+    assert "known: activate, deactivate, describe, health, metrics, stop" in msgpack.unpackb(body)["error"]
     assert (await agent.ask("echo", text="x"))["status"] == "ok"
     assert (await agent.control.health()).ok
     assert "dropped a message of frame sizes" in agent.log
+
+
+async def test_a_request_that_is_not_one_frame_is_told_so_at_once(launch_agent: LaunchAgent) -> None:
+    agent = await launch_agent(COUNTER, config={"word": "w"})
+    for body in ([], [b"{}", b"{}"], [b"", b""]):
+        with trio.fail_after(20):
+            await agent.requests.send([b"7", b"", *body])
+            *envelope, answer = await agent.requests.receive()
+        assert envelope == [b"7", b""]
+        error = decode_answer(answer)["error"]
+        assert (error["code"], error["message"]) == ("bad-request", f"a request is one frame, this one has {len(body)}")
+
+
+async def test_an_agent_takes_as_large_a_request_as_its_gateway(launch_agent: LaunchAgent) -> None:
+    agent = await launch_agent(COUNTER, config={"word": "w"})
+    large = "x" * 3_000_000
+    assert (await agent.ask("echo", text=large))["text"] == large
 
 
 async def test_a_wrong_answer_of_an_instance_is_a_wire_error_and_not_well(short_folder: Any) -> None:

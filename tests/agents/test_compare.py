@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.agents.answers import MAX_ERROR_ANSWER, error_answer, is_error
-from interlock.agents.compare import decode_answer, difference
-from interlock.broker.config import CompareConfig
+from interlock.agents.compare import covers, difference, handler_of
+from interlock.agents.values import decode_answer
+from interlock.broker.config import CompareConfig, HandlerCompare
 
 EXACT = CompareConfig()
 
@@ -136,3 +137,23 @@ def test_what_only_speaks_of_errors_is_none() -> None:
     assert not is_error([b'["status", "error"]'])
     assert not is_error([b"error"])
     assert not is_error([b'{"status": "error", "pad": "' + b"x" * MAX_ERROR_ANSWER + b'"}'])
+
+
+def test_exact_means_the_same_bytes_and_names_the_first_that_differs() -> None:
+    assert difference([b'{"a": 1}'], [b'{"a":1}'], EXACT) == ""
+    assert difference([b'{"a": 1}'], [b'{"a":1}'], EXACT, exact=True) == "byte 5: b' 1}', not b'1}'"
+    assert difference([b"ab", b"c"], [b"ab", b"cd"], EXACT, exact=True) == "frame 1: 1 bytes, not 2"
+    assert difference([b"ab"], [b"ab"], EXACT, exact=True) == ""
+
+
+def test_a_handler_is_found_by_its_action_or_by_the_longest_path_above_it() -> None:
+    root, deep, act = (HandlerCompare(tolerance=n) for n in (1.0, 2.0, 3.0))
+    handlers = {"GET /": root, "GET /a/b": deep, "act": act}
+    assert handler_of("act", handlers) is act
+    assert handler_of("other", handlers) is None
+    assert handler_of("GET /a/b/c?d=/x", handlers) is deep
+    assert handler_of("GET /a/b?c", handlers) is deep
+    assert handler_of("GET /a/bc", handlers) is root
+    assert handler_of("POST /a/b", handlers) is None
+    assert covers("GET /a/", "GET /a/b")
+    assert not covers("GET /a/", "GET /a")

@@ -15,10 +15,11 @@ from typing import Any
 import msgspec
 import trio
 
-from interlock.agents.compare import Pair
+from interlock.agents.answers import MAX_BODY
+from interlock.agents.compare import Pair, Verdict
 from interlock.agents.front import open_gateway
 from interlock.agents.gateway import ZmqGateway
-from interlock.broker.config import AgentConfig, CompareConfig, RevisionConfig
+from interlock.broker.config import AgentConfig, CompareConfig, HandlerCompare, RevisionConfig
 from interlock.broker.sockets import Socket, Sockets, open_sockets
 
 # An agent as users have them: a REP socket and a loop.
@@ -50,8 +51,8 @@ class Program:
 
 
 @asynccontextmanager
-async def program(name: str) -> AsyncIterator[Program]:
-    process = await trio.lowlevel.open_process([sys.executable, "-c", REP_PROGRAM, name], stdout=subprocess.PIPE)
+async def program(name: str, source: str = REP_PROGRAM) -> AsyncIterator[Program]:
+    process = await trio.lowlevel.open_process([sys.executable, "-c", source, name], stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         with trio.fail_after(30):
@@ -358,6 +359,88 @@ async def test_garbage_from_a_client_or_an_instance_harms_nobody() -> None:
         assert b.gateway.malformed == 9
 
 
+# Takes many requests at once, and no frame above 1 MB: libzmq drops the connection of whoever sends one.
+NARROW_PROGRAM = """
+import json, sys, zmq
+socket = zmq.Context().socket(zmq.ROUTER)
+socket.setsockopt(zmq.MAXMSGSIZE, 1_000_000)
+print("tcp://127.0.0.1:%d" % socket.bind_to_random_port("tcp://127.0.0.1"), flush=True)
+waiting = []
+while True:
+    *envelope, body = socket.recv_multipart()
+    waiting.append(envelope)
+    if json.loads(body)["action"] == "get-go":
+        for envelope in waiting:
+            socket.send_multipart([*envelope, b'{"status": "ok"}'])
+        waiting = []
+"""
+
+
+async def test_what_is_on_a_connection_that_breaks_is_retried_or_ends_at_once() -> None:
+    answers: list[dict[str, Any]] = []
+
+    async def ask(b: Bench, action: str, more: str = "") -> None:
+        answers.append(await b.ask(action=action, more=more))
+
+    async with program("narrow", NARROW_PROGRAM) as narrow, bench() as b:
+        b.attach(narrow, window=64)
+        b.gateway.route({"narrow": 1.0})
+        async with trio.open_nursery() as clients:
+            for _ in range(5):
+                clients.start_soon(ask, b, "get")
+            await until(lambda: b.gateway.in_flight("narrow") == 5)
+            clients.start_soon(ask, b, "charge", "x" * 2_000_000)
+            await until(lambda: answers)
+            error = answers.pop()["error"]
+            assert error["code"] == "instance-died"
+            assert "or its connection died" in error["message"]
+            await until(lambda: b.gateway.in_flight("narrow") == 5)
+            clients.start_soon(ask, b, "get-go")
+        assert answers == [{"status": "ok"}] * 6
+
+
+async def test_requests_of_a_client_that_has_left_can_not_keep_an_agent_down() -> None:
+    async with bench() as b:
+        poisoners = [b.client() for _ in range(20)]
+        for poisoner in poisoners:
+            await poisoner.send([b'{"action": "get-die"}'])
+        await until(lambda: b.gateway.router.waiting == 20)
+        for poisoner in poisoners:
+            poisoner.close(linger_ms=0)
+        died = 0
+        answers: list[dict[str, Any]] = []
+
+        async def innocent() -> None:
+            answers.append(await b.ask(action="get", n=1))
+
+        async with trio.open_nursery() as clients:
+            clients.start_soon(innocent)
+            await until(lambda: b.gateway.router.waiting == 21)
+            while not answers:
+                async with program(f"p{died}") as one:
+                    b.attach(one)
+                    b.gateway.route({one.name: 1.0})
+                    await until(lambda p=one.process: answers or p.poll() is not None)
+                    died += not answers
+                    b.gateway.detach(one.name)
+        assert answers == [{"status": "ok", "by": "p2", "n": 1}]
+        assert died == 2
+        refused = await b.ask(action="get-die")
+        assert refused["error"]["code"] == "quarantined"
+
+
+async def test_a_request_that_is_too_large_or_in_too_many_frames_is_told_so_at_once() -> None:
+    async with program("old") as old, bench() as b:
+        b.attach(old)
+        b.gateway.route({"old": 1.0})
+        for body, code in (([b"{" + bytes(MAX_BODY)], "too-large"), ([b"{"] * 100, "bad-request")):
+            client = b.client()
+            await client.send(body)
+            (answer,) = await client.receive()
+            assert json.loads(answer)["error"]["code"] == code
+        assert (await b.ask(action="get"))["status"] == "ok"
+
+
 async def test_a_dealer_keeps_its_whole_envelope() -> None:
     async with program("old") as old, bench() as b:
         b.attach(old, window=8)
@@ -390,3 +473,47 @@ async def test_the_public_endpoint_decides_which_gateway_opens() -> None:
         for endpoint, kind in ((ANY_PORT, "ZmqGateway"), ("http://127.0.0.1:0", "HttpGateway")):
             config = AgentConfig(host="h", endpoint=endpoint, serve="a", revisions=revisions)
             assert type(open_gateway("alpha", config, sockets)).__name__ == kind
+
+
+class StandInJudge:
+    """Says what it was asked, or that it can't say."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    async def judge(
+        self, function: str, request: list[bytes], old: list[bytes], new: list[bytes], http: dict[str, str] | None
+    ) -> Verdict:
+        self.asked.append((function, json.loads(request[0])["n"], json.loads(new[0])["by"], http))
+        return Verdict(error="broken") if self.asked[-1][1] == 3 else Verdict()
+
+
+async def test_each_handler_is_compared_in_its_own_way_and_a_failed_comparison_is_no_verdict() -> None:
+    pairs: list[Pair] = []
+    judge = StandInJudge()
+    config = CompareConfig(
+        ignore=["by"],
+        handlers={
+            "get-exact": HandlerCompare(mode="exact"),
+            "get-by": HandlerCompare(ignore=[]),
+            "get-own": HandlerCompare(function="check:compare"),
+        },
+    )
+    async with program("old") as old, program("new") as new, bench() as b:
+        b.attach(old, new)
+        b.gateway.route({"old": 1.0})
+        b.gateway.mirror("new", compare=config, on_pair=pairs.append, judge=judge)
+        for n, action in enumerate(["get", "get-exact", "get-own", "get-own", "get-by"]):
+            assert (await b.ask(action=action, n=n))["by"] == "old"
+            await until(lambda n=n: len(pairs) == n + 1)
+        figures = b.gateway.snapshot(trio.current_time())["new"]
+    found = [(pair.handler, pair.equal, pair.difference, pair.error) for pair in pairs]
+    assert found == [
+        ("get", True, "", ""),
+        ("get-exact", False, 'byte 24: b\'old", "n": 1}\', not b\'new", "n": 1}\'', ""),
+        ("get-own", True, "", ""),
+        ("get-own", False, "", "broken"),
+        ("get-by", False, "$.by: 'old', not 'new'", ""),
+    ]
+    assert judge.asked == [("check:compare", 2, "new", None), ("check:compare", 3, "new", None)]
+    assert (figures.compared, figures.mismatches, figures.unjudged) == (4, 2, 1)

@@ -17,7 +17,7 @@ import trio
 
 from interlock.agents.compare import Pair
 from interlock.agents.http_gateway import BUFFERED_BODY, HttpGateway, forwarded
-from interlock.broker.config import CompareConfig
+from interlock.broker.config import CompareConfig, HandlerCompare
 from interlock.broker.errors import ConfigError, InUse
 
 # An agent as users have them. Paths: /who, /hang (if ?name matches), /die, /cut, /big, /stream, /echo, /early
@@ -353,6 +353,44 @@ async def test_gets_are_mirrored_and_compared_and_posts_are_not() -> None:
         assert pairs[2].difference == "no answer"
 
 
+async def test_a_declared_post_is_mirrored_and_a_get_with_side_effects_is_not() -> None:
+    pairs: list[Pair] = []
+    async with program("old") as old, program("new") as new, bench() as b:
+        for each in (old, new):
+            b.gateway.attach(
+                each.name,
+                each.endpoint,
+                window=4,
+                idempotent=lambda line: line == b"POST /ask?x",
+                mirrorable=lambda line: line != b"GET /leave",
+            )
+        b.gateway.route({"old": 1.0})
+        b.gateway.mirror("new", compare=CompareConfig(ignore=["by"]), on_pair=pairs.append)
+        client = b.client()
+        await client.ask("/leave")
+        await client.ask("/tell", "POST", b"x")
+        await client.ask("/ask?x", "POST", b"x")
+        await client.ask("/who")
+        await until(lambda: len(pairs) == 2)
+    assert [pair.request for pair in pairs] == [b"POST /ask?x", b"GET /who"]
+    assert all(pair.equal for pair in pairs)
+
+
+async def test_a_path_is_compared_in_its_own_way_and_a_status_is_always_compared() -> None:
+    pairs: list[Pair] = []
+    config = CompareConfig(ignore=["by"], handlers={"GET /exact": HandlerCompare(mode="exact")})
+    async with program("old") as old, program("new") as new, bench() as b:
+        b.attach(old, new)
+        b.gateway.route({"old": 1.0})
+        b.gateway.mirror("new", compare=config, on_pair=pairs.append)
+        client = b.client()
+        for n, path in enumerate(["/who", "/exact/below?query", "/exactly"]):
+            await client.ask(path)
+            await until(lambda n=n: len(pairs) == n + 1)
+    assert [pair.equal for pair in pairs] == [True, False, True]
+    assert pairs[1].difference.startswith("byte 8: b'old")
+
+
 async def test_an_answer_cut_off_in_the_middle_is_cut_off_for_the_client_too() -> None:
     async with program("old") as old, bench() as b:
         b.attach(old)
@@ -412,7 +450,8 @@ async def test_holds_and_timeouts_have_their_own_status() -> None:
         (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"400"),
         (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000, b"431"),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", b"501"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n", b"200"),
+        (b"GET / HTTP/1.0\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", b"200"),
         (b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n", b"501"),
         (b"GET /who HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n", b"200"),
         (b"GET /who HTTP/1.0\r\n\r\n", b"200"),

@@ -28,7 +28,18 @@ NOT_NEEDED = [
     "interlock.monitors",
 ]
 HELD = {
-    "interlock/agents": {"__init__.py", "py.typed", "agent.py", "contract.py", "serving.py", "run.py"},
+    "interlock/agents": {
+        "__init__.py",
+        "py.typed",
+        "activity.py",
+        "answers.py",
+        "agent.py",
+        "contract.py",
+        "serving.py",
+        "run.py",
+        "judging.py",
+        "values.py",
+    },
     "interlock/broker": {"__init__.py", "py.typed", "errors.py", "sockets.py", "simgpu.py"},
 }
 

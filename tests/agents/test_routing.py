@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from interlock.agents.mirroring import MIRROR_WAITING
+from interlock.agents.quarantine import DEATHS_OF_PEER, REFUSED_S
 from interlock.agents.routing import Router
 from interlock.agents.routing_types import Answered, Compare, Fail, Gone, Reply, Send
 from interlock.agents.waiting import MAX_WAITING_PER_PEER, Shares, WaitingLine
@@ -23,8 +24,12 @@ def may_repeat(body: str) -> bool:
     return body.startswith("get")
 
 
+def as_it_is(body: str) -> str:
+    return body
+
+
 def router(*names: str, window: int = 64, shares: Mapping[str, float] | None = None) -> Router[str, str, str]:
-    core: Router[str, str, str] = Router(request_timeout_s=TIMEOUT, hold_s=HOLD)
+    core: Router[str, str, str] = Router(request_timeout_s=TIMEOUT, hold_s=HOLD, key_of=as_it_is)
     for name in names:
         core.attach(name, window=window, idempotent=may_repeat)
     core.route({names[0]: 1.0} if shares is None and names else shares or {}, 0.0)
@@ -227,12 +232,84 @@ def test_answers_that_an_instance_gave_before_it_died_still_count() -> None:
 def test_a_request_that_kills_whoever_takes_it_is_given_up() -> None:
     core = router("i0", "i1", "i2", "i3")
     ask(core, "a", "get")
+    ask(core, "b", "get other")  # so that nobody knows which one it was
     for number in range(3):
         commands = core.lost(f"i{number}", 1.0)
         core.route({f"i{number + 1}": 1.0}, 1.0)
         commands += core.settle(1.0)
-    assert codes(commands) == [("a", "instance-died")]
+    assert codes(commands) == [("a", "instance-died"), ("b", "instance-died")]
     assert sends(commands) == []
+
+
+def deaths(core: Router[str, str, str], count: int, now: float = 1.0) -> list[Any]:
+    """The routed instance dies and another takes its place, so often; what was said meanwhile."""
+    said = []
+    for _ in range(count):
+        number = next(n for n in range(1000) if core.attached(f"i{n}"))
+        said += core.detach(f"i{number}", now)
+        core.attach(f"i{number + 1}", window=1, idempotent=may_repeat)
+        said += route(core, {f"i{number + 1}": 1.0}, now)
+    return said
+
+
+def test_a_request_that_killed_two_instances_is_refused_and_so_are_equal_ones_that_wait() -> None:
+    core = router("i0", window=1)
+    for client in "abc":
+        ask(core, client, "get poison")
+    ask(core, "d", "get", now=0.0)
+    said = deaths(core, 2)
+    assert codes(said) == [("a", "quarantined"), ("b", "quarantined"), ("c", "quarantined")]
+    assert sends(said)[-1].body == "get"
+    assert codes(ask(core, "e", "get poison", now=1.0 + REFUSED_S - 1)) == [("e", "quarantined")]
+    assert core.request("e", "e", "get poison", 1, 1.0 + REFUSED_S - 1)[0].message == (
+        "2 instances died over equal requests: refused for another 1 s"
+    )
+    assert ask(core, "e", "get poison", now=1.0 + REFUSED_S + 1) == []
+
+
+def test_what_may_not_be_repeated_and_is_asked_again_is_refused_too() -> None:
+    core = router("i0", window=1)
+    for _ in range(2):
+        ask(core, "a", "charge poison")
+        assert codes(deaths(core, 1)) == [("a", "instance-died")]
+    assert codes(ask(core, "b", "charge poison", now=2.0)) == [("b", "quarantined")]
+    only_send(ask(core, "a", "charge", now=2.0))
+
+
+def test_a_client_that_sends_ever_new_requests_that_kill_is_refused() -> None:
+    core = router("i0", window=1)
+    for number in range(DEATHS_OF_PEER):
+        only_send(ask(core, "a", f"charge {number}", now=1.0))
+        deaths(core, 1)
+    assert codes(ask(core, "a", "charge", now=2.0)) == [("a", "quarantined")]
+    only_send(ask(core, "b", "charge", now=2.0))
+
+
+def test_nobody_is_blamed_where_several_were_in_hand_or_who_was_answered() -> None:
+    core = router("i0", window=2)
+    for _ in range(3):
+        ask(core, "a", "charge poison")
+        ask(core, "b", "charge")
+        core.detach(next(n for n in ("i0", "i1", "i2") if core.attached(n)), 1.0)
+        core.attach(f"i{_ + 1}", window=2, idempotent=may_repeat)
+        route(core, {f"i{_ + 1}": 1.0}, 1.0)
+    send = only_send(ask(core, "a", "charge poison", now=1.0))
+    core.answer("i3", send.copy, "x", 1.0, error=False)
+    for _ in range(2):
+        send = only_send(ask(core, "a", "charge poison", now=1.0))
+        core.answer(send.instance, send.copy, "x", 1.0, error=False)
+        only_send(ask(core, "a", "charge poison", now=1.0))
+        deaths(core, 1)
+    only_send(ask(core, "a", "charge poison", now=1.0))
+
+
+def test_who_broke_the_way_to_an_instance_that_is_then_found_dead_is_to_blame() -> None:
+    core = router("i0", window=1)
+    for _ in range(2):
+        send = only_send(ask(core, "a", "charge poison", now=1.0))
+        core.failed(send.instance, send.copy, 1.0, sent=True)
+        deaths(core, 1)
+    assert codes(ask(core, "b", "charge poison", now=2.0)) == [("b", "quarantined")]
 
 
 def test_detaching_answers_what_was_in_flight() -> None:
@@ -400,7 +477,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core: Router[str, str, str] = Router(request_timeout_s=TIMEOUT, hold_s=HOLD)
+        self.core: Router[str, str, str] = Router(request_timeout_s=TIMEOUT, hold_s=HOLD, key_of=as_it_is)
         self.now = 0.0
         self.clients = 0
         self.replies: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from interlock.agents.compare import Pair
@@ -46,6 +47,21 @@ def test_one_difference_too_many_fails_at_once_and_is_shown() -> None:
     assert "2 of 2 answers differ" in shadow.reason("failed")
     assert shadow.evidence()["first_breach_time"] == 101.0
     assert shadow.evidence()["examples"][0] == {"request": '{"action":"ask"}', "difference": "$: 1, not 2"}
+
+
+def test_a_comparison_that_fails_is_no_pass_and_no_mismatch_and_too_many_end_the_run() -> None:
+    shadow = run(requests=1)
+    shadow.max_errors = 1
+    failed = msgspec.structs.replace(pair(False), difference="", error="check.py:3: KeyError: 'a'", handler="ask")
+    shadow.add(failed, 101.0)
+    assert shadow.verdict(101.0) is None
+    assert (shadow.compared, shadow.mismatches) == (0, 0)
+    shadow.add(failed, 102.0)
+    assert shadow.verdict(102.0) == "error"
+    assert "2 comparisons failed, 1 may: check.py:3: KeyError: 'a'" in shadow.reason("error")
+    evidence = shadow.evidence()
+    assert (evidence["errors"], evidence["first_breach_time"]) == (2, 101.0)
+    assert evidence["failures"][0]["handler"] == "ask"
 
 
 def test_too_little_compared_is_inconclusive_and_no_pass() -> None:

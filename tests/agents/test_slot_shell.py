@@ -42,6 +42,9 @@ class StandInGateway:
     def route(self, shares: dict[str, float]) -> None:
         self.told.append(shares)
 
+    def begin_trial(self, slow_s: float | None) -> None:
+        pass
+
     def rescue(self, instance: str) -> None:
         self.told.append(f"rescue {instance}")
 
@@ -50,9 +53,6 @@ class StandInGateway:
 
     def on_answer(self, instance: str, callback: Callable[[float], None]) -> None:
         self.callbacks.append(callback)
-
-    def begin_trial(self, slow_s: float | None) -> None:
-        """What it counts is not looked at here."""
 
     def detach(self, instance: str) -> None:
         self.told.append(f"detach {instance}")

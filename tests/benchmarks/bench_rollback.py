@@ -370,4 +370,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # its folder goes, and its fleet
+    code = 0
+    try:
+        main()
+    except* KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

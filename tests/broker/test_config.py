@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interlock.broker.config import load_fleet, parse_fleet, source_of
+from interlock.broker.bounds import check_values
+from interlock.broker.config import RAPID, STAGED, FleetConfig, load_fleet, parse_fleet, source_of
 from interlock.broker.errors import ConfigError
 
 GOOD: dict[str, Any] = {
@@ -70,7 +71,12 @@ def test_a_good_file_is_read_with_its_defaults() -> None:
         ("agents/../x", {}, "agents", "is not a name"),
         ("hosts/a b", {"control": "tcp://127.0.0.1:1"}, "hosts", "is not a name"),
         ("strategies/brave", {}, "strategies", "unknown strategy 'brave'"),
-        ("strategies/rapid", {"canary": [{"share": 2, "seconds": 1}]}, "strategies.rapid.canary", "share 2"),
+        (
+            "strategies/rapid",
+            {"canary": [{"share": 2, "seconds": 1}]},
+            "strategies.rapid.canary.share",
+            "2.0 is out of range (use 0.000001 to 1)",
+        ),
         ("monitor/gpu", "amd", "monitor.gpu", "invalid enum value 'amd'"),
     ],
 )
@@ -87,11 +93,90 @@ def test_what_is_wrong_is_said_with_its_place(path: str, value: Any, where: str,
     assert what in text
 
 
+INF, NAN = float("inf"), float("nan")
+CANARY = "strategies/rapid/canary"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "allowed"),
+    [
+        ("agents/tutor/revisions/r1/stop_timeout_s", INF, "0 to 3600"),
+        ("agents/tutor/revisions/r1/start_timeout_s", 0, "0.01 to 86400"),
+        ("agents/tutor/request_timeout_s", NAN, "0.01 to 86400"),
+        ("agents/tutor/hold_s", -1, "0 to 86400"),
+        ("agents/tutor/window", -3, "0 to 10000"),
+        ("agents/tutor/health_failures", 0, "1 to 1000"),
+        ("agents/tutor/health_period_s", 0, "0.01 to 3600"),
+        ("agents/tutor/compare/tolerance", -0.1, "0 to 1"),
+        ("coordinator/lease_s", -1, "0.5 to 3600"),
+        ("log/keep_days", NAN, "0 to 36500"),
+        ("monitor/idle_s", NAN, "0.01 to 3600"),
+        ("monitor/migrating_s", -1, "0.01 to 3600"),
+        ("strategies/rapid/observation_s", NAN, "0 to 2592000"),
+        ("strategies/rapid/shadow_requests", -1, "0 to 1000000000"),
+        ("agents/tutor/endpoint", "tcp://127.0.0.1:99999", "1 to 65535"),
+        ("agents/tutor/endpoint", "tcp://127.0.0.1:0", "1 to 65535"),
+    ],
+)
+def test_a_number_out_of_its_range_is_said_with_the_range(path: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_fleet(changed(path, value), path="fleet.toml")
+    assert str(raised.value).startswith(f"fleet.toml: {path.replace('/', '.')}: ")
+    assert f"(use {allowed})" in str(raised.value)
+
+
+PROGRAM = {"command": ["x"], "probe": {"kind": "tcp"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where", "what"),
+    [
+        ("state", "a\0b", "state", "holds a NUL character"),
+        ("agents/tutor/endpoint", "tcp://127.0.0.1:*", "agents.tutor.endpoint", "others could not know which"),
+        ("agents/tutor/endpoint", f"ipc://{'x' * 108}", "agents.tutor.endpoint", "the path has 108 bytes"),
+        (CANARY, [{"share": 0.5, "seconds": 1}, {"share": 0.1, "seconds": 1}], "strategies.rapid.canary", "shrink"),
+        (CANARY, [{"share": 0.5, "seconds": NAN}], "strategies.rapid.canary.seconds", "nan is out of range"),
+        ("agents/tutor/revisions/r1", {**PROGRAM, "command": ["{prt}"]}, "agents.tutor.revisions.r1.command", "{prt}"),
+        ("agents/tutor/revisions/r1", {**PROGRAM, "command": ["a\0"]}, "agents.tutor.revisions.r1.command", "NUL"),
+        ("agents/tutor/revisions/r1", {**PROGRAM, "command": [""]}, "agents.tutor.revisions.r1.command", "is empty"),
+        ("agents/tutor/revisions/r1/env", {"": "x"}, "agents.tutor.revisions.r1.env", "the name of a variable"),
+        ("agents/tutor/revisions/r1/env", {"A=B": "x"}, "agents.tutor.revisions.r1.env", "the name of a variable"),
+        ("agents/tutor/revisions/r1/env", {"A": "{prt}"}, "agents.tutor.revisions.r1.env.A", "{prt}"),
+    ],
+)
+def test_what_could_never_be_started_is_known_from_the_file(path: str, value: Any, where: str, what: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_fleet(changed(path, value), path="fleet.toml")
+    assert str(raised.value).startswith(f"fleet.toml: {where}: ")
+    assert what in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("path", "see the reference"),  # and not "python", which a revision has
+        ("agents/tutor/revisions/r1/endpoint", "see the reference"),
+        ("hosts/alpha/contrl", "did you mean 'control'?"),
+    ],
+)
+def test_the_nearest_key_is_one_of_the_same_table(path: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_fleet(changed(path, "x"), path="fleet.toml")
+    assert hint in str(raised.value)
+
+
+def test_every_default_is_in_its_range() -> None:
+    check_values(FleetConfig(strategies={"rapid": RAPID, "staged": STAGED}), "", "fleet")
+
+
 def test_a_file_that_is_missing_or_no_toml_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load_fleet(tmp_path / "fleet.toml")
     (tmp_path / "fleet.toml").write_text("agents = [")
     with pytest.raises(ConfigError, match="is not TOML"):
+        load_fleet(tmp_path / "fleet.toml")
+    (tmp_path / "fleet.toml").write_text("# nothing yet\n")
+    with pytest.raises(ConfigError, match="is empty"):
         load_fleet(tmp_path / "fleet.toml")
     (tmp_path / "fleet.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="can't be read"):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import get_args
 
-import msgspec
 import pytest
 
 from interlock.broker import commands, facts
-from interlock.broker.commands import Breach
 from interlock.broker.config import load_fleet
 from interlock.broker.wire import Body, Event, Header, encode
 from interlock.coordinator import cli
+from interlock.coordinator.catalogue import example
 from interlock.coordinator.fleet import Fleet
 from interlock.coordinator.options import STEERING
 from interlock.coordinator.screen import Screen, clock, closing
@@ -26,6 +27,7 @@ from interlock.coordinator.watch import planes
 from interlock.coordinator.wording import sentence, tone
 
 Captured = pytest.CaptureFixture[str]
+PATIENCE_S = 60  # for a process of ours to begin or end on a busy machine
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def fleet_file(tmp_path: Path) -> Path:
     path = tmp_path / "fleet.toml"
     path.write_text(
         "security.mode = 'insecure'\n[broker]\n" + "\n".join(lines) + '\n[hosts.alpha]\ncontrol = "tcp://127.0.0.1:*"\n'
-        '[agents.echo]\nhost = "alpha"\nendpoint = "tcp://127.0.0.1:*"\nserve = "v1"\n'
+        '[agents.echo]\nhost = "alpha"\nendpoint = "tcp://127.0.0.1:7201"\nserve = "v1"\n'
         '[agents.echo.revisions]\nv1 = { entry = "echo:Echo" }\nv2 = { entry = "echo:Echo" }\n'
     )
     return path
@@ -65,6 +67,8 @@ def test_an_unknown_verb_is_answered_with_the_nearest(argv: list[str], capsys: C
         (["pause"], "AGENT"),
         (["abrot", "echo"], "did you mean 'abort'?"),
         (["status", "--timeout", "0"], "not a time in seconds"),
+        (["watch", "--after", "-5"], "'-5' is not a whole number of 0 or more"),
+        (["log", "--after", "-5"], "'-5' is not a whole number of 0 or more"),
         (["status", "--frob"], "unrecognized arguments: --frob"),
         (["watch", "facts"], "no topic starts with facts"),
         (["status", "--fleet", "/no/such/fleet.toml"], "/no/such/fleet.toml: there is no such file"),
@@ -77,6 +81,11 @@ def test_wrong_usage_is_told_in_one_line_and_exits_2(
     monkeypatch.setenv(cli.FLEET, str(fleet_file))
     assert cli.main(argv) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main([*argv, "--json"]) == 2
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["outcome"] == "error"
+    assert told["reason"] in err
 
 
 @pytest.mark.parametrize(
@@ -113,10 +122,11 @@ def test_roles_of_other_packages_take_the_process_over(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setenv(cli.FLEET, "env.toml")
+    monkeypatch.setenv("INTERLOCK_INSECURE", "")
     for argv in (
         ["host", "--name", "alpha", "--fleet", "f.toml"],
-        ["broker"],
-        ["--fleet", "g.toml", "monitor", "--host", "alpha"],
+        ["broker", "--json"],
+        ["--fleet", "g.toml", "monitor", "--host", "alpha", "--insecure"],
     ):
         with pytest.raises(Gone):
             cli.main(argv)
@@ -125,6 +135,7 @@ def test_roles_of_other_packages_take_the_process_over(monkeypatch: pytest.Monke
         ["-P", "-m", "interlock.broker", "--fleet", "env.toml"],
         ["-P", "-m", "interlock.monitors", "--host", "alpha", "--fleet", "g.toml"],
     ]
+    assert os.environ["INTERLOCK_INSECURE"] == "1"
 
 
 def test_the_coordinator_package_runs_as_a_module() -> None:
@@ -155,26 +166,10 @@ def test_a_prefix_goes_to_the_plane_it_belongs_to(
 # --- words
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def every_body() -> list[Body]:
-    """One message of each type there is, with some value in each field that needs one."""
-    samples: dict[Any, Any] = {str: "alpha", int: 1, float: 1.5, bool: True, bytes: b""}
-    samples |= {
-        list[str]: [],
-        dict[str, str]: {"host": "alpha"},
-        dict[str, float]: {"1": 0.05},
-        Breach: {"by": "rule x", "reason": "too hot"},
-    }
-    bodies = []
-    for kind in (*get_args(commands.Command), *get_args(facts.Fact)):
-        tree = {"type": kind.__struct_config__.tag}
-        for field in msgspec.structs.fields(kind):
-            if field.required:
-                plain = get_type_hints(kind)[field.name]
-                literal = get_args(plain) if get_origin(plain) is Literal else ()
-                tree[field.name] = literal[0] if literal else samples[plain]
-        bodies.append(msgspec.convert(tree, kind))
-    return bodies
+    """One of each kind."""
+    return [example(kind) for kind in (*get_args(commands.Command), *get_args(facts.Fact))]
 
 
 def test_every_event_has_a_sentence_and_a_tone(every_body: list[Body]) -> None:
@@ -268,6 +263,31 @@ def test_the_shell_ends_at_the_end_of_its_input(fleet_file: Path, monkeypatch: p
     feed(monkeypatch)
     prompt.cmdloop()
     assert ran == []
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a signal handler of its own for it."""
+    status = Path(f"/proc/{pid}/status").read_text("ascii")
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_sigterm_ends_a_shell_also_while_a_verb_runs(fleet_file: Path) -> None:
+    command = [sys.executable, "-m", "interlock.coordinator", "shell", "--fleet", str(fleet_file)]
+    shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert shell.stdin is not None
+        shell.stdin.write("watch --timeout 600\nwatch --timeout 600\n")
+        shell.stdin.flush()
+        deadline = time.monotonic() + PATIENCE_S
+        while not catches(shell.pid, signal.SIGTERM):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        shell.terminate()
+        assert shell.wait(PATIENCE_S) == 143
+    finally:
+        shell.kill()
+        shell.communicate()
 
 
 @pytest.mark.parametrize(

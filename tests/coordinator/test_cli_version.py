@@ -21,7 +21,7 @@ AGENT = """
 control = "tcp://127.0.0.1:*"
 [agents.echo]
 host = "alpha"
-endpoint = "tcp://127.0.0.1:*"
+endpoint = "tcp://127.0.0.1:7201"
 serve = "v1"
 [agents.echo.revisions]
 v1 = { entry = "echo:Echo" }

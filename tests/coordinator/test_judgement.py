@@ -33,7 +33,7 @@ def test_a_good_candidate_is_measured_at_each_checkpoint_and_committed_at_the_en
     assert told.later(7.6) == ["stage commit", "Commit"]
     assert [one.final for one in measured(told)] == [False, False, False, True]
     (ended,) = told.done()
-    assert ended.startswith("committed by observation: observed after its full time")
+    assert ended.startswith("committed by observation: observed for its full time")
     evidence = told.events[-1].body.evidence
     assert sum(key.startswith("checks-") for key in evidence) == 4
 

@@ -139,6 +139,15 @@ def test_a_candidate_that_was_not_well_fails() -> None:
     assert trial.verdict("health") == "failed"
 
 
+def test_what_was_remembered_from_before_it_was_up_is_not_held_against_it() -> None:
+    trial = Trial().answers("candidate", 1000)
+    trial.observation = Observation("tutor", "r1", "r2", ObserveConfig(), Baseline())
+    trial.say("candidate", "agent_up", 0.0)
+    assert trial.verdict("health") == "error"
+    trial.say("candidate", "agent_up", 1.0)
+    assert trial.verdict("health") == "passed"
+
+
 @pytest.mark.parametrize(("before", "verdict"), [(1.0, "failed"), (0.0, "inconclusive")])
 def test_a_dependency_that_it_can_not_reach_fails_it_unless_the_old_one_could_not_either(
     before: float, verdict: Verdict

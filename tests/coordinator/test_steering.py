@@ -57,9 +57,7 @@ def test_a_stage_begins_when_it_is_approved_and_each_stage_once(story: Any) -> N
     play.done()
     assert play.later(60.1)[0].startswith("waits for commit")
     assert play.steer("approve")[1:] == ["stage commit", "Commit"]
-    assert play.done() == [
-        "committed by observation: observed after its full time; every stage passed and no rule fired (as measured)"
-    ]
+    assert play.done() == ["committed by observation: observed for its full time, every check passed"]
 
 
 def test_what_nobody_approves_is_rolled_back(story: Any) -> None:

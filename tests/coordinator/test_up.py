@@ -180,6 +180,26 @@ def test_a_fleet_comes_up_says_so_and_goes_down_without_a_trace(folder: Path, st
     assert stopping.index("host/alpha") < stopping.index("broker")
 
 
+def test_an_agent_that_does_not_serve_is_named_when_the_fleet_is_up(folder: Path, started: Start) -> None:
+    fleet = with_agent(folder)
+    text = fleet.read_text()
+    command = 'command = ["{python}", "-m", "http.server", "{port}"]'
+    assert command in text
+    fleet.write_text(text.replace(command, """command = ["{python}", "-c", "raise SystemExit('no model')"]""", 1))
+    up = started(fleet)
+    up.wait_ready()
+    number, reason = up.ready.read_text().splitlines()
+    assert number == str(up.process.pid)
+    assert reason.startswith("page: revision v1: ")
+    assert "no model" in reason
+    assert up.stop(signal.SIGINT) == 0
+    assert up.process.stdout is not None
+    assert up.process.stdout.read().splitlines() == [
+        "fleet small is up: 0 of 1 agent on 1 host (Ctrl-C stops it)",
+        f"page does not serve: {reason.removeprefix('page: ')}",
+    ]
+
+
 def test_a_killed_role_is_started_again_and_the_fleet_goes_on(folder: Path, started: Start) -> None:
     up = started(lay_out(folder))
     up.wait_ready()

@@ -588,6 +588,12 @@ def make_module_fleet() -> Iterator[MakeFleet]:
     yield from _maker()
 
 
+@pytest.fixture(scope="session")
+def ports() -> Callable[[int], list[int]]:
+    """So many ports that are free."""
+    return free_ports
+
+
 @pytest.fixture
 def clients() -> type[Clients]:
     return Clients

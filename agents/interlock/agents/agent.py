@@ -38,6 +38,7 @@ class RequestError(Exception):
 class HandlerMark:
     action: str
     idempotent: bool
+    side_effects: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,16 @@ class ThreadMark:
     pass
 
 
-def handler(action: str = "", *, idempotent: bool = False) -> Callable[[F], F]:
+@dataclass(frozen=True)
+class ActiveMark:
+    pass
+
+
+def handler(action: str = "", *, idempotent: bool = False, side_effects: bool = False) -> Callable[[F], F]:
     """The method answers requests whose "action" is `action` (by default its own name).
 
     idempotent: asking twice is as good as asking once, so a request whose answer was lost may be sent again.
+    side_effects: it does something outside, so a request is never mirrored to a candidate, idempotent or not.
     """
     if not isinstance(action, str):
         raise TypeError('write @handler("name") or @handler(), with parentheses')
@@ -61,7 +68,7 @@ def handler(action: str = "", *, idempotent: bool = False) -> Callable[[F], F]:
         raise ValueError(f"{action!r} can't be an action: use up to 64 letters, digits, dots, dashes or underscores")
 
     def mark(method: F) -> F:
-        setattr(method, MARK, HandlerMark(action or method.__name__, idempotent))
+        setattr(method, MARK, HandlerMark(action or method.__name__, idempotent, side_effects))
         return method
 
     return mark
@@ -82,6 +89,16 @@ def thread(method: F) -> F:
     If it raises, the agent goes on serving but is unhealthy from then on; returning is no fault.
     """
     setattr(method, MARK, ThreadMark())
+    return method
+
+
+def while_active(method: F) -> F:
+    """The method runs only while this instance is the active one of its agent, each time from the beginning.
+
+    `async def`: a task that is cancelled when the turn ends. Plain `def`: a thread, given a `threading.Event` that is
+    set then. Another instance begins only after it has returned; one that takes longer than `stop_timeout_s` is killed.
+    """
+    setattr(method, MARK, ActiveMark())
     return method
 
 
@@ -151,7 +168,7 @@ class Metrics:
 
 
 class Agent:
-    """Base of every class agent. Subclasses add handlers and override the four hooks below; none has to."""
+    """Base of every class agent. Subclasses add handlers and override the hooks below; none has to."""
 
     def __init__(
         self,
@@ -167,6 +184,13 @@ class Agent:
         self.config: dict[str, Any] = config if config is not None else {}
         self.log = logging.getLogger(f"agent.{name}")
         self.metrics = Metrics(self.log)
+        self.active = True  # this instance is the one that works; only an agent without an endpoint ever waits
+        self._wait_active: Callable[[], Awaitable[None]] | None = None
+
+    async def until_active(self) -> None:
+        """Returns once this instance is the active one: at once for an agent that has an endpoint."""
+        if self._wait_active is not None:
+            await self._wait_active()
 
     def setup(self) -> Awaitable[None] | None:
         """Open what the agent needs. Requests are answered only after it; raising ends the process with exit code 1."""
@@ -178,4 +202,12 @@ class Agent:
 
     def health(self) -> Awaitable[dict[str, Any] | bool | None] | dict[str, Any] | bool | None:
         """None or True: well. False, {"ok": False, "detail": "why"} or an exception: not well."""
+        return None
+
+    def activated(self) -> Awaitable[None] | None:
+        """A turn at work begins: take what only one instance may have. Raising means that there is no turn."""
+        return None
+
+    def deactivated(self) -> Awaitable[None] | None:
+        """A turn ended, all `@while_active` has returned: give back what only one instance may have. Be quick."""
         return None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+MAX_BODY = 64 << 20  # bytes of a request or an answer, all frames together: images and audio pass
 MAX_ERROR_ANSWER = 1 << 20  # bytes: a larger answer is no error report, and is not decoded to find out
 
 Encoding = Literal["json", "MessagePack"]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from interlock.agents.answers import Encoding
-from interlock.broker.config import CompareConfig
+from interlock.agents.values import decode_answer
+from interlock.broker.config import CompareConfig, HandlerCompare
 
 MAX_VALUE_TEXT = 80  # characters of each value in a difference: it stands in one line of a report
 NO_ANSWER = "no answer"
 
-_JSON_STARTS = b'{["-0123456789tfn \t\r\n'
-
 
 class Pair(msgspec.Struct, frozen=True, kw_only=True):
-    """One mirrored request and what became of it. `new` None: the candidate did not answer. Latencies in seconds."""
+    """One mirrored request and what became of it. `new` None: the candidate did not answer. Latencies in seconds.
+
+    error: why the two could not be judged; such a pair is neither equal nor different.
+    """
 
     request: bytes
     old: bytes
@@ -27,18 +28,76 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True):
     new_latency: float | None
     equal: bool
     difference: str = ""
+    error: str = ""
+    handler: str = ""  # the action, or the request line
 
 
-def difference(old: Sequence[bytes], new: Sequence[bytes] | None, config: CompareConfig) -> str:
-    """What differs between two answers (frames), as "path: old, not new"; empty if nothing that matters does."""
+class Verdict(msgspec.Struct, frozen=True):
+    """What a comparison says: the difference, or why there is no saying; equal if both are empty."""
+
+    difference: str = ""
+    error: str = ""
+
+
+def handler_of(name: str, handlers: Mapping[str, HandlerCompare]) -> HandlerCompare | None:
+    """The entry for an action, or for a request line "METHOD /path?query": the longest path that it is at or below."""
+    if not handlers:
+        return None
+    found = handlers.get(name)
+    if found is None and " /" in name:
+        name = name.partition("?")[0]
+        below = [key for key in handlers if covers(key, name)]
+        found = handlers[max(below, key=len)] if below else None
+    return found
+
+
+def covers(prefix: str, line: str) -> bool:
+    """Whether "METHOD /path" is this request line (without its query), or a path above it."""
+    return line == prefix or line.startswith(prefix if prefix.endswith("/") else f"{prefix}/")
+
+
+def action_in(request: Sequence[bytes], field: str) -> str:
+    """The action that a request names; empty if it names none."""
+    decoded = decode_answer(request[0]) if request else None
+    value = decoded[1].get(field) if decoded is not None and isinstance(decoded[1], dict) else None
+    return value if isinstance(value, str) else ""
+
+
+def merged(config: CompareConfig, handler: HandlerCompare | None) -> CompareConfig:
+    """The agent's settings, with the handler's where it has its own."""
+    if handler is None:
+        return config
+    ignore = config.ignore if handler.ignore is None else handler.ignore
+    tolerance = config.tolerance if handler.tolerance is None else handler.tolerance
+    return CompareConfig(ignore=ignore, tolerance=tolerance)
+
+
+def difference(old: Sequence[bytes], new: Sequence[bytes] | None, config: CompareConfig, *, exact: bool = False) -> str:
+    """What differs between two answers (frames), as "path: old, not new"; empty if nothing that matters does.
+
+    exact: the bytes count, not what they mean.
+    """
     if new is None:
         return NO_ANSWER
     if len(old) != len(new):
         return f"{len(old)} frames, not {len(new)}"
+    if exact:
+        return _byte_difference(old, new)
     for number, (left, right) in enumerate(zip(old, new, strict=True)):
         found = _body_difference(left, right, config)
         if found:
             return f"frame {number}: {found}" if len(old) > 1 else found
+    return ""
+
+
+def _byte_difference(old: Sequence[bytes], new: Sequence[bytes]) -> str:
+    for number, (left, right) in enumerate(zip(old, new, strict=True)):
+        if left != right:
+            place = f"frame {number}: " if len(old) > 1 else ""
+            at = next((n for n, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), None)
+            if at is None:
+                return f"{place}{len(left)} bytes, not {len(right)}"
+            return f"{place}byte {at}: {_shorten(left[at : at + 20])}, not {_shorten(right[at : at + 20])}"
     return ""
 
 
@@ -51,19 +110,6 @@ def _body_difference(old: bytes, new: bytes, config: CompareConfig) -> str:
     if left[0] != right[0]:
         return f"answered in {left[0]}, not {right[0]}"
     return value_difference(left[1], right[1], ignore=set(config.ignore), tolerance=config.tolerance)
-
-
-def decode_answer(body: bytes) -> tuple[Encoding, Any] | None:
-    """The encoding and the value of an answer; None if it is neither JSON nor MessagePack."""
-    if body[:1] and body[:1] in _JSON_STARTS:
-        try:
-            return "json", msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError, ValueError):
-            pass  # a MessagePack value may begin with the same byte
-    try:
-        return "MessagePack", msgspec.msgpack.decode(body)
-    except (msgspec.DecodeError, RecursionError, ValueError, TypeError):
-        return None
 
 
 def value_difference(old: Any, new: Any, *, ignore: Collection[str], tolerance: float) -> str:

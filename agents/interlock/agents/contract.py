@@ -11,18 +11,18 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 
-from interlock.agents.agent import MARK, Agent, BackgroundMark, HandlerMark, RequestError, ThreadMark
+from interlock.agents.agent import MARK, ActiveMark, Agent, BackgroundMark, HandlerMark, RequestError, ThreadMark
+from interlock.agents.answers import MAX_BODY
 from interlock.broker.errors import InterlockError
-from interlock.broker.sockets import MAX_MESSAGE
 
 ACTION = "action"  # the key of a request that names its handler
 HEALTH = "health"  # the action that every agent answers, through its `health` method
-MAX_REPLY = MAX_MESSAGE  # bytes: the gateway would disconnect an instance that sends more
+MAX_REPLY = MAX_BODY  # bytes: the gateway would disconnect an instance that sends more
 MAX_MESSAGE_TEXT = 2000  # characters of an error's or a health check's text: it ends up in logs and tables
 
 Encoding = Literal["json", "msgpack"]
@@ -44,6 +44,7 @@ class Action:
     name: str
     method: str
     idempotent: bool
+    side_effects: bool
     blocking: bool  # a plain `def`: called in a thread
     parameters: dict[str, Any]
     optional: frozenset[str]
@@ -56,7 +57,7 @@ class Action:
         }
         if self.open_ended:
             parameters["**"] = "Any"
-        return {"idempotent": self.idempotent, "parameters": parameters}
+        return {"idempotent": self.idempotent, "side_effects": self.side_effects, "parameters": parameters}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Contract:
     actions: dict[str, Action]
     backgrounds: list[str]
     threads: list[str]
+    turns: list[str] = field(default_factory=list)  # tasks and threads that run while the instance is active
 
     def describe(self) -> dict[str, Any]:
         return {name: action.describe() for name, action in sorted(self.actions.items())}
@@ -86,6 +88,7 @@ def contract_of(kind: type[Agent]) -> Contract:
     actions: dict[str, Action] = {}
     backgrounds: list[str] = []
     threads: list[str] = []
+    turns: list[str] = []
     for name in dir(kind):
         method = getattr(kind, name, None)
         mark = getattr(method, MARK, None)
@@ -108,7 +111,14 @@ def contract_of(kind: type[Agent]) -> Contract:
             if len(inspect.signature(method).parameters) != 2:
                 raise _fault(method, f"@thread {name} should take one argument: stop, a threading.Event")
             threads.append(name)
-    return Contract(actions, backgrounds, threads)
+        elif isinstance(mark, ActiveMark):
+            wanted = 1 if inspect.iscoroutinefunction(method) else 2
+            if len(inspect.signature(method).parameters) != wanted:
+                raise _fault(
+                    method, f"@while_active {name} should take no argument as async def, stop (an Event) as plain def"
+                )
+            turns.append(name)
+    return Contract(actions, backgrounds, threads, turns)
 
 
 def _action(name: str, method: Callable[..., Any], mark: HandlerMark) -> Action:
@@ -145,6 +155,7 @@ def _action(name: str, method: Callable[..., Any], mark: HandlerMark) -> Action:
         name=mark.action,
         method=name,
         idempotent=mark.idempotent,
+        side_effects=mark.side_effects,
         blocking=not inspect.iscoroutinefunction(method),
         parameters=parameters,
         optional=frozenset(optional),

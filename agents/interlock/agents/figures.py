@@ -71,6 +71,14 @@ def samples(
         seen = figures.get(instance)
         if seen is None:
             continue
+        if seen.connections is not None:
+            found[labels("agent_connections", **of)] = float(seen.connections)
+            found[labels("agent_connections_total", **of)] = float(seen.connections_total)
+            found[labels("agent_connection_bytes_total", direction="in", **of)] = float(seen.bytes_in)
+            found[labels("agent_connection_bytes_total", direction="out", **of)] = float(seen.bytes_out)
+        if seen.active is not None:
+            found[labels("agent_active", **of)] = float(seen.active)
+            continue  # there are no requests
         found[labels("agent_requests_total", **of)] = float(seen.requests)
         found[labels("agent_errors_total", **of)] = float(seen.errors)
         found[labels("agent_in_flight", **of)] = float(seen.in_flight)
@@ -81,10 +89,11 @@ def samples(
         for name, count in msgspec.structs.asdict(seen.trial).items() if seen.trial is not None and trial else ():
             suffix = "" if name.endswith("_sum") else "_total"
             found[labels(f"agent_trial_{name.replace('log_', 'log_seconds_')}{suffix}", **of)] = float(count)
-        if seen.compared or seen.dropped:
+        if seen.compared or seen.dropped or seen.unjudged:
             found[labels("agent_shadow_compared_total", **of)] = float(seen.compared)
             found[labels("agent_shadow_mismatches_total", **of)] = float(seen.mismatches)
             found[labels("agent_shadow_dropped_total", **of)] = float(seen.dropped)
+            found[labels("agent_shadow_errors_total", **of)] = float(seen.unjudged)
     for quantile_name, latency in (recorded or {}).items():
         key = labels("agent_response_baseline_seconds", host=host, agent=agent, quantile=quantile_name)
         found[key] = latency

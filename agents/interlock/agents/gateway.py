@@ -7,6 +7,7 @@ What goes where is decided in `routing.py`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,22 +15,23 @@ from typing import Any, Protocol
 
 import trio
 
-from interlock.agents.answers import error_answer, is_error
-from interlock.agents.compare import Pair, difference
+from interlock.agents.answers import MAX_BODY, error_answer, is_error
+from interlock.agents.compare import Pair, action_in
+from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
 from interlock.agents.latency import InstanceFigures
 from interlock.agents.routing import Router
 from interlock.agents.routing_types import Answered, Compare, Fail, Gone, Reply, Send
 from interlock.broker.config import CompareConfig
 from interlock.broker.sockets import Socket, Sockets
 
-MAX_MESSAGE = 64 << 20  # bytes per frame: images and audio pass; a larger one disconnects its sender only
+MAX_FRAME = 2 * MAX_BODY  # bytes: up to here a client is told that it is too much; beyond, it is disconnected
 MAX_FRAMES = 64  # of one request; nobody of ours sends more than a handful
 UNREAD_REPLIES = 4096  # to one client that doesn't read; beyond, its replies (and only its) are dropped
 LOST_GRACE_S = 0.01  # answers that a dead process gave just before are still on their way for so long
+BREAK_GRACE_S = 0.1  # and those that came over a connection before it broke; whether the process died is known too
 COMPARISONS = 256  # pairs that wait to be compared; beyond, they are dropped
-LARGE_ANSWER = 1 << 15  # bytes: comparing two of these is moved to a thread, so that no client waits for it
 
-_Comparison = tuple[Compare[Any, Any], CompareConfig, Callable[[Pair], None] | None]
+_Waiting = tuple[Compare[Any, Any], Comparison]
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +40,24 @@ class Gateway(Protocol):
     """What a host needs of the front of an agent. Times are trio's (`trio.current_time()`), in seconds."""
 
     endpoint: str
+    can_mirror: bool  # whether requests can be given to a candidate too
 
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Bind and serve until cancelled; the status is the real endpoint. InUse or ConfigError if it can't bind."""
 
-    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
-        """An instance exists at `endpoint`; it gets no live requests yet. A second one of that name replaces it."""
+    def attach(
+        self,
+        instance: str,
+        endpoint: str,
+        *,
+        window: int,
+        idempotent: Callable[[bytes], bool],
+        mirrorable: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        """An instance exists at `endpoint`; it gets no live requests yet. A second one of that name replaces it.
+
+        mirrorable: which requests may be given to a candidate too; None: the idempotent ones.
+        """
 
     def detach(self, instance: str) -> None:
         """Forget the instance and its figures. What it still owed is handled as by `lost`."""
@@ -57,8 +71,13 @@ class Gateway(Protocol):
         *,
         compare: CompareConfig | None = None,
         on_pair: Callable[[Pair], None] | None = None,
+        judge: Judge | None = None,
+        action_field: str = "action",
     ) -> None:
-        """Give idempotent requests to this instance too, compare the answers, drop its own. None ends it."""
+        """Give idempotent requests to this instance too, compare the answers, drop its own. None ends it.
+
+        judge: of the handlers that have a comparison function; action_field: of a request, to know its handler.
+        """
 
     def lost(self, instance: str) -> None:
         """Its process died: what it owed is retried elsewhere if idempotent, else answered with an error."""
@@ -71,6 +90,9 @@ class Gateway(Protocol):
 
     async def drained(self, instance: str) -> None:
         """Returns when nothing is in flight there."""
+
+    def serves(self, instance: str) -> bool:
+        """False: it has no requests to answer yet although it is routed to (it waits for the token)."""
 
     def snapshot(self, now: float) -> dict[str, InstanceFigures]:
         """The figures of every attached instance."""
@@ -91,16 +113,24 @@ class Gateway(Protocol):
 class RoutedGateway(ABC):
     """What both shells share: a `Router`, its timer, the comparison of pairs, and the part of `Gateway` they answer."""
 
+    can_mirror = True
+
     def __init__(self, agent: str, endpoint: str, *, request_timeout_s: float, hold_s: float) -> None:
         self.agent = agent
         self.endpoint = endpoint
-        self.router: Router[Any, Any, Any] = Router(request_timeout_s=request_timeout_s, hold_s=hold_s)
+        self.router: Router[Any, Any, Any] = Router(
+            request_timeout_s=request_timeout_s, hold_s=hold_s, key_of=self.key_of
+        )
         self._settled = trio.lowlevel.ParkingLot()
         self._timer_at = float("inf")
         self._timer_changed = trio.Event()
-        self._compare = CompareConfig()
-        self._on_pair: Callable[[Pair], None] | None = None
-        self._to_compare, self._comparisons = trio.open_memory_channel[_Comparison](COMPARISONS)
+        self._comparison = Comparison()
+        self._to_compare, self._comparisons = trio.open_memory_channel[_Waiting](COMPARISONS)
+
+    @staticmethod
+    def key_of(body: Any) -> bytes | None:
+        """Equal for equal requests; None where a request can't be told from another."""
+        return None
 
     # --- Gateway
 
@@ -120,10 +150,12 @@ class RoutedGateway(ABC):
         *,
         compare: CompareConfig | None = None,
         on_pair: Callable[[Pair], None] | None = None,
+        judge: Judge | None = None,
+        action_field: str = "action",
     ) -> None:
         self.router.mirror(instance)
-        self._compare = compare or CompareConfig()
-        self._on_pair = on_pair if instance is not None else None
+        given = Comparison(compare or CompareConfig(), on_pair, judge, action_field)
+        self._comparison = given if instance is not None else Comparison()
 
     def lost(self, instance: str) -> None:
         self._carry_out(self.router.lost(instance, trio.current_time(), grace=LOST_GRACE_S))
@@ -138,6 +170,9 @@ class RoutedGateway(ABC):
         await trio.lowlevel.checkpoint()
         while self.in_flight(instance):
             await self._settled.park()
+
+    def serves(self, instance: str) -> bool:
+        return True
 
     def snapshot(self, now: float) -> dict[str, InstanceFigures]:
         return self.router.snapshot(now)
@@ -167,7 +202,7 @@ class RoutedGateway(ABC):
             elif isinstance(command, Compare):
                 self._queue_comparison(command)
             elif isinstance(command, Answered):
-                self._tell(command.tag, command.time)
+                self.tell(command.tag, command.time)
             elif isinstance(command, Gone):
                 self._gone(command.instance)
         self._after()
@@ -204,53 +239,28 @@ class RoutedGateway(ABC):
 
     def _queue_comparison(self, command: Compare[Any, Any]) -> None:
         try:
-            self._to_compare.send_nowait((command, self._compare, self._on_pair))
+            self._to_compare.send_nowait((command, self._comparison))
         except trio.WouldBlock:
             self.router.dropped(command.instance)
 
     async def _run_comparisons(self) -> None:
-        async for command, config, on_pair in self._comparisons:
-            pair = await self._pair(command, config)
-            self.router.compared(command.instance, pair.equal)
-            if on_pair is not None:
-                self._tell(on_pair, pair)
+        async for command, comparison in self._comparisons:
+            pair = await self._pair(command, comparison)
+            self.router.compared(command.instance, pair.equal, error=bool(pair.error))
+            if comparison.on_pair is not None:
+                self.tell(comparison.on_pair, pair)
 
-    async def _pair(self, command: Compare[Any, Any], config: CompareConfig) -> Pair:
-        return await paired(command, command.body, command.old, command.new, config=config)
+    async def _pair(self, command: Compare[Any, Any], comparison: Comparison) -> Pair:
+        name = action_in(command.body, comparison.action_field) if comparison.config.handlers else ""
+        answers = Answers(name, command.body, command.old, command.new)
+        return paired(command, answers, command.body, await verdict_of(answers, comparison))
 
-    def _tell(self, callback: Callable[[Any], None], value: Any) -> None:
+    def tell(self, callback: Callable[[Any], None], value: Any) -> None:
         """Whoever watches the traffic can't stop it: a fault there is logged."""
         try:
             callback(value)
         except Exception:
             log.exception("%s: a watcher of the gateway failed", self.agent)
-
-
-async def paired(
-    command: Compare[Any, Any],
-    request: Sequence[bytes],
-    old: Sequence[bytes],
-    new: Sequence[bytes] | None,
-    *,
-    config: CompareConfig,
-    found: str = "",
-) -> Pair:
-    """The Pair of two answers; `found` is a difference known already."""
-    if not found:
-        if sum(map(len, old)) > LARGE_ANSWER:
-            found = await trio.to_thread.run_sync(difference, old, new, config)
-        else:
-            await trio.lowlevel.checkpoint()
-            found = difference(old, new, config)
-    return Pair(
-        request=b"".join(request),
-        old=b"".join(old),
-        new=b"".join(new) if new is not None else None,
-        old_latency=command.old_latency,
-        new_latency=command.new_latency,
-        equal=not found,
-        difference=found,
-    )
 
 
 class ZmqGateway(RoutedGateway):
@@ -266,12 +276,16 @@ class ZmqGateway(RoutedGateway):
         self._nursery: trio.Nursery | None = None
         self.malformed = 0  # messages, of clients and instances, that were dropped
 
+    @staticmethod
+    def key_of(body: Sequence[bytes]) -> bytes:
+        return digest(*body)
+
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         front = self._sockets.open(
             "router",
             bind=self.endpoint,
             label=f"{self.agent} gateway",
-            max_message=MAX_MESSAGE,
+            max_message=MAX_FRAME,
             send_limit=UNREAD_REPLIES,
         )
         self._front, self.endpoint = front, front.endpoint
@@ -282,6 +296,7 @@ class ZmqGateway(RoutedGateway):
                 nursery.start_soon(self._run_comparisons)
                 for name, back in self._backs.items():
                     nursery.start_soon(self._receive_answers, name, back)
+                    nursery.start_soon(self._watch_breaks, name, back)
                 task_status.started(self.endpoint)
                 await self._receive_requests(front)
         finally:
@@ -293,7 +308,15 @@ class ZmqGateway(RoutedGateway):
                 back.close(linger_ms=0)
             self._backs.clear()
 
-    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
+    def attach(
+        self,
+        instance: str,
+        endpoint: str,
+        *,
+        window: int,
+        idempotent: Callable[[bytes], bool],
+        mirrorable: Callable[[bytes], bool] | None = None,
+    ) -> None:
         self.detach(instance)
         # no heartbeats: a process that is stopped, not dead, must find its connection when it goes on
         back = self._sockets.open(
@@ -301,14 +324,20 @@ class ZmqGateway(RoutedGateway):
             connect=endpoint,
             label=f"{self.agent} {instance}",
             heartbeat=False,
-            max_message=MAX_MESSAGE,
+            max_message=MAX_BODY,
             receive_limit=0,
             send_limit=0,
         )
-        self.router.attach(instance, window=window, idempotent=guarded(idempotent, self.agent))
+        self.router.attach(
+            instance,
+            window=window,
+            idempotent=guarded(idempotent, self.agent),
+            mirrorable=guarded(mirrorable or idempotent, self.agent),
+        )
         self._backs[instance] = back
         if self._nursery is not None:
             self._nursery.start_soon(self._receive_answers, instance, back)
+            self._nursery.start_soon(self._watch_breaks, instance, back)
 
     def detach(self, instance: str) -> None:
         super().detach(instance)
@@ -325,12 +354,21 @@ class ZmqGateway(RoutedGateway):
                     start = 2 if frames[1] == b"" else frames.index(b"", 1) + 1
                 except (IndexError, ValueError):
                     start = 0
-                if not 0 < start < len(frames) <= MAX_FRAMES:
-                    self.malformed += 1
-                    continue
                 body = frames[start:]
                 size = sum(map(len, body))
+                if not 0 < start < len(frames) <= MAX_FRAMES or size > MAX_BODY:
+                    self._refuse(frames[:start], body, size)
+                    continue
                 self._carry_out(request(frames[:start], frames[0], body, size, trio.current_time()))
+
+    def _refuse(self, client: list[bytes], body: list[bytes], size: int) -> None:
+        """What is too much is told so, where there is an envelope; without one nobody waits for an answer."""
+        self.malformed += 1
+        if client and size > MAX_BODY:
+            self._fail(Fail(client, body, "too-large", f"the request has {size} bytes, at most {MAX_BODY} are taken"))
+        elif client:
+            problem = f"the request has {len(body)} frames, it must have 1 to {MAX_FRAMES - 2}"
+            self._fail(Fail(client, body, "bad-request", problem))
 
     async def _receive_answers(self, instance: str, back: Socket) -> None:
         answer = self.router.answer
@@ -346,6 +384,24 @@ class ZmqGateway(RoutedGateway):
                 body = frames[2:]
                 copy = int.from_bytes(frames[0], "big")
                 self._carry_out(answer(instance, copy, body, trio.current_time(), error=is_error(body)))
+
+    async def _watch_breaks(self, instance: str, back: Socket) -> None:
+        """What was on a connection that broke gets no answer any more: it goes elsewhere if it may, or ends at once."""
+        breaks = self._sockets.watch_breaks(back)
+        while not back.closed:
+            try:
+                await breaks.receive()
+            except trio.ClosedResourceError:
+                return
+            given = set(self.router.outstanding(instance))
+            if not given:
+                continue
+            await trio.sleep(BREAK_GRACE_S)
+            lost = [copy for copy in self.router.outstanding(instance) if copy in given]
+            if lost:
+                log.warning("%s: the connection to %s broke with %d requests on it", self.agent, instance, len(lost))
+            for copy in lost:
+                self._carry_out(self.router.failed(instance, copy, trio.current_time(), sent=True))
 
     def _reply(self, command: Reply[Any, Any]) -> None:
         if self._front is not None:
@@ -366,6 +422,14 @@ class ZmqGateway(RoutedGateway):
             back.close(linger_ms=0)  # what it did not read must not reach the next process at this address
 
 
+def digest(*parts: bytes) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "big"))
+        found.update(part)
+    return found.digest()
+
+
 def guarded(idempotent: Callable[[bytes], bool], agent: str) -> Callable[[Sequence[bytes]], bool]:
     """Asks about the first frame of a request. A request that breaks the question may not be repeated."""
 
@@ -373,7 +437,7 @@ def guarded(idempotent: Callable[[bytes], bool], agent: str) -> Callable[[Sequen
         try:
             return bool(idempotent(body[0]))
         except Exception as error:
-            log.warning("%s: whether a request is idempotent can't be told: %r", agent, error)
+            log.warning("%s: whether a request may be repeated can't be told: %r", agent, error)
             return False
 
     return ask

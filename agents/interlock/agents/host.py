@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,15 +33,17 @@ from interlock.broker.direct import serve_direct
 from interlock.broker.errors import ConfigError, Refused
 from interlock.broker.facts import Fact
 from interlock.broker.gate import Gate
-from interlock.broker.role import held
+from interlock.broker.role import Ready, held
 from interlock.broker.samples import Labels
 from interlock.broker.security import Security, load_security
+from interlock.broker.shielding import start_shielded
 from interlock.broker.simgpu import create_cards
 from interlock.broker.sockets import open_sockets
 from interlock.broker.wire import Event, decode_body
 
 log = logging.getLogger("interlock.host")
 
+MAX_TROUBLE = 500  # characters of why an agent doesn't serve, where many are listed
 FIRST_NEWS_S = 15.0  # a host says ready once every agent is healthy or has failed to start, or this much later
 SETTLE_S = 5.0  # a command is marked as taken once its slot has written it, or this much later
 POSITION = "events"  # mark in the journal: up to where commands were taken
@@ -159,7 +160,7 @@ class Host:
 # --- start and end
 
 
-async def run_host(fleet: FleetConfig, name: str, ready: Callable[[], None]) -> None:
+async def run_host(fleet: FleetConfig, name: str, ready: Ready) -> None:
     """Serve the agents of host `name` until cancelled. ConfigError or InUse if it can't begin."""
     config = fleet.hosts.get(name)
     if config is None:
@@ -186,7 +187,7 @@ async def run_host(fleet: FleetConfig, name: str, ready: Callable[[], None]) -> 
             await trio.to_thread.run_sync(journal.close)
 
 
-async def _serve(host: Host, state: Path, place: Place, ready: Callable[[], None]) -> None:
+async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
     """Gateways and instances outlive the cancellation that ends the rest: what is in flight is answered first."""
     async with trio.open_nursery() as outer:
         living: trio.Nursery = await outer.start(_shielded)
@@ -215,7 +216,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Callable[[], None
                 with trio.move_on_after(FIRST_NEWS_S):
                     for slot in host.slots.values():
                         await slot.first_news.wait()
-                ready()
+                ready(_lacking(host))
                 up = [name for name, slot in sorted(host.slots.items()) if slot.slot.permanent_up]
                 log.info("host %s serves %s", host.name, ", ".join(up) or "no agent yet")
         finally:
@@ -227,10 +228,18 @@ async def _serve(host: Host, state: Path, place: Place, ready: Callable[[], None
             host.publish(facts.HostDown(host=host.name))
 
 
+def _lacking(host: Host) -> dict[str, str]:
+    """The agents that don't serve, and why."""
+    return {
+        name: f"revision {slot.slot.row.permanent}: {slot.trouble}"[:MAX_TROUBLE]
+        for name, slot in sorted(host.slots.items())
+        if not slot.slot.permanent_up
+    }
+
+
 async def _shielded(*, task_status: trio.TaskStatus[trio.Nursery]) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.cancel_scope.shield = True
-        task_status.started(nursery)
+        await start_shielded(nursery.cancel_scope, task_status, nursery)
         await trio.sleep_forever()
 
 

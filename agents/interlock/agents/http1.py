@@ -19,6 +19,7 @@ from interlock.broker.errors import InterlockError
 MAX_HEAD = 1 << 16  # bytes of a request line and headers, or of a chunk's header; nginx takes 32 kB
 MAX_WHY = 200  # characters of what is wrong with a message: h11 quotes it, up to `MAX_HEAD`
 READ = 1 << 16  # bytes per read
+INVITE_S = 5.0  # for "100 Continue" to be taken; it is 25 bytes
 LINGER_S = 1.0  # a client that still sends while we close gets so long to read our answer
 LINGER_BYTES = 1 << 20  # and so much of what it sends is thrown away
 
@@ -41,7 +42,7 @@ class HttpError(InterlockError):
 class RequestHead(msgspec.Struct, frozen=True):
     """`headers` without those of the connection and the framing.
 
-    chunked, or `length` in bytes: how the body came; neither: there is none. upgrade: to which protocols.
+    chunked, or `length` in bytes: how the body came; neither: there is none. upgrade: to which protocols, if it can be.
     """
 
     method: bytes
@@ -50,6 +51,10 @@ class RequestHead(msgspec.Struct, frozen=True):
     length: int | None
     chunked: bool
     upgrade: bytes
+
+    @property
+    def line(self) -> bytes:
+        return b"%s %s" % (self.method, self.target)
 
 
 class ResponseHead(msgspec.Struct, frozen=True):
@@ -70,6 +75,15 @@ def end_to_end(headers: Any, *drop: bytes) -> Headers:
     if any(name == b"transfer-encoding" for name, _ in headers):
         unwanted |= {b"content-length"}  # RFC 9112, 6.3: it does not count beside a transfer encoding
     return [(raw, value) for raw, value in headers.raw_items() if raw.lower() not in unwanted]
+
+
+def wanted_upgrade(request: h11.Request) -> bytes:
+    """The protocols that may be changed to. HTTP/2 is not among them: whoever asks for it is answered in HTTP/1.1."""
+    asked = any(token.strip().lower() == b"upgrade" for token in value_of(request.headers, b"connection").split(b","))
+    if not asked or request.http_version < b"1.1":
+        return b""
+    tokens = [token.strip() for token in value_of(request.headers, b"upgrade").split(b",")]
+    return b", ".join(token for token in tokens if token and token.lower() not in (b"h2c", b"h2"))
 
 
 def value_of(headers: Any, wanted: bytes) -> bytes:
@@ -150,7 +164,10 @@ class ClientSide(_Side):
             return None
         self._bodiless = event.method == b"HEAD"
         chunked = bool(value_of(event.headers, b"transfer-encoding"))
-        length = b"" if chunked else value_of(event.headers, b"content-length")
+        length = value_of(event.headers, b"content-length")
+        if chunked and (length or event.http_version < b"1.1"):
+            # RFC 9112, 6.1 and 6.3: somebody on the way may have read another length, and hidden a request in it
+            raise HttpError("a transfer encoding beside a content length, or in HTTP/1.0: where it ends is not clear")
         headers = end_to_end(event.headers, b"expect", b"content-length")  # Expect is answered here
         if not any(name.lower() == b"host" for name, _ in headers):
             headers.append((b"Host", b""))  # HTTP/1.0 may leave it out, we go on in 1.1
@@ -160,15 +177,33 @@ class ClientSide(_Side):
             headers,
             int(length) if length else None,
             chunked,
-            value_of(event.headers, b"upgrade"),
+            b"" if chunked or length not in (b"", b"0") else wanted_upgrade(event),
         )
 
     async def _before_reading(self) -> None:
         if self._http.they_are_waiting_for_100_continue:
-            await self._write(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+            with trio.move_on_after(INVITE_S) as scope:  # whole or not at all, whoever is cancelled
+                scope.shield = True
+                await self._write(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
 
     async def respond(self, head: ResponseHead) -> None:
-        await self._write(h11.Response(status_code=head.status, headers=head.headers, reason=head.reason))
+        headers = head.headers
+        if head.status == 204:  # RFC 9110, 8.6: has no length, not even 0
+            headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+        await self._write(h11.Response(status_code=head.status, headers=headers, reason=head.reason))
+
+    async def switch(self, head: ResponseHead) -> bytes:
+        """Tell the client that the protocol changes; returns what it has said in the new one already."""
+        headers = [*head.headers, (b"Connection", b"Upgrade")]
+        await self._write(h11.InformationalResponse(status_code=101, headers=headers, reason=head.reason))
+        return bytes(self._http.trailing_data[0])
+
+    @property
+    def left(self) -> bool:
+        """Whether the client has closed, at least its sending side: what comes before that is not read."""
+        poll = select.poll()
+        poll.register(self.stream.socket.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     async def respond_whole(self, status: int, body: bytes, headers: Headers) -> None:
         """A short answer of our own; a body still on its way in ends the connection afterwards."""
@@ -201,6 +236,8 @@ class Backend(_Side):
     async def start(self, head: RequestHead, body: bytes, *, complete: bool) -> None:
         """Send a request with the first part of its body; `complete`: all of it."""
         headers = list(head.headers)
+        if head.upgrade:
+            headers += [(b"Connection", b"Upgrade"), (b"Upgrade", head.upgrade)]
         if not complete and head.chunked:
             headers.append((b"Transfer-Encoding", b"chunked"))
         elif head.chunked or head.length is not None:
@@ -210,7 +247,7 @@ class Backend(_Side):
         await self._write(*events)
 
     async def response(self) -> ResponseHead:
-        """The answer's head; interim answers (1xx) are passed over."""
+        """The answer's head; interim answers (1xx) are passed over, except the one that changes the protocol (101)."""
         while True:
             event = await self._next()
             if isinstance(event, h11.Response):
@@ -219,8 +256,16 @@ class Backend(_Side):
                 return ResponseHead(
                     event.status_code, bytes(event.reason), end_to_end(event.headers), int(length) if length else -1
                 )
+            if isinstance(event, h11.InformationalResponse) and event.status_code == 101:
+                protocol = (b"Upgrade", value_of(event.headers, b"upgrade"))
+                return ResponseHead(101, bytes(event.reason), [*end_to_end(event.headers), protocol], 0)
             if not isinstance(event, h11.InformationalResponse):
                 raise HttpError("the instance closed the connection without an answer", 502)
+
+    @property
+    def early(self) -> bytes:
+        """What the instance has said already in the protocol that it changed to."""
+        return bytes(self._http.trailing_data[0])
 
     @property
     def quiet(self) -> bool:

@@ -8,6 +8,7 @@ answer is larger than the flow's buffer.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from functools import partial
 from typing import Any, Protocol
@@ -15,13 +16,14 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
+from interlock.agents.connections import Connection, Connections
 from interlock.agents.http1 import Backend, ClientSide, HttpError, RequestHead, ResponseHead
+from interlock.agents.listening import place_of
 from interlock.agents.routing import Router
 from interlock.agents.routing_types import Fail, Send
-from interlock.broker.errors import ConfigError
 
 REPEATABLE = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))  # idempotent by RFC 9110, 9.2.2
-MIRRORABLE = frozenset((b"GET", b"HEAD"))  # safe: asking has no effect
+SAFE = frozenset((b"GET", b"HEAD"))  # asking has no effect, as far as the method says
 BUFFERED_ANSWER = 1 << 20  # bytes of an answer that the client has not read yet; then the instance has to wait
 SHORT_ANSWER = 1 << 16  # bytes; such an answer to what may be asked twice goes to the client when all of it is here
 COMPARED_ANSWER = 1 << 20  # bytes; longer answers are not compared
@@ -103,30 +105,28 @@ class Exchange:
         self.rest = rest  # where the rest of the body comes from; None: it is all here
         self.nursery = nursery
         self.flow = Flow()
+        self.tunnel: tuple[Connection, Backend] | None = None  # after a change of the protocol
         self.attempts: list[Attempt] = []
 
     @property
-    def repeatable(self) -> bool:
-        return self.rest is None and self.head.method in REPEATABLE
+    def whole(self) -> bool:
+        """All of its body is here, so that it can be sent again."""
+        return self.rest is None
 
     @property
-    def mirrorable(self) -> bool:
-        return self.rest is None and self.head.method in MIRRORABLE
+    def repeatable(self) -> bool:
+        return self.whole and self.head.method in REPEATABLE
 
-
-def address_of(endpoint: str) -> tuple[str, int]:
-    """Host and port of http://host:port."""
-    host, _, port = endpoint.removeprefix("http://").rstrip("/").rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError("is no HTTP endpoint", where=endpoint, hint="write http://host:port")
-    return host, int(port)
+    @property
+    def safe(self) -> bool:
+        return self.head.method in SAFE and not self.head.upgrade
 
 
 class Pool:
     """Connections to one instance."""
 
     def __init__(self, endpoint: str) -> None:
-        self._address = address_of(endpoint)
+        self._address = place_of(endpoint)
         self._idle: deque[tuple[Backend, float]] = deque()
         self._closed = False
 
@@ -169,6 +169,9 @@ class Front(Protocol):
     router: Router[Exchange, Exchange, Answer]
     request_timeout_s: float
     mirrors: bool
+    connections: Connections
+
+    def tell(self, callback: Any, value: Any) -> None: ...
 
     def ended(self, attempt: Attempt, commands: list[Any]) -> None: ...
 
@@ -226,6 +229,9 @@ class Attempt:
                 await backend.close()  # the server had closed it while it was idle
                 backend = await self._pool.take(repeatable=True, fresh=True)
                 head = await self._ask(backend)
+            if head.status == 101:
+                kept = self._hand_over(backend, head)
+                return _Ending(head.status, None) if kept else None
             body = await self._short_body(backend, head)
             first = self._front.router.begin(self.instance, self._copy, trio.current_time())
             if first:
@@ -281,6 +287,16 @@ class Attempt:
                 other.scope.cancel()
         self._exchange.flow.begin(head)
 
+    def _hand_over(self, backend: Backend, head: ResponseHead) -> bool:
+        """The connection is the client's from now on, and in nobody's window. False: nobody wants it."""
+        if self._mirrored or not self._front.router.begin(self.instance, self._copy, trio.current_time()):
+            return False
+        connection = self._front.connections.begin(self.instance, self._front.tell)
+        self._exchange.tunnel = connection, backend
+        self._take_over(head)
+        self._exchange.flow.end(broken=False)
+        return True
+
     async def _short_body(self, backend: Backend, head: ResponseHead) -> deque[bytes | None]:
         """The whole body of a short answer: an instance that dies or hangs before its end can still be replaced.
 
@@ -300,8 +316,10 @@ class Attempt:
         """
         kept: list[bytes] | None = [] if self._mirrored or self._front.mirrors else None
         size = 0
+        # a stream of no announced length may be silent for as long as it likes
+        silence_s = self._front.request_timeout_s if head.length >= 0 else math.inf
         while True:
-            with trio.fail_after(self._front.request_timeout_s):
+            with trio.fail_after(silence_s):
                 piece = begun.popleft() if begun else await backend.chunk()
             if piece is None:
                 return Answer(head.status, b"".join(kept)) if kept is not None else None

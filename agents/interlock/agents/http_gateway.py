@@ -5,7 +5,6 @@ One task per client connection reads requests and writes answers; `http_exchange
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +13,30 @@ import msgspec
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.gateway import RoutedGateway, paired
+from interlock.agents.comparing import Answers, Comparison, Judge, paired, verdict_of
+from interlock.agents.connections import Connections
+from interlock.agents.gateway import RoutedGateway, digest, guarded
 from interlock.agents.http1 import ClientSide, Headers, HttpError, RequestHead, value_of
-from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Flow, Pool, address_of
+from interlock.agents.http_exchange import BROKEN, CLIENT_S, Answer, Attempt, Exchange, Pool
+from interlock.agents.latency import InstanceFigures
+from interlock.agents.listening import open_listeners
 from interlock.agents.routing_types import Compare, Fail, Reply, Send
 from interlock.broker.config import CompareConfig
-from interlock.broker.errors import ConfigError, InUse
 
 BUFFERED_BODY = 1 << 20  # bytes of a request's body kept, so that it can be sent again; a longer one is sent once
 MAX_CLIENTS = 2000  # connections at once, each with a descriptor and one more to an instance
+STREAMED_S = 0.05  # a chunked body that is not all here after so long is passed on as it comes
+LOOK_S = 1.0  # an answer that pauses for so long: is its client still there?
 IDLE_S = 60.0  # a connection on which no whole request head comes for so long is closed
 
-STATUS = {"instance-died": 502, "timeout": 504, "overloaded": 503, "no-instance": 503, "incomplete": 408}
+STATUS = {
+    "instance-died": 502,
+    "timeout": 504,
+    "overloaded": 503,
+    "no-instance": 503,
+    "quarantined": 503,
+    "incomplete": 408,
+}
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +49,18 @@ class HttpGateway(RoutedGateway):
         self.request_timeout_s = request_timeout_s
         self.mirrors = False  # answers are kept, to be compared
         self.malformed = 0  # client connections that ended because of bad HTTP, theirs or an instance's
+        self.connections = Connections()  # of clients that changed to another protocol
         self._pools: dict[str, Pool] = {}
         self._attempts: set[Attempt] = set()
         self._nursery: trio.Nursery | None = None
         self._clients = 0
 
+    @staticmethod
+    def key_of(body: Exchange) -> bytes | None:
+        return digest(body.head.method, body.head.target, body.body) if body.rest is None else None
+
     async def run(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-        host, port = address_of(self.endpoint)
-        try:
-            listeners = await trio.open_tcp_listeners(port, host=None if host == "*" else host, backlog=1024)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                hint = "who listens there? try: ss -ltnp"
-                raise InUse("the address is in use", where=self.endpoint, hint=hint) from None
-            raise ConfigError(f"can't bind: {error}", where=self.endpoint) from None
-        self.endpoint = f"http://{host}:{listeners[0].socket.getsockname()[1]}"
+        listeners, self.endpoint = await open_listeners(self.endpoint)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -67,17 +75,64 @@ class HttpGateway(RoutedGateway):
                 pool.close()
             self._pools.clear()
 
-    def attach(self, instance: str, endpoint: str, *, window: int, idempotent: Callable[[bytes], bool]) -> None:
-        """As of `Gateway`, but `idempotent` is not asked: HTTP's methods say it."""
+    def attach(
+        self,
+        instance: str,
+        endpoint: str,
+        *,
+        window: int,
+        idempotent: Callable[[bytes], bool],
+        mirrorable: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        """As of `Gateway`: both are asked about the request line, "METHOD /target".
+
+        `idempotent` adds to what HTTP's methods say, and what it adds may be mirrored; `mirrorable` takes away.
+        """
         self.detach(instance)
         self._pools[instance] = Pool(endpoint)
-        self.router.attach(
-            instance, window=window, idempotent=lambda e: e.repeatable, mirrorable=lambda e: e.mirrorable
-        )
+        declared = guarded(idempotent, self.agent)
+        harmless = guarded(mirrorable or (lambda _: True), self.agent)
+
+        def may_repeat(exchange: Exchange) -> bool:
+            return exchange.repeatable or (exchange.whole and declared([exchange.head.line]))
+
+        def may_mirror(exchange: Exchange) -> bool:
+            line = [exchange.head.line]
+            return exchange.whole and (exchange.safe or declared(line)) and harmless(line)
+
+        self.router.attach(instance, window=window, idempotent=may_repeat, mirrorable=may_mirror)
 
     def detach(self, instance: str) -> None:
         super().detach(instance)
         self._gone(instance)
+        self.connections.forget(instance)
+
+    def lost(self, instance: str) -> None:
+        super().lost(instance)
+        self.connections.lost(instance, trio.current_time())
+
+    def rescue(self, instance: str) -> None:
+        """As of `Gateway`; connections that changed the protocol are ended: their clients connect again."""
+        super().rescue(instance)
+        self.connections.end(instance)
+
+    def in_flight(self, instance: str) -> int:
+        return super().in_flight(instance) + self.connections.count(instance)
+
+    def snapshot(self, now: float) -> dict[str, InstanceFigures]:
+        found = super().snapshot(now)
+        for name, figures in found.items():
+            seen = self.connections.figures(name)
+            if seen.total:
+                found[name] = msgspec.structs.replace(
+                    figures,
+                    errors=figures.errors + seen.errors,
+                    connections=seen.open,
+                    connections_total=seen.total,
+                    bytes_in=seen.received,
+                    bytes_out=seen.sent,
+                )
+        return found
 
     def mirror(
         self,
@@ -85,8 +140,10 @@ class HttpGateway(RoutedGateway):
         *,
         compare: CompareConfig | None = None,
         on_pair: Callable[[Pair], None] | None = None,
+        judge: Judge | None = None,
+        action_field: str = "action",
     ) -> None:
-        super().mirror(instance, compare=compare, on_pair=on_pair)
+        super().mirror(instance, compare=compare, on_pair=on_pair, judge=judge, action_field=action_field)
         self.mirrors = instance is not None
 
     # --- clients
@@ -138,35 +195,55 @@ class HttpGateway(RoutedGateway):
             head = await client.request()
         if head is None:
             return False
-        if head.method == b"CONNECT" or head.upgrade.lower() not in (b"", b"h2c"):  # h2c may be passed over
-            what = "a tunnel" if head.method == b"CONNECT" else f"the upgrade to {head.upgrade.decode('latin-1')!r}"
-            await self._refuse(client, 501, "not-supported", f"{what} is not supported: the gateway speaks HTTP/1.1")
+        if head.method == b"CONNECT":
+            await self._refuse(client, 501, "not-supported", "a tunnel is not supported: this is no proxy")
             return False
-        body, complete = await _buffer(client)
+        body, complete = await _buffer(client, streamed=head.chunked)
         head = msgspec.structs.replace(head, headers=forwarded(head.headers, address))
         problem: Exception | None = None
         async with trio.open_nursery() as nursery:
             exchange = Exchange(head, body, None if complete else client, nursery)
             now = trio.current_time()
-            self._carry_out(self.router.request(exchange, id(client), exchange, len(body), now))
             try:
-                await self._relay(exchange.flow, client)
+                self._carry_out(self.router.request(exchange, id(client), exchange, len(body), now))
+                await self._relay(exchange, client)
             except BROKEN as error:
                 problem = error  # raised outside, where no nursery wraps it in a group
+            finally:
+                if exchange.tunnel is not None:
+                    connection, backend = exchange.tunnel
+                    await backend.close()
+                    self.connections.over(connection)
+                    self._after()
             nursery.cancel_scope.cancel()
         if problem is not None:
             raise problem
-        return True
+        return exchange.tunnel is None
 
-    async def _relay(self, flow: Flow, client: ClientSide) -> None:
+    async def _relay(self, exchange: Exchange, client: ClientSide) -> None:
+        flow = exchange.flow
         await flow.started()
         if flow.head is None:
             assert flow.failure is not None
             await self._refuse(client, STATUS[flow.failure.code], flow.failure.code, flow.failure.message)
             return
+        if exchange.tunnel is not None:
+            connection, backend = exchange.tunnel
+            with trio.fail_after(CLIENT_S):
+                up = await client.switch(flow.head)
+            await connection.run(client.stream, backend.stream, up=up, down=backend.early)
+            return
         with trio.fail_after(CLIENT_S):
             await client.respond(flow.head)
-        while (piece := await flow.get()) is not None:
+        while True:
+            with trio.move_on_after(LOOK_S) as pause:
+                piece = await flow.get()
+            if pause.cancelled_caught:
+                if flow.head.length < 0 and client.left:  # what has a length comes to an end by itself
+                    raise trio.BrokenResourceError("the client left while its answer paused")
+                continue
+            if piece is None:
+                break
             with trio.fail_after(CLIENT_S):
                 await client.send(piece)
         with trio.fail_after(CLIENT_S):
@@ -208,26 +285,39 @@ class HttpGateway(RoutedGateway):
             if attempt.instance == instance and not attempt.began:  # one that has begun ends with its connection
                 attempt.scope.cancel()
 
-    async def _pair(self, command: Compare[Any, Any], config: CompareConfig) -> Pair:
+    async def _pair(self, command: Compare[Any, Any], comparison: Comparison) -> Pair:
         head: RequestHead = command.body.head
         old: Answer = command.old
         new: Answer | None = command.new
-        found = f"status {old.status}, not {new.status}" if new is not None and old.status != new.status else ""
-        request = [b"%s %s" % (head.method, head.target)]
-        bodies = [new.body] if new is not None else None
-        return await paired(command, request, [old.body], bodies, config=config, found=found)
+        method, path = head.method.decode("latin-1"), head.target.decode("latin-1")
+        answers = Answers(
+            name=f"{method} {path}",
+            request=[command.body.body],
+            old=[old.body],
+            new=[new.body] if new is not None else None,
+            found=f"status {old.status}, not {new.status}" if new is not None and old.status != new.status else "",
+            http={"method": method, "path": path},
+        )
+        return paired(command, answers, [answers.name.encode("latin-1")], await verdict_of(answers, comparison))
 
 
-async def _buffer(client: ClientSide) -> tuple[bytes, bool]:
-    """The start of a request's body, and whether it is all of it."""
+async def _buffer(client: ClientSide, *, streamed: bool) -> tuple[bytes, bool]:
+    """The start of a request's body, and whether it is all of it.
+
+    streamed: of a length not known before; whoever sends it piece by piece may wait for an answer to what came already.
+    """
     pieces: list[bytes] = []
     size = 0
+    until = trio.current_time() + STREAMED_S if streamed else float("inf")
     while size <= BUFFERED_BODY:
+        piece: bytes | None = b""
         try:
-            with trio.fail_after(CLIENT_S):
+            with trio.move_on_at(until) as enough, trio.fail_after(CLIENT_S):
                 piece = await client.chunk()
         except trio.TooSlowError:
             raise HttpError(f"nothing of the request's body came for {CLIENT_S:g} s", 408) from None
+        if enough.cancelled_caught:
+            break
         if piece is None:
             return b"".join(pieces), True
         pieces.append(piece)

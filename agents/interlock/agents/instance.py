@@ -29,6 +29,7 @@ class HandlerContract(msgspec.Struct, frozen=True):
     """One action: its parameters with their types as text; " = ..." behind a type says that it has a default."""
 
     idempotent: bool = False
+    side_effects: bool = False  # never mirrored
     parameters: dict[str, str] = {}
 
 
@@ -80,6 +81,16 @@ class InstanceControl:
     async def stop(self, timeout: float = ANSWER_TIMEOUT_S) -> None:
         """Asks for an orderly end, as SIGTERM does; returns once the instance has heard it."""
         await self._ask("stop", _anything, timeout)
+
+    async def activate(self, timeout: float) -> Health:
+        """Begin a turn at work; well once it has begun. Errors as for `describe`."""
+        answer = await self._ask("activate", _health, timeout)
+        return Health(answer.ok, answer.detail)
+
+    async def deactivate(self, timeout: float) -> Health:
+        """End the turn; well once all that was begun in it has ended. Errors as for `describe`."""
+        answer = await self._ask("deactivate", _health, timeout)
+        return Health(answer.ok, answer.detail)
 
     async def health(self, timeout: float = ANSWER_TIMEOUT_S) -> Health:
         """Never raises for what the instance does: no answer, or a wrong one, is not well."""

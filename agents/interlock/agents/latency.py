@@ -40,7 +40,9 @@ class InstanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     requests and errors: live requests that were answered, ran out of time, or died with the instance. p50, p95, p99:
     of the last second, or the newest 20 answers of the last ten, mirrored requests included; None of fewer.
     oldest_s: how long the request that has waited longest for this instance has waited; 0 if none does. compared,
-    mismatches and dropped: mirrored requests.
+    mismatches, dropped and unjudged (their comparison failed): mirrored requests. connections: open ones that stay with
+    the instance, of which there were connections_total; bytes_in and bytes_out of its clients. active: it holds the
+    token of an agent without a port. None where there is no such thing.
     """
 
     requests: int = 0
@@ -54,6 +56,12 @@ class InstanceFigures(msgspec.Struct, frozen=True, kw_only=True):
     mismatches: int = 0
     dropped: int = 0
     trial: TrialFigures | None = None
+    unjudged: int = 0
+    connections: int | None = None
+    connections_total: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    active: bool | None = None
 
 
 class Tally:
@@ -61,7 +69,7 @@ class Tally:
 
     __slots__ = (
         "_errors", "_log_squares_sum", "_log_sum", "_on_trial", "_requests", "_ring", "_slow", "_slow_s", "compared",
-        "dropped", "errors", "mismatches", "requests",
+        "dropped", "errors", "mismatches", "requests", "unjudged",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -70,6 +78,7 @@ class Tally:
         self.compared = 0
         self.mismatches = 0
         self.dropped = 0
+        self.unjudged = 0
         self._ring: deque[tuple[float, float]] = deque(maxlen=RING)
         self.begin_trial(None)
 
@@ -136,6 +145,7 @@ class Tally:
             mismatches=self.mismatches,
             dropped=self.dropped,
             trial=self._trial(),
+            unjudged=self.unjudged,
         )
 
 

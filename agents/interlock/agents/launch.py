@@ -19,6 +19,7 @@ import trio
 
 from interlock.agents import process as processes
 from interlock.agents.agent import RequestError
+from interlock.agents.compare import covers
 from interlock.agents.contract import decode_map
 from interlock.agents.figures import InstanceView
 from interlock.agents.instance import HandlerContract, Health, InstanceControl, contract_gaps
@@ -27,6 +28,7 @@ from interlock.agents.probes import probe
 from interlock.agents.revisions import Revision
 from interlock.agents.serving import Spec
 from interlock.agents.slot_io import Gone, Healthy, Start
+from interlock.agents.token_file import TokenFile
 from interlock.broker.config import AgentConfig, RevisionConfig
 from interlock.broker.errors import InterlockError
 from interlock.broker.sockets import Sockets
@@ -73,6 +75,7 @@ class Instance:
     process: processes.Process | None = None
     control: InstanceControl | None = None
     handlers: dict[str, HandlerContract] = field(default_factory=dict)
+    token: TokenFile | None = None  # of a program without an endpoint
     stopping: bool = False
     _files: list[Path] = field(default_factory=list)  # in the folder of the sockets
 
@@ -86,19 +89,40 @@ class Instance:
         return self.config.window or (MANY if at_once else ONE)
 
     def idempotent(self, body: bytes) -> bool:
-        """May this request be asked twice? A class says so by handler, a program in the fleet file."""
+        """May this request be asked twice? A class says so by handler, a program in the fleet file.
+
+        Of an HTTP agent `body` is the request line, "METHOD /path?query".
+        """
         if self.revision.kind == "exec" and isinstance(self.config.idempotent, bool):
             return self.config.idempotent
-        try:
-            request = decode_map(body)
-        except RequestError:
-            return False
         if self.revision.kind == "exec":
             names = self.config.idempotent
-            return isinstance(names, list) and request.get(self.config.action_field) in names
-        action = request.get("action")
-        contract = self.handlers.get(action) if isinstance(action, str) else None
+            return isinstance(names, list) and self._listed(body, names)
+        action = self._action(body)
+        contract = self.handlers.get(action)
         return action == "health" or (contract is not None and contract.idempotent)
+
+    def mirrorable(self, body: bytes) -> bool:
+        """May this request be given to a candidate too, only to compare its answer?"""
+        if self.config.side_effects and self._listed(body, self.config.side_effects):
+            return False
+        if self.config.endpoint.startswith("http"):
+            return True  # by its method, or by what is declared idempotent: the gateway knows
+        contract = self.handlers.get(self._action(body)) if self.revision.kind == "class" else None
+        return self.idempotent(body) and not (contract is not None and contract.side_effects)
+
+    def _action(self, body: bytes) -> str:
+        try:
+            action = decode_map(body).get("action" if self.revision.kind == "class" else self.config.action_field)
+        except RequestError:
+            return ""
+        return action if isinstance(action, str) else ""
+
+    def _listed(self, body: bytes, names: list[str]) -> bool:
+        if not self.config.endpoint.startswith("http"):
+            return self._action(body) in names
+        line = body.decode("latin-1").partition("?")[0]
+        return any(covers(name, line) for name in names)
 
     # --- life
 
@@ -127,6 +151,7 @@ class Instance:
                 agent=self.agent, entry=self.revision.entry, source=str(self.recorded.folder),
                 revision=self.recorded.name, instance=self.name, config=self.revision.config, requests=self.requests,
                 control=self.health_endpoint, stop_timeout_s=self.revision.stop_timeout_s,
+                standby=not self.config.endpoint,
             )  # fmt: skip
             path = self.place.run_dir / f"{number}.json"
             self._files = [path, *(self.place.run_dir / f"{number}.{kind}" for kind in ("req", "ctl"))]
@@ -143,6 +168,9 @@ class Instance:
         await trio.to_thread.run_sync(partial(data.mkdir, parents=True, exist_ok=True))
         env = environment(self.revision.env, values, where=where) | self.place.environment
         env |= {"INTERLOCK_DATA": str(data)}
+        if not self.config.endpoint and self.revision.kind == "exec":
+            self.token = await trio.to_thread.run_sync(TokenFile, self.place.run_dir / f"{number}.token")
+            env |= {"INTERLOCK_TOKEN": str(self.token.path)}
         return argv, env
 
     async def check(self) -> Health:
@@ -258,8 +286,52 @@ class Instance:
         if self.control is not None:
             self.control.close()
             self.control = None
+        if self.token is not None:
+            self.token.close()
+            self.token = None
         for file in self._files:
             file.unlink(missing_ok=True)
+
+    # --- the token of an agent without an endpoint (see token_gateway.Holder)
+
+    @property
+    def limit_s(self) -> float:
+        return self.revision.stop_timeout_s
+
+    async def give(self) -> bool:
+        """Asks until it says that it works, or that it can't: one that is slow to begin may begin all the same."""
+        if self.token is not None:
+            self.token.give()
+            return True
+        while self.control is not None and not self.stopping:
+            try:
+                said = await self.control.activate(self.limit_s)
+            except InterlockError as error:
+                log.info("%s has not said yet that it works: %s", self.name, error)
+                continue
+            if not said.ok:
+                log.warning("%s can't work: %s", self.name, said.detail)
+            return said.ok
+        return False
+
+    async def take(self) -> bool:
+        if self.token is not None:
+            await self.token.take()
+            return True
+        try:
+            said = await self.control.deactivate(self.limit_s) if self.control is not None else Health(False, "gone")
+        except InterlockError as error:
+            said = Health(False, str(error))
+        return said.ok
+
+    async def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+        await self.gone()
+
+    async def gone(self) -> None:
+        if self.process is not None:
+            await self.process.gone()
 
     # --- words
 

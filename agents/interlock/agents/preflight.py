@@ -24,6 +24,7 @@ import trio
 from interlock.agents.process import Ended, StartFailed, run_to_end
 from interlock.agents.revisions import Revision
 from interlock.agents.serving import Spec
+from interlock.broker.bounds import PLACEHOLDERS
 from interlock.broker.errors import ConfigError
 from interlock.broker.fields import Evidence
 
@@ -33,7 +34,6 @@ IMPORT_TIMEOUT_S = 60.0  # for an entry to import: torch takes 5 to 20 s from a 
 MIN_DISK_BYTES = 1 << 30  # free where the state is: logs and journals of the migration, and the backup
 MIN_MEMORY_BYTES = 512 << 20  # available for a second process beside the first; what is needed exactly is not known yet
 MAX_REPORTED = 5  # files that do not parse, named in a finding
-PLACEHOLDERS = ("port", "health_port", "python", "source", "revision", "agent")
 CHECK_MODULE = "interlock.agents.run"
 DISTRIBUTION = "interlock-agent"  # what an agent's own environment needs
 INHERITED_DROPPED = re.compile(r"INTERLOCK_(?!LOG$).*|PYTHONPATH|PYTHONHOME|VIRTUAL_ENV|__PYVENV_LAUNCHER__")

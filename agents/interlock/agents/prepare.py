@@ -15,6 +15,7 @@ import msgspec
 import trio
 
 from interlock.agents.backup import Backup, make_backup
+from interlock.agents.comparer import Bench, check_functions, functions_of
 from interlock.agents.figures import baseline, measured
 from interlock.agents.gateway import Gateway
 from interlock.agents.journal import Journal
@@ -109,12 +110,25 @@ async def _check(given: Preparation, fleet: FleetConfig, recorded: Revision, evi
     evidence["preflight"] = {finding.check: finding.reason for finding in findings}
     if failed is not None:
         raise _Failed(failed.check, failed.reason, failed.evidence)
+    await _check_comparison(given, recorded, evidence)
     old = await trio.to_thread.run_sync(given.store.verify, given.row.permanent_digest)
     if old:
         reason = f"revision {given.row.permanent} in the store is damaged, there is nothing to go back to: {old[0]}"
         raise _Failed("permanent-revision", reason, {"problems": old})
     if given.permanent is None or not (await given.permanent.check()).ok:
         raise _Failed("permanent-health", f"revision {given.row.permanent} does not answer its health check", {})
+
+
+async def _check_comparison(given: Preparation, recorded: Revision, evidence: Evidence) -> None:
+    """Whether the comparison functions that the fleet file names are there, in the candidate's own environment."""
+    functions = functions_of(given.config.compare) if given.config is not None else []
+    if functions:
+        place = given.place
+        bench = Bench(recorded, place.base, place.marker, place.run_dir, place.log_dir, place.environment)
+        finding = await check_functions(bench, functions)
+        evidence["preflight"][finding.check] = finding.reason
+        if not finding.ok:
+            raise _Failed(finding.check, finding.reason, finding.evidence)
 
 
 async def _back_up(given: Preparation) -> Backup:

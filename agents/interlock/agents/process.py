@@ -26,6 +26,7 @@ import trio
 
 from interlock.agents import guard
 from interlock.broker.errors import InterlockError
+from interlock.broker.shielding import start_shielded
 
 log = logging.getLogger(__name__)
 
@@ -334,11 +335,14 @@ class Guard:
             with suppress(BrokenPipeError, BlockingIOError):  # it was killed, or stopped: the next one gets all of them
                 os.write(self._pipe, line.encode())
 
-    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _run(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         raw = await self._open()
-        task_status.started()
+        starting = True
         while True:
             try:
+                if starting:
+                    await start_shielded(scope, task_status, None)
+                starting = False
                 await raw.wait()
             finally:
                 self._close()
@@ -395,11 +399,11 @@ async def guarded(marker: str) -> AsyncIterator[Guard]:
     """
     keeper = Guard(marker)
     _guards[marker] = keeper
-    scope = trio.CancelScope(shield=True)
+    scope = trio.CancelScope()
 
     async def watch(*, task_status: trio.TaskStatus[None]) -> None:
         with scope:
-            await keeper._run(task_status=task_status)
+            await keeper._run(scope, task_status=task_status)
 
     try:
         async with trio.open_nursery() as nursery:

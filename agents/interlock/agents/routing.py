@@ -17,6 +17,7 @@ from typing import Any, Generic
 from interlock.agents import mirroring
 from interlock.agents.latency import InstanceFigures
 from interlock.agents.mirroring import Mirror
+from interlock.agents.quarantine import Quarantine
 from interlock.agents.routing_types import (
     Answered,
     AnswerT,
@@ -37,9 +38,12 @@ BLOCKED_S = 0.05  # an instance that takes nothing is tried again after so long
 
 
 class Router(Generic[ClientT, BodyT, AnswerT]):
-    """The state of one gateway. `request_timeout_s` and `hold_s` as in `AgentConfig`."""
+    """The state of one gateway. `request_timeout_s` and `hold_s` as in `AgentConfig`; `key_of` as in `Quarantine`."""
 
-    def __init__(self, *, request_timeout_s: float, hold_s: float) -> None:
+    def __init__(
+        self, *, request_timeout_s: float, hold_s: float, key_of: Callable[[BodyT], Hashable] = lambda _: None
+    ) -> None:
+        self._quarantine: Quarantine[BodyT] = Quarantine(key_of)
         self._timeout = request_timeout_s
         self._hold = hold_s
         self._next_id = 1
@@ -144,11 +148,13 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         for instance in self._instances.values():
             instance.tally.begin_trial(slow_s)
 
-    def compared(self, name: str, equal: bool) -> None:
+    def compared(self, name: str, equal: bool, *, error: bool = False) -> None:
+        """A pair was judged, or (`error`) could not be."""
         instance = self._instances.get(name)
         if instance is not None:
-            instance.tally.compared += 1
-            instance.tally.mismatches += not equal
+            instance.tally.unjudged += error
+            instance.tally.compared += not error
+            instance.tally.mismatches += not (equal or error)
 
     def dropped(self, name: str) -> None:
         """A pair of answers could not be compared."""
@@ -173,6 +179,8 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         out: list[Any] = []
         self._next_id += 1
         request = Request(self._next_id, client, peer, body, size=size, arrived=now)
+        if why := self._quarantine.refusal(request, now):
+            return [Fail(client, body, "quarantined", why)]
         instance = self._room(now) if not self._line.count else None
         if instance is not None:
             self._pending[request.id] = request
@@ -189,8 +197,7 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
 
     def answer(self, name: str, copy_id: int, answer: AnswerT, now: float, *, error: bool) -> list[Any]:
         """A whole answer: `begin` and `finish` in one, with the Reply."""
-        instance = self._instances.get(name)
-        copy = instance.copies.get(copy_id) if instance is not None else None
+        copy = self._copy_of(name, copy_id)
         if copy is None:
             self.late += 1
             return []
@@ -202,14 +209,12 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
 
     def begin(self, name: str, copy_id: int, now: float) -> bool:
         """The head of an answer is here. True if it is the client's: from now on nothing else is sent to it."""
-        instance = self._instances.get(name)
-        copy = instance.copies.get(copy_id) if instance is not None else None
+        copy = self._copy_of(name, copy_id)
         return copy is not None and self._begin(copy, now)
 
     def finish(self, name: str, copy_id: int, answer: AnswerT | None, now: float, *, error: bool) -> list[Any]:
         """The answer that `begin` announced has ended. None: it can't be compared (too long, or cut off)."""
-        instance = self._instances.get(name)
-        copy = instance.copies.get(copy_id) if instance is not None else None
+        copy = self._copy_of(name, copy_id)
         out: list[Any] = []
         if copy is not None:
             self._finish(copy, answer, now, error, out)
@@ -217,21 +222,21 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
 
     def failed(self, name: str, copy_id: int, now: float, *, sent: bool) -> list[Any]:
         """The copy will get no answer. Not `sent`: the instance never saw it, so that it can safely go elsewhere."""
-        instance = self._instances.get(name)
-        copy = instance.copies.get(copy_id) if instance is not None else None
+        copy = self._copy_of(name, copy_id)
         out: list[Any] = []
-        if instance is not None and copy is not None:
+        if copy is not None:
             if not copy.request.done:
-                instance.blocked_until = now + BLOCKED_S
+                copy.instance.blocked_until = now + BLOCKED_S
                 self._blocked = True
+            if sent:
+                self._quarantine.broke(copy)
             self._drop(copy, now, out, sent=sent)
             self._dispatch(now, out)
         return out
 
     def cancelled(self, name: str, copy_id: int, now: float) -> list[Any]:
         """The shell gave up a copy whose request was answered by another one."""
-        instance = self._instances.get(name)
-        copy = instance.copies.get(copy_id) if instance is not None else None
+        copy = self._copy_of(name, copy_id)
         out: list[Any] = []
         if copy is not None:
             self._take_off(copy)
@@ -241,8 +246,7 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
 
     def abandoned(self, name: str, copy_id: int, now: float) -> list[Any]:
         """As `cancelled`, because the client left before its request was whole: nobody waits for an answer."""
-        instance = self._instances.get(name)
-        copy = instance.copies.get(copy_id) if instance is not None else None
+        copy = self._copy_of(name, copy_id)
         if copy is not None:
             copy.request.done = True
             copy.request.pair = None
@@ -299,6 +303,10 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         """Requests whose client waits for this instance, or is getting its answer; 0 for an unknown one."""
         instance = self._instances.get(name)
         return sum(1 for _ in instance.owed()) if instance is not None else 0
+
+    def outstanding(self, name: str) -> list[int]:
+        """The copies that it was given and has not answered."""
+        return list(self._instances[name].copies) if name in self._instances else []
 
     def latencies(self, name: str, seconds: float, now: float) -> list[float]:
         instance = self._instances.get(name)
@@ -371,6 +379,9 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         while self._mirror.waiting and self._open(target, now) and (request := self._mirror.take()) is not None:
             self._copy(request, target, now, out, mirrored=True)
 
+    def _copy_of(self, name: str, copy_id: int) -> Copy | None:
+        return self._instances[name].copies.get(copy_id) if name in self._instances else None
+
     def _copy(
         self, request: Request[ClientT, BodyT], instance: Instance[BodyT], now: float, out: list[Any], *, mirrored: bool
     ) -> None:
@@ -414,6 +425,7 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         instance, request = copy.instance, copy.request
         latency = copy.latency if copy.latency is not None else now - copy.sent
         self._take_off(copy)
+        self._quarantine.answered(copy)
         instance.tally.record(now, latency, error=error, live=not copy.mirrored)
         mirroring.answered(copy, answer, latency, out)
         if instance.watches and not copy.mirrored:
@@ -445,14 +457,19 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
         elif not sent or self._may_repeat(request, instance):
             self._put_back(request, now)
         else:
-            reason = "the instance died before it answered; whether it acted on the request is unknown"
+            reason = "the instance or its connection died before it answered; whether it acted on it is unknown"
             self._fail(request, "instance-died", reason, out)
 
     def _end(self, instance: Instance[BodyT], now: float, out: list[Any]) -> None:
         """A lost instance is past its grace."""
         instance.ends_at = float("-inf")
+        refuses = self._quarantine.died(instance, now)
         for copy in list(instance.copies.values()):
             self._drop(copy, now, out, sent=True)
+        for request in [r for r in self._pending.values() if r.waits] if refuses else []:
+            if why := self._quarantine.refusal(request, now):
+                self._leave_line(request)
+                self._fail(request, "quarantined", why, out)
         out.append(Gone(instance.name))
 
     def _retire(self, instance: Instance[BodyT], now: float) -> None:

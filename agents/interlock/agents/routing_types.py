@@ -29,7 +29,7 @@ class Reply(msgspec.Struct, Generic[ClientT, AnswerT], frozen=True):
 
 
 class Fail(msgspec.Struct, Generic[ClientT, BodyT], frozen=True):
-    """Answer with an error. code: instance-died, timeout, overloaded or no-instance."""
+    """Answer with an error. code: instance-died, timeout, overloaded, quarantined or no-instance."""
 
     client: ClientT
     body: BodyT
@@ -121,7 +121,18 @@ class Copy:
 
 
 class Instance(Generic[BodyT]):
-    __slots__ = ("blocked_until", "copies", "ends_at", "idempotent", "mirrorable", "name", "tally", "watches", "window")
+    __slots__ = (
+        "blocked_until",
+        "copies",
+        "ends_at",
+        "idempotent",
+        "mirrorable",
+        "name",
+        "suspect",
+        "tally",
+        "watches",
+        "window",
+    )
 
     def __init__(
         self, name: str, window: int, idempotent: Callable[[BodyT], bool], mirrorable: Callable[[BodyT], bool]
@@ -134,6 +145,7 @@ class Instance(Generic[BodyT]):
         self.tally = Tally()
         self.watches: list[tuple[int, Any]] = []
         self.blocked_until = float("-inf")
+        self.suspect: Request[Any, BodyT] | None = None  # what it had alone in hand when the way to it broke
         self.ends_at = float("inf")  # of a lost one: until then its last answers may still come in
 
     @property

@@ -23,7 +23,9 @@ from typing import Any
 import msgspec
 import trio
 
+from interlock.agents.activity import Activity
 from interlock.agents.agent import Agent, RequestError
+from interlock.agents.answers import MAX_BODY
 from interlock.agents.contract import (
     HEALTH,
     Action,
@@ -43,6 +45,7 @@ MAX_IN_FLIGHT = 256  # requests begun at once; four gateways with their usual wi
 BLOCKING_THREADS = 64  # plain `def` handlers at once: the gateway's window, so that none waits for a thread
 HEALTH_TIMEOUT_S = 10.0  # a health() that takes longer is not well; hosts give up on it sooner
 MAX_HEALTH_CHECKS = 16  # at once; a health() that hangs must not pile them up
+MAX_TURNS = 32  # health checks and changes of the turn at once; one host asks for one change at a time
 DRAIN_SHARE = 0.6  # of stop_timeout_s, for requests in flight
 THREADS_SHARE = 0.1  # for threads that were told to stop
 TEARDOWN_SHARE = 0.2  # for teardown(); the rest is for leaving
@@ -62,6 +65,7 @@ class Spec(msgspec.Struct, kw_only=True):
     requests: str = ""  # endpoint to bind for requests; not needed to check a revision
     control: str = ""  # endpoint to bind for the host's questions
     stop_timeout_s: float = 5.0  # after which the host kills
+    standby: bool = False  # an agent without an endpoint: the host says when its turn at work begins
 
 
 class Serving:
@@ -76,17 +80,20 @@ class Serving:
         self._crashes: list[str] = []
         self._dropped = 0
         self._in_flight = 0
+        self._stopping_at = math.inf
         self._slots = trio.Semaphore(MAX_IN_FLIGHT)
         self._pool = trio.CapacityLimiter(BLOCKING_THREADS)
         self._own_threads = trio.CapacityLimiter(math.inf)  # for hooks: never behind a handler that blocks
         self._health_turn = trio.Lock()
         self._setup_scope = trio.CancelScope()
         self._taking_scope = trio.CancelScope()
+        self._activity = Activity(agent, contract.turns, call=self._call, watched=self._watched, log=self._log)
+        self._turns: trio.Nursery | None = None  # of what runs while this instance is active
 
     async def run(self) -> int:
         async with open_sockets() as sockets:
             control = sockets.open("router", bind=self._spec.control, label="control")
-            requests = sockets.open("router", bind=self._spec.requests, label="requests")
+            requests = sockets.open("router", bind=self._spec.requests, label="requests", max_message=MAX_BODY)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._watch_signals)
                 nursery.start_soon(self._control, control)
@@ -97,6 +104,7 @@ class Serving:
     def stop(self) -> None:
         if self._state != "stopping":
             self._log.info("stopping, %d requests in flight", self._in_flight)
+            self._stopping_at = trio.current_time()
         self._state = "stopping"
         self._setup_scope.cancel()
         self._taking_scope.cancel()
@@ -121,6 +129,9 @@ class Serving:
         stop = threading.Event()
         try:
             async with trio.open_nursery() as threads, trio.open_nursery() as tasks:
+                self._turns = tasks
+                if not self._spec.standby:
+                    await self._change_turn("activate")
                 for name in self._contract.threads:
                     threads.start_soon(
                         self._watched, f"thread {name}", self._run_thread, getattr(self._agent, name), stop
@@ -128,6 +139,7 @@ class Serving:
                 for name in self._contract.backgrounds:
                     tasks.start_soon(self._watched, f"background task {name}", getattr(self._agent, name))
                 await self._answer_requests(requests)
+                await self._leave()
                 tasks.cancel_scope.cancel()
                 stop.set()
                 threads.cancel_scope.deadline = self._deadline(THREADS_SHARE)
@@ -135,6 +147,12 @@ class Serving:
             stop.set()
         await self._teardown()
         return 0
+
+    async def _leave(self) -> None:
+        """The turn ends, if there is one, before all else does."""
+        self._turns = None
+        with trio.move_on_at(self._stopping_at + self._share(DRAIN_SHARE)):
+            await self._change_turn("deactivate")
 
     async def _teardown(self) -> None:
         with trio.move_on_after(self._share(TEARDOWN_SHARE)) as scope:
@@ -194,10 +212,19 @@ class Serving:
                         flights.start_soon(self._fly, socket, frames)
                     else:
                         self._slots.release()
-                        self._drop("requests", frames)
+                        self._refuse_shape(socket, frames)
             flights.cancel_scope.deadline = self._deadline(DRAIN_SHARE)
         if flights.cancel_scope.cancelled_caught:
             self._log.warning("requests in flight were given up after %.1f s", self._share(DRAIN_SHARE))
+
+    def _refuse_shape(self, socket: Socket, frames: list[bytes]) -> None:
+        """A request in several frames, or none, is told so; what has no envelope can't be answered."""
+        if len(frames) < 3 or frames[2] != b"":
+            self._drop("requests", frames)
+            return
+        body = frames[3:]
+        problem = f"a request is one frame, this one has {len(body)}"
+        socket.send_nowait([*frames[:3], reply_error("bad-request", problem, encoding_of(body[0] if body else b""))])
 
     async def _fly(self, socket: Socket, frames: list[bytes]) -> None:
         try:
@@ -268,12 +295,34 @@ class Serving:
                         continue
                     if question.get("op") == "health" and len(nursery.child_tasks) < MAX_HEALTH_CHECKS:
                         nursery.start_soon(self._tell_health, socket, peer, id)
+                    elif question.get("op") in ("activate", "deactivate") and len(nursery.child_tasks) < MAX_TURNS:
+                        nursery.start_soon(self._tell_turn, question["op"], socket, peer, id)
                     else:
                         socket.send_nowait([peer, id, msgspec.msgpack.encode(self._tell(question))])
 
     async def _tell_health(self, socket: Socket, peer: bytes, id: bytes) -> None:
         well, detail = await self.check_health()
         socket.send_nowait([peer, id, msgspec.msgpack.encode({"ok": well, "detail": detail})])
+
+    async def _change_turn(self, op: str) -> str:
+        """Why the turn could not begin or end; empty once it has begun, or once all that was begun in it has ended."""
+        try:
+            if op == "deactivate":
+                await self._activity.end()
+            elif self._turns is None or self._state != "serving":
+                return self._state
+            else:
+                await self._activity.begin(self._turns)
+        except Exception as error:
+            hook = "activated" if op == "activate" else "deactivated"
+            self._crashes.append(f"{hook}() failed: {type(error).__name__}: {error}")
+            self._log.exception("%s() failed; the agent is unhealthy from now on", hook)
+            return self._crashes[-1]
+        return ""
+
+    async def _tell_turn(self, op: str, socket: Socket, peer: bytes, id: bytes) -> None:
+        detail = await self._change_turn(op)
+        socket.send_nowait([peer, id, msgspec.msgpack.encode({"ok": not detail, "detail": detail})])
 
     def _tell(self, question: dict[str, Any]) -> dict[str, Any]:
         op = question.get("op")
@@ -293,4 +342,4 @@ class Serving:
             return {"ok": True}
         if op == "health":
             return {"ok": False, "detail": f"{MAX_HEALTH_CHECKS} health checks wait already"}
-        return {"error": f"no op {str(op)[:100]!r}; known: describe, health, metrics, stop"}
+        return {"error": f"no op {str(op)[:100]!r}; known: activate, deactivate, describe, health, metrics, stop"}

@@ -20,7 +20,11 @@ class ShadowRun:
 
     command: Shadow
     started: float
+    max_errors: int = 0  # pairs whose comparison failed; one more is the verdict "error"
     compared: int = 0
+    errors: int = 0
+    first_error: float | None = None
+    failures: list[dict[str, str]] = field(default_factory=list)
     mismatches: int = 0
     first_mismatch: float | None = None
     examples: list[dict[str, str]] = field(default_factory=list)
@@ -28,6 +32,12 @@ class ShadowRun:
     new_latencies: list[float] = field(default_factory=list)
 
     def add(self, pair: Pair, at: float) -> None:
+        if pair.error:  # its comparison failed: it says nothing about the candidate
+            self.errors += 1
+            self.first_error = self.first_error or at
+            if len(self.failures) < MAX_EXAMPLES:
+                self.failures.append({"request": _shown(pair), "handler": pair.handler, "error": pair.error})
+            return
         self.compared += 1
         self.old_latencies.append(pair.old_latency)
         if pair.new_latency is not None:
@@ -37,13 +47,14 @@ class ShadowRun:
         self.mismatches += 1
         self.first_mismatch = self.first_mismatch or at
         if len(self.examples) < MAX_EXAMPLES:
-            text = pair.request.decode("utf-8", "backslashreplace")[:MAX_REQUEST_TEXT]
-            self.examples.append({"request": text, "difference": pair.difference})
+            self.examples.append({"request": _shown(pair), "difference": pair.difference})
 
-    def verdict(self, now: float) -> Literal["passed", "failed", "inconclusive"] | None:
+    def verdict(self, now: float) -> Literal["passed", "failed", "error", "inconclusive"] | None:
         """None while there is nothing to say yet. No data is never a pass."""
         if self.mismatches > self.command.max_mismatches:
             return "failed"
+        if self.errors > self.max_errors:
+            return "error"
         if self.compared >= self.command.requests:
             return "passed"
         if now < self.started + self.command.seconds:
@@ -54,6 +65,11 @@ class ShadowRun:
         if verdict == "failed":
             example = f"; for example {self.examples[0]['difference']}" if self.examples else ""
             return f"{self.mismatches} of {self.compared} answers differ from the serving revision's{example}"
+        if verdict == "error":
+            return (
+                f"{self.errors} comparisons failed, {self.max_errors} may: {self.failures[0]['error']}; "
+                "that says nothing about the candidate"
+            )
         if verdict == "inconclusive":
             return (
                 f"{self.compared} requests were compared in {self.command.seconds:g} s, "
@@ -63,9 +79,16 @@ class ShadowRun:
 
     def evidence(self) -> Evidence:
         found: Evidence = {"compared": self.compared, "mismatches": self.mismatches, "examples": self.examples}
+        if self.errors:
+            found |= {"errors": self.errors, "failures": self.failures}
         for name, values in (("old", self.old_latencies), ("new", self.new_latencies)):
             if values:
                 found[f"{name}_p95_s"] = quantile(sorted(values), 0.95)
-        if self.first_mismatch is not None:
-            found["first_breach_time"] = self.first_mismatch
+        first = self.first_mismatch or self.first_error
+        if first is not None:
+            found["first_breach_time"] = first
         return found
+
+
+def _shown(pair: Pair) -> str:
+    return pair.request.decode("utf-8", "backslashreplace")[:MAX_REQUEST_TEXT]

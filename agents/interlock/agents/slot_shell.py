@@ -18,7 +18,9 @@ from pathlib import Path
 import trio
 
 from interlock.agents.compare import Pair
+from interlock.agents.comparer import Bench, Comparer, functions_of
 from interlock.agents.figures import InstanceView, samples, slow_threshold
+from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
@@ -106,12 +108,14 @@ class SlotShell:
     baseline: dict[str, float] | None = None
     routed_at: float = 0.0
     first_news: trio.Event = field(default_factory=trio.Event)  # an instance became healthy, or did not
+    trouble: str = "it is not healthy yet"  # why nothing serves, while nothing does
     _queue: deque[tuple[int, Action]] = field(default_factory=deque)
     _more: trio.Event = field(default_factory=trio.Event)
     _generation: int = 0
     _busy: bool = False
     _settled: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _shadow: ShadowRun | None = None
+    _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
 
     @property
@@ -124,6 +128,8 @@ class SlotShell:
         """Let the machine decide, do what is urgent now, queue the rest."""
         if isinstance(given, Healthy | Gone):
             self.first_news.set()
+        if isinstance(given, Gone):
+            self.trouble = given.reason
         self.carry_out(self.slot.handle(given, moment()))
 
     def begin(self) -> None:
@@ -215,8 +221,7 @@ class SlotShell:
             case Rescue(instance):
                 self.gateway.rescue(instance)
             case EndShadow():
-                self.gateway.mirror(None)
-                self._shadow = None
+                self._end_shadow()
             case Verify(migration, instance):
                 answer = FirstAnswer()
                 self.gateway.on_answer(instance, lambda _: answer.note("a client's request"))
@@ -271,9 +276,7 @@ class SlotShell:
 
         def report(given: Healthy | Gone) -> None:
             if isinstance(given, Healthy):
-                self.gateway.attach(
-                    instance.name, instance.requests, window=instance.window, idempotent=instance.idempotent
-                )
+                admit(self.gateway, instance)
             elif not instance.stopping:
                 log.warning("%s: %s", given.instance, given.reason)
             if not instance.stopping:
@@ -328,10 +331,35 @@ class SlotShell:
     # --- shadow
 
     def _begin_shadow(self, command: commands.Shadow, candidate: str) -> None:
-        run = ShadowRun(command, time.time())
+        if not self.gateway.can_mirror:
+            reason = "there are no requests to mirror: this agent has connections of a protocol of its own, or no port"
+            self.give(ShadowEnded(command.migration, False, reason, {"verdict": "error"}))
+            return
+        run = ShadowRun(command, time.time(), self.config.compare.errors)
         self._shadow = run
-        self.gateway.mirror(candidate, compare=self.config.compare, on_pair=lambda pair: self._compared(run, pair))
+        functions = functions_of(self.config.compare)
+        instance = self.instances.get(candidate)
+        if functions and instance is not None:
+            place = instance.place
+            bench = Bench(instance.recorded, place.base, place.marker, place.run_dir, place.log_dir, place.environment)
+            timeout_s = self.config.compare.timeout_s
+            self._comparer = Comparer(bench, functions, timeout_s=timeout_s, number=self.around.next_number())
+            self.around.nursery.start_soon(self._comparer.run)
+        self.gateway.mirror(
+            candidate,
+            compare=self.config.compare,
+            on_pair=lambda pair: self._compared(run, pair),
+            judge=self._comparer,
+            action_field=self.config.action_field,
+        )
         self.around.nursery.start_soon(self._time_shadow, run)
+
+    def _end_shadow(self) -> None:
+        self.gateway.mirror(None)
+        self._shadow = None
+        if self._comparer is not None:
+            self._comparer.close()
+            self._comparer = None
 
     def _compared(self, run: ShadowRun, pair: Pair) -> None:
         if self._shadow is run:
@@ -347,8 +375,7 @@ class SlotShell:
         verdict = run.verdict(time.time())
         if verdict is None:
             return
-        self._shadow = None
-        self.gateway.mirror(None)
+        self._end_shadow()
         evidence = run.evidence() | {"verdict": verdict}
         self.give(ShadowEnded(run.command.migration, verdict == "passed", run.reason(verdict), evidence))
 
@@ -373,7 +400,7 @@ class SlotShell:
     async def _probe_until(self, name: str, answer: FirstAnswer) -> None:
         while True:
             instance = self.instances.get(name)
-            if instance is not None and (await instance.check()).ok:
+            if instance is not None and self.gateway.serves(name) and (await instance.check()).ok:
                 answer.note("a probe")
                 return
             await trio.sleep(VERIFY_POLL_S)

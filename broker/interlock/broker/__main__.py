@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-from collections.abc import Sequence
 
-from interlock.broker.config import load_fleet
-from interlock.broker.planes import run_broker, run_telemetry
-from interlock.broker.role import Ready, run_role
+from interlock.broker.interrupt import end_quietly
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    end_quietly()
+    import argparse
+    import os
+
+    from interlock.broker.config import load_fleet
+    from interlock.broker.planes import run_broker, run_telemetry
+    from interlock.broker.role import Ready, run_role
+
     parser = argparse.ArgumentParser(prog="interlock broker", description="The bus: event log and telemetry.")
     parser.add_argument(
         "--fleet",

@@ -22,6 +22,7 @@ from interlock.broker.outbox_file import OutboxFile
 from interlock.broker.pulse import Pulse
 from interlock.broker.sample_reader import SampleReader
 from interlock.broker.security import Security
+from interlock.broker.shielding import start_shielded
 from interlock.broker.sockets import Sockets, open_sockets
 from interlock.broker.telemetry_link import TelemetryLink
 from interlock.broker.unwrapped import unwrapped
@@ -74,7 +75,7 @@ async def _serve(
     task_status: trio.TaskStatus[tuple[ZmqBus, trio.CancelScope]],
 ) -> None:
     file = None if outbox is None else await trio.to_thread.run_sync(OutboxFile, outbox)
-    with closing(file) if file else nullcontext(), trio.CancelScope(shield=True) as scope:
+    with closing(file) if file else nullcontext(), trio.CancelScope() as scope:
         async with open_sockets(None if security is None else security.curve()) as sockets:
             async with trio.open_nursery() as nursery:
                 if security is not None:
@@ -82,7 +83,7 @@ async def _serve(
                 link = Link(sockets, config.events, Mismatch(), file)
                 bus = ZmqBus(config, source, sockets, link, nursery, security=security)
                 nursery.start_soon(link.run)
-                task_status.started((bus, scope))
+                await start_shielded(scope, task_status, (bus, scope))
 
 
 class ZmqBus:

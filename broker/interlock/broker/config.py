@@ -12,17 +12,22 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args
 
 import msgspec
 
+from interlock.broker.bounds import check_command, check_environment, check_place, check_values
 from interlock.broker.errors import ConfigError
 from interlock.broker.freeze import Window, parse_zone
 from interlock.broker.topics import RESERVED, check_name
 
 _ENDPOINT = re.compile(
-    r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|http://[A-Za-z0-9._*-]+:\d{1,5})"
+    r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|(http|stream)://[A-Za-z0-9._*-]+:\d{1,5})"
 )
+
+_HTTP_NAME = re.compile(r"[A-Z]+ /\S*")  # a method and a path
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 Level = Literal["low", "medium", "high", "critical"]
 StrategyName = Literal["rapid", "staged", "framework", "custom"]  # the later in the row, the more careful
@@ -153,25 +158,41 @@ class RevisionConfig(_Config, frozen=True, kw_only=True):
         return "class" if self.entry else "exec"
 
 
+class HandlerCompare(_Config, frozen=True, kw_only=True):
+    """How the answers to one action are compared. NAME: the action; of HTTP "METHOD /path", which stands for all below.
+
+    A function takes `(request, old, new)` and returns True, False, or the difference as a text.
+    """
+
+    mode: Literal["equal", "exact"] = "equal"  # equal: the same values; exact: the same bytes
+    ignore: list[str] | None = None  # instead of the agent's
+    tolerance: float | None = None  # instead of the agent's
+    function: str = ""  # "module:function" in the candidate's source: it decides alone, in a process of its own
+
+
 class CompareConfig(_Config, frozen=True, kw_only=True):
     """How the answers of a candidate are held against those of the serving revision."""
 
     ignore: list[str] = []  # keys of the answer, at any depth, that may differ
     tolerance: float = 0.0  # numbers may differ by this, relative to the larger
+    handlers: dict[str, HandlerCompare] = {}  # where one action is compared in another way
+    timeout_s: float = 1.0  # for a function to judge one pair; then its process is killed, and the pair is an error
+    errors: int = 0  # pairs that a function may fail to judge; one more, and the shadow run ends with the verdict error
 
 
 class AgentConfig(_Config, frozen=True, kw_only=True):
     """An agent: where it runs, what its clients connect to, and the revisions there are of it."""
 
     host: str  # one of [hosts]
-    endpoint: str  # public: tcp:// or ipc:// for ZeroMQ REQ clients, http://host:port for HTTP clients
+    endpoint: str = ""  # tcp:// or ipc:// for ZeroMQ clients, http://, stream:// for other TCP; empty: it has no port
     serve: str  # the revision that serves until another is committed
     revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
     category: Literal["gpu-model", "service", "worker", "voice", "utility"] = "service"  # what waves go by
     depends: list[str] = []  # what it needs: agents of this fleet, or endpoints (tcp://, http://)
     level: Level = "medium"  # low: rapid, medium: staged, high: framework, critical: custom
     strategy: Literal["rapid", "staged", "framework", "custom", ""] = ""  # empty: by level
-    idempotent: list[str] | bool = False  # exec: actions that may be asked twice; a class declares its own
+    idempotent: list[str] | bool = False  # exec: actions (HTTP: "METHOD /path") that may be asked twice
+    side_effects: list[str] = []  # actions (HTTP: "METHOD /path") that are never mirrored; a class declares its own
     action_field: str = "action"  # exec: the key of a JSON or MessagePack request that names the action
     window: int = 0  # requests outstanding at an instance at once; 0: 1 for a REP program, 64 for a class or HTTP
     compare: CompareConfig = CompareConfig()  # of the answers in shadow
@@ -179,6 +200,13 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     hold_s: float = 10.0  # requests wait this long for an instance to come back, then get an error
     health_period_s: float = 1.0  # between health checks
     health_failures: int = 3  # in a row, then a candidate is rolled back and a permanent instance restarted
+
+    @property
+    def serves(self) -> Literal["requests", "connections", "nothing"]:
+        """What its clients bring: requests (ZeroMQ, HTTP), connections (other TCP); nothing without an endpoint."""
+        if not self.endpoint:
+            return "nothing"
+        return "connections" if self.endpoint.startswith("stream://") else "requests"
 
     @property
     def strategy_name(self) -> StrategyName:
@@ -315,6 +343,8 @@ def load_fleet(path: str | os.PathLike[str]) -> FleetConfig:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or a number of 5,000 digits
         raise ConfigError(f"is not TOML: {error or 'nested too deeply'}", where=str(path)) from None
+    if not tree:
+        raise ConfigError("is empty", where=str(path), hint="the smallest fleet stands in docs/fleet-file.md")
     return parse_fleet(tree, path=str(path))
 
 
@@ -341,15 +371,25 @@ def _explain(message: str, tree: dict[str, Any], where: str) -> ConfigError:
     place = _name_path(place, tree, found[1] if found else None)
     if found is None:
         return ConfigError(text[0].lower() + text[1:], where=f"{where}: {place or 'top level'}")
-    known = sorted(
-        {name for cls in _Config.__subclasses__() for name in cls.__struct_encode_fields__ if name != "path"}
-    )
-    near = difflib.get_close_matches(found[1], known, n=1)
+    near = difflib.get_close_matches(found[1], _keys_of(location), n=1)
     return ConfigError(
         f"unknown key {found[1]!r}",
         where=f"{where}: {place or 'top level'}",
         hint=f"did you mean {near[0]!r}?" if near else "see the reference of the fleet file in docs/fleet-file.md",
     )
+
+
+def _keys_of(location: str) -> list[str]:
+    """The keys of the table that msgspec calls `$.agents[...].revisions[...]`."""
+    kind: Any = FleetConfig
+    for step in re.findall(r"\[[^\]]*\]|[^.$`\[\]]+", location):
+        if step.startswith("["):
+            kind = get_args(kind)[-1]
+        else:
+            kind = next(field.type for field in msgspec.structs.fields(kind) if field.encode_name == step)
+        if isinstance(kind, UnionType):
+            kind = next(each for each in get_args(kind) if each is not NoneType)
+    return [name for name in kind.__struct_encode_fields__ if (kind, name) != (FleetConfig, "path")]
 
 
 def _name_path(place: str, tree: Any, unknown: str | None) -> str:
@@ -375,12 +415,14 @@ def _name_path(place: str, tree: Any, unknown: str | None) -> str:
 
 
 def _check(fleet: FleetConfig, where: str) -> None:
+    check_values(fleet, "", where)
     taken: dict[str, str] = {}
 
-    def endpoint(value: str, key: str, *, http: bool = False) -> None:
-        if not _ENDPOINT.fullmatch(value) or (value.startswith("http") and not http):
-            kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", or http://ADDRESS:PORT" if http else "")
+    def endpoint(value: str, key: str, *, public: bool = False) -> None:
+        if not _ENDPOINT.fullmatch(value) or (value.startswith(("http", "stream")) and not public):
+            kinds = "tcp://ADDRESS:PORT or ipc://PATH" + (", http://ADDRESS:PORT or stream://ADDRESS:PORT" * public)
             raise ConfigError(f"{value!r} is not an endpoint", where=f"{where}: {key}", hint=f"use {kinds}")
+        check_place(value, f"{where}: {key}", any_port=key.endswith(".control"))
         place = value.split("://", 1)[1]
         if place in taken and not place.endswith(":*"):
             raise ConfigError(f"{value} is already used by {taken[place]}", where=f"{where}: {key}")
@@ -401,7 +443,8 @@ def _check(fleet: FleetConfig, where: str) -> None:
     for name, agent in fleet.agents.items():
         check_name(name, where=f"{where}: agents")
         key = f"agents.{name}"
-        endpoint(agent.endpoint, f"{key}.endpoint", http=True)
+        if agent.endpoint:
+            endpoint(agent.endpoint, f"{key}.endpoint", public=True)
         if agent.host not in fleet.hosts:
             raise ConfigError(
                 f"unknown host {agent.host!r}", where=f"{where}: {key}.host", hint=_near(agent.host, fleet.hosts)
@@ -419,22 +462,16 @@ def _check(fleet: FleetConfig, where: str) -> None:
                     where=f"{where}: {key}.depends",
                     hint=_near(needed, {other: None for other in fleet.agents if other != name}),
                 )
+        _check_handlers(agent, f"{where}: {key}")
         for revision_name, revision in agent.revisions.items():
             check_name(revision_name, where=f"{where}: {key}.revisions")
             _check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
 
 
 def _check_strategy(strategy: StrategyConfig, where: str) -> None:
-    for step in strategy.canary:
-        if not 0 < step.share <= 1:
-            raise ConfigError(f"share {step.share}", where=f"{where}.canary", hint="0 to 1")
-    for name in ("failures", "inconclusive", "errors", "requests", "warm_up_s"):
-        if not getattr(strategy.observe, name) >= 0:
-            raise ConfigError("is below 0", where=f"{where}.observe.{name}")
-    if not 0 < strategy.observe.alpha < 1:
-        raise ConfigError(f"alpha {strategy.observe.alpha}", where=f"{where}.observe", hint="above 0 and below 1")
-    if strategy.promise_s <= 0:
-        raise ConfigError("is not above 0", where=f"{where}.promise_s")
+    shares = [step.share for step in strategy.canary]
+    if shares != sorted(shares):
+        raise ConfigError(f"the shares {shares} shrink", where=f"{where}.canary")
 
 
 def _check_freeze(freeze: FreezeConfig, where: str) -> None:
@@ -448,9 +485,12 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         raise ConfigError("needs an entry or a command, and not both", where=where)
     if revision.entry and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", revision.entry):
         raise ConfigError(f"entry {revision.entry!r} is not module:Class", where=where)
-    if revision.entry and agent.endpoint.startswith("http"):
+    if revision.entry and agent.endpoint.startswith(("http", "stream")):
+        scheme = agent.endpoint.partition(":")[0]
         raise ConfigError(
-            "a class agent answers ZeroMQ requests, its endpoint is http", where=where, hint="use a tcp:// endpoint"
+            f"a class agent answers ZeroMQ requests, its endpoint is {scheme}",
+            where=where,
+            hint="use a tcp:// endpoint",
         )
     if revision.command and revision.probe is None:
         raise ConfigError(
@@ -458,6 +498,33 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         )
     if revision.probe is not None and revision.probe.kind == "script" and not revision.probe.command:
         raise ConfigError("a script probe needs a command", where=where)
+    if revision.command:
+        check_command(revision.command, where)
+    if revision.probe is not None and revision.probe.command:
+        check_command(revision.probe.command, f"{where}.probe")
+    check_environment(revision.env, where)
+
+
+def _check_handlers(agent: AgentConfig, where: str) -> None:
+    if agent.endpoint.startswith("http"):
+        listed = agent.idempotent if isinstance(agent.idempotent, list) else []
+        for key, names in (("idempotent", listed), ("side_effects", agent.side_effects)):
+            for name in names:
+                _check_request(name, f"{where}.{key}")
+    for name, handler in agent.compare.handlers.items():
+        place = f"{where}.compare.handlers.{name}"
+        if agent.endpoint.startswith("http"):
+            _check_request(name, place)
+        if handler.function and not _FUNCTION.fullmatch(handler.function):
+            raise ConfigError(f"function {handler.function!r} is not module:function", where=place)
+        if handler.function and (handler.ignore is not None or handler.tolerance is not None):
+            raise ConfigError("a function decides alone", where=place, hint="leave ignore and tolerance out")
+        if handler.mode == "exact" and (
+            handler.function or handler.ignore is not None or handler.tolerance is not None
+        ):
+            raise ConfigError(
+                "exact compares bytes", where=place, hint="leave ignore, tolerance and function out, or the mode"
+            )
 
 
 def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Path:
@@ -471,3 +538,8 @@ def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Pa
 def _near(name: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
+
+
+def _check_request(name: str, where: str) -> None:
+    if not _HTTP_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} names no request", where=where, hint='write "METHOD /path", as in "GET /ask"')

@@ -7,9 +7,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import msgspec
 import trio
@@ -19,10 +21,15 @@ from interlock.broker.errors import ConfigError, InterlockError, InUse
 EXIT_DONE = 0
 EXIT_BROKEN = 1  # a defect of ours: the traceback is on stderr
 EXIT_WRONG = 2  # what was asked for can't be done: the line on stderr says why
-READY_FD = "INTERLOCK_READY_FD"  # the descriptor on which a supervisor waits for the line "ready"
+READY_FD = "INTERLOCK_READY_FD"  # the descriptor on which a supervisor waits for the line that begins with "ready"
 MAX_HOLDER = 1000  # bytes of a lock file that are read: it holds one short map
 
-Ready = Callable[[], None]
+
+class Ready(Protocol):
+    """Says that a role serves now. `lacking`: what of it does not, by name, and why."""
+
+    def __call__(self, lacking: Mapping[str, str] = ...) -> None: ...
+
 
 _log = logging.getLogger(__name__)
 
@@ -44,13 +51,16 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=level, handlers=[stderr], force=True)
 
 
-def ready() -> None:
-    """Tell whoever started this process that it serves now. Does nothing without INTERLOCK_READY_FD, or twice."""
+def ready(lacking: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Tell whoever started this process that it serves now, all but what is `lacking`; one line.
+
+    Does nothing without INTERLOCK_READY_FD, or twice.
+    """
     number = os.environ.pop(READY_FD, "")
     if not number.isdigit():
         return
     with suppress(OSError):  # nobody waits any more
-        os.write(int(number), b"ready\n")
+        os.write(int(number), b"ready" + (b" " + msgspec.json.encode(dict(lacking)) if lacking else b"") + b"\n")
         os.close(int(number))
 
 

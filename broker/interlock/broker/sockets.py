@@ -10,6 +10,7 @@ A message once taken from ZeroMQ is never dropped by a cancellation: nothing is 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -35,6 +36,7 @@ ZAP_DOMAIN = b"interlock"
 # As plain numbers: arithmetic with the enumerations of pyzmq costs some 10 us a message.
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
+_numbers = itertools.count(1)
 
 KINDS = {
     "router": zmq.ROUTER,
@@ -47,6 +49,7 @@ KINDS = {
     "xsub": zmq.XSUB,
     "push": zmq.PUSH,
     "pull": zmq.PULL,
+    "pair": zmq.PAIR,
 }
 
 
@@ -73,6 +76,7 @@ class Socket:
         self.label = label
         self.endpoint = ""
         self._file: tuple[str, os.stat_result] | None = None
+        self._breaks: Socket | None = None
         self._routes = raw.getsockopt(zmq.TYPE) == zmq.ROUTER
         self._met: dict[str, dict[bytes, tuple[int, int]]] = {}  # user -> route -> descriptor, inode
         self.proves_users = False  # each message comes with the user that the connection's key belongs to
@@ -115,6 +119,8 @@ class Socket:
         if self._raw.closed:
             return
         self._scope.cancel()
+        if self._breaks is not None:
+            self._breaks.close(linger_ms=0)
         self._raw.close(linger=linger_ms)
         self._remove_file()
         # whoever still waits on it learns that it is gone
@@ -420,6 +426,13 @@ class Sockets:
             raw.close(linger=0)
             raise
         return self._keep(socket)
+
+    def watch_breaks(self, socket: Socket) -> Socket:
+        """Receives a message whenever a connection of `socket` has broken. It is closed with that one."""
+        place = f"inproc://breaks-{next(_numbers)}"
+        socket._raw.monitor(place, int(zmq.EVENT_DISCONNECTED))
+        socket._breaks = self.open("pair", connect=place, receive_limit=0, label=f"breaks of {socket.label}")
+        return socket._breaks
 
     def open_guard(self) -> Socket:
         """The socket on which libzmq asks, for each connection, whether it may. Must be answered from then on."""

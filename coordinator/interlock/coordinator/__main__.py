@@ -1,8 +1,19 @@
-"""`python -m interlock.coordinator coordinator|rules`: the same as the command `interlock`."""
+"""The command `interlock`, also as `python -m interlock.coordinator`."""
+
+from __future__ import annotations
 
 import sys
 
-from interlock.coordinator.cli import main
+from interlock.broker.interrupt import end_quietly
+
+
+def main() -> int:
+    """The exit code. What takes long to import comes after Ctrl-C is taken care of."""
+    end_quietly()
+    from interlock.coordinator import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

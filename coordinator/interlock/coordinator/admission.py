@@ -25,6 +25,7 @@ from interlock.broker.config import (
 )
 from interlock.broker.errors import ConfigError
 from interlock.broker.freeze import parse_zone
+from interlock.coordinator.fitting import fitted
 from interlock.coordinator.fleet import Alert, Fleet
 
 Name = TypeVar("Name", bound=str)
@@ -36,6 +37,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     strategy: StrategyConfig
     start_timeout_s: float
+    left_out: list[str] = []  # what this agent can't go through, and why
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def consider(
         if not asked.because:
             objections.append(ConfigError(what, hint="if it must be, say why: --because TEXT"))
     slot = fleet.agents.get(asked.agent)
-    settings = Settings(strategy=config.strategy(choice.strategy), start_timeout_s=revision.start_timeout_s)
+    possible, left_out = fitted(config.strategy(choice.strategy), agent)
+    settings = Settings(strategy=possible, start_timeout_s=revision.start_timeout_s, left_out=left_out)
     return Case(agent, slot.permanent if slot else "", choice, settings, objections, deviations)
 
 

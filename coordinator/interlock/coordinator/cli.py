@@ -1,7 +1,7 @@
 """The command `interlock`.
 
 Exit codes: 0 done (of migrate: committed), 10 rolled back, 11 held, 12 refused, 13 failed, 2 a wrong option or fleet
-file, 3 no answer from the broker, the coordinator or a host, 130 interrupted.
+file, 3 no answer from the broker, the coordinator or a host, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused, Unreachable
+from interlock.broker.interrupt import raise_again
 from interlock.broker.role import run_role
-from interlock.coordinator.options import STEERING, keys_options, log_options, migrate_options, steer_options
+from interlock.coordinator.options import (
+    STEERING,
+    keys_options,
+    log_options,
+    migrate_options,
+    steer_options,
+    whole_number,
+)
 from interlock.coordinator.terminal import EXIT_INTERRUPTED, Output, mute, note, on_bus, say_json
 
 if TYPE_CHECKING:  # a verb imports what it needs when it runs, so that `--version` and `--help` answer at once
@@ -39,15 +47,24 @@ ELSEWHERE = {
 }
 
 
+class WrongUsage(SystemExit):
+    def __init__(self, what: str) -> None:
+        super().__init__(EXIT_USAGE)
+        self.what = what
+
+
 class Parser(argparse.ArgumentParser):
-    """Suggests the nearest verb."""
+    """Suggests the nearest verb. Raises WrongUsage after it was said."""
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if found:
             near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1)
             message = f"{found[1]!r} is none of: {found[2]}" + (f"; did you mean {near[0]!r}?" if near else "")
-        super().error(message)
+        try:
+            super().error(message)
+        except SystemExit:
+            raise WrongUsage(message) from None
 
 
 def parser() -> Parser:
@@ -68,7 +85,7 @@ def parser() -> Parser:
         description="Moves live AI agents to new revisions, and rolls a bad one back by itself.",
         parents=[common],
         epilog="exit codes: 0 done or committed, 10 rolled back, 11 held, 12 refused, 13 failed, 2 wrong usage or "
-        "fleet file, 3 no answer, 130 interrupted",
+        "fleet file, 3 no answer, 130 interrupted, 143 terminated",
     )
     top.add_argument("--version", action="version", version=f"interlock {version('interlock')}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser, required=True)
@@ -91,7 +108,7 @@ def parser() -> Parser:
     watch = verb("watch", "follow what happens on the bus")
     watch.add_argument("--events", action="store_true", help="only what happens")
     watch.add_argument("--telemetry", action="store_true", help="only measurements")
-    watch.add_argument("--after", type=int, metavar="N", help="events from number N of the log on (0: all)")
+    watch.add_argument("--after", type=whole_number, metavar="N", help="events from number N of the log on (0: all)")
     watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
     log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
@@ -106,7 +123,7 @@ def parser() -> Parser:
     verb("coordinator", "run the coordinator in this process")
     verb("rules", "run the rule engine in this process")
     for name, (_, help) in ELSEWHERE.items():
-        verbs.add_parser(name, help=f"run {help} in this process", add_help=False)
+        verbs.add_parser(name, help=f"run {help} in this process", add_help=False, parents=[common])
     return top
 
 
@@ -123,13 +140,15 @@ def _seconds(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code. Returns from everything but a role of another package, which takes this process over."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ELSEWHERE:
-        _become(arguments[0], arguments[1:])
     options = parser()
     try:
         chosen, rest = options.parse_known_args(arguments)
         if rest and chosen.verb not in ELSEWHERE:
             options.error(f"unrecognized arguments: {' '.join(rest)}")
+    except WrongUsage as wrong:
+        if "--json" in arguments:
+            say_json({"outcome": "error", "reason": wrong.what, "where": "arguments", "hint": "see --help"})
+        return EXIT_USAGE
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else EXIT_USAGE
     chosen.json = getattr(chosen, "json", False)
@@ -137,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["INTERLOCK_INSECURE"] = "1"  # for the roles that are started from here, too
     chosen.timeout = getattr(chosen, "timeout", TIMEOUT_S)
     chosen.fleet = getattr(chosen, "fleet", None) or Path(os.environ.get(FLEET) or DEFAULT_FLEET)
-    if chosen.verb in ELSEWHERE:  # an option stood before the verb
+    if chosen.verb in ELSEWHERE:
         _become(chosen.verb, [*rest, "--fleet", os.fspath(chosen.fleet)])
     return _run(chosen)
 
@@ -145,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(chosen: argparse.Namespace) -> int:
     code = 0
     try:
+        raise_again()
         code = VERBS[chosen.verb](chosen)
         sys.stdout.flush()
     except* InterlockError as group:
@@ -179,6 +199,17 @@ def _complain(error: InterlockError, *, as_json: bool) -> int:
     if as_json:
         say_json({"outcome": outcome, "reason": error.what, "where": error.where, "hint": error.hint})
     return code
+
+
+def check_writable(path: Path, option: str) -> None:
+    """ConfigError for a file that could not be written in the end: better known before the work than after it."""
+    if path.is_dir() or not path.parent.is_dir():
+        problem = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "can't be written"
+    else:
+        return
+    raise ConfigError(problem, where=f"{option} {path}")
 
 
 def _first(group: BaseExceptionGroup[InterlockError]) -> InterlockError:
@@ -310,8 +341,9 @@ def _asyncapi(chosen: argparse.Namespace) -> int:
 def _shell(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.shell import Shell
 
-    Shell(load_fleet(chosen.fleet), chosen.fleet, main).cmdloop()
-    return 0
+    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, main)
+    shell.cmdloop()
+    return shell.exit_code
 
 
 def _keys(chosen: argparse.Namespace) -> int:
@@ -328,12 +360,16 @@ def _keys(chosen: argparse.Namespace) -> int:
 def _up(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.up import up
 
+    if chosen.ready_file is not None:
+        check_writable(chosen.ready_file, "--ready-file")
     return up(chosen.path or chosen.fleet, as_json=chosen.json, ready_file=chosen.ready_file)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.demo.play import main as demo_main
 
+    if chosen.report is not None:
+        check_writable(chosen.report, "--report")
     return demo_main(chosen.report, chosen.keep)
 
 

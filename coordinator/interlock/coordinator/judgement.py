@@ -103,5 +103,5 @@ class Judgement:
         if not final or measured.verdict != "passed":
             return measured.reason
         early = watched.share < 1
-        end = f"after {watched.elapsed_s:.0f} s: the evidence is enough" if early else "after its full time"
-        return f"observed {end}; every stage passed and no rule fired ({measured.reason})"
+        end = f"after {watched.elapsed_s:.0f} s: the evidence is enough" if early else "for its full time"
+        return f"observed {end}, every check passed"

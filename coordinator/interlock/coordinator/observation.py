@@ -138,7 +138,8 @@ class Observation:
         if name in _COUNTERS:
             side.totals[name] = value
         elif name == _UP:
-            side.up.add(value, time)
+            if value >= 1 or side.up.count:  # what is remembered may be older than its first answer
+                side.up.add(value, time)
         elif name == _DEPENDENCY:
             side.dependencies.setdefault(known.get("dependency", "?"), _Ratio()).add(value, time)
         elif name in _MEMORY:

@@ -17,6 +17,12 @@ STEERING = {
 }
 
 
+def whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
 def migrate_options(one: argparse.ArgumentParser) -> None:
     """Of migrate and plan."""
     one.add_argument("agent", metavar="AGENT")
@@ -47,8 +53,8 @@ def log_options(log: argparse.ArgumentParser) -> None:
     log.add_argument("--agent", default="", metavar="AGENT", help="only what concerns this agent")
     log.add_argument("--since", metavar="TIME", help="logged since: 10m (ago), 2026-01-31T12:00, seconds since 1970")
     log.add_argument("--until", metavar="TIME", help="logged until")
-    log.add_argument("--after", type=int, default=0, metavar="N", help="only numbers above N")
-    log.add_argument("--limit", type=int, metavar="N", help="list: at most so many, the newest (default 50)")
+    log.add_argument("--after", type=whole_number, default=0, metavar="N", help="only numbers above N")
+    log.add_argument("--limit", type=whole_number, metavar="N", help="list: at most so many, the newest (default 50)")
     log.add_argument("--expect", default="", metavar="N:HASH", help="verify: a head that was printed earlier")
 
 

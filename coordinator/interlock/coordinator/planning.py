@@ -40,7 +40,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The whole. refused: why it would not begin now, the weightiest first; empty: it would."""
+    """The whole. left_out: what is not possible for this agent. refused: why it would not begin now, if so."""
 
     agent: str
     host: str
@@ -54,6 +54,7 @@ class Forecast:
     backup: list[str]
     stages: list[StagePlan]
     deviations: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
     @property
@@ -87,6 +88,7 @@ def forecast(
         backup=list(strategy.backup),
         stages=stages,
         deviations=case.deviations,
+        left_out=list(case.settings.left_out),
         refused=[_sentence(error) for error in case.objections],
     )
 

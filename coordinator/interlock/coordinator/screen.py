@@ -125,6 +125,8 @@ class Screen:
             ],
         )
         self.line(f"takes {_span(found.least_s, found.most_s)} in all")
+        for missing in found.left_out:
+            self.line(f"left out: {missing}", "warn")
         for deviation in found.deviations:
             self.line(f"deviates: {deviation}", "warn")
         for reason in found.refused:

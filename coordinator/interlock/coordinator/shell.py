@@ -1,4 +1,7 @@
-"""`interlock shell`: a prompt with the verbs of the command line. An error or Ctrl-C ends a verb, not the shell."""
+"""`interlock shell`: a prompt with the verbs of the command line.
+
+An error or Ctrl-C ends a verb, not the shell; SIGTERM ends both.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from interlock.coordinator.options import STEERING
 OFFERED = ("plan", "migrate", *STEERING, "rollback", "ping", "status", "watch", "log")
 CHOICES: dict[str, list[str]] = {"--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF)}
 LEAVING = ("exit", "quit", "EOF")
+TERMINATED = 143  # the code of a verb that SIGTERM ended
 
 
 class Shell(cmd.Cmd):
@@ -27,6 +31,7 @@ class Shell(cmd.Cmd):
         self.prompt = f"interlock {fleet.name}> "
         self.intro = f"{fleet.name}: {', '.join(OFFERED)}; help, exit. Ctrl-C ends a verb."
         self.code = 0  # of the last verb
+        self.exit_code = 0  # of the shell itself
         self._path = path
         self._fleet = fleet
         self._run = run
@@ -45,6 +50,9 @@ class Shell(cmd.Cmd):
             self._help(words[1:])
         elif words[0] in OFFERED:
             self.code = self._run([words[0], "--fleet", os.fspath(self._path), *words[1:]])
+            if self.code == TERMINATED:
+                self.exit_code = self.code
+                return True
         else:
             near = difflib.get_close_matches(words[0], [*OFFERED, "help", "exit"], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "; try: help"

@@ -15,11 +15,13 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from interlock.broker.errors import ConfigError, InterlockError
 from interlock.broker.role import EXIT_WRONG, READY_FD
 
+MAX_READY = 1 << 20  # bytes in which a role says that it is ready, and what of it is not
 FIRST_STARTS = 3  # attempts of a role that dies before it ever was ready: a crash at start is seldom chance
 RESTART_FIRST_S = 0.2  # before the first restart; safety waits for it, so short
 RESTART_MAX_S = 10.0  # each further restart waits twice as long as the last one, up to this
@@ -70,6 +72,7 @@ class _Role:
         self.stop = trio.Event()
         self.gone = trio.Event()
         self.failure: InterlockError | None = None
+        self.lacking: dict[str, str] = {}  # what of it did not serve when it was ready first, and why
 
     def signal(self, number: signal.Signals, *, group: bool = False) -> None:
         if self.process is None or self.process.returncode is not None:
@@ -93,6 +96,11 @@ class Supervisor:
             for role in self._roles
             if role.process is not None and role.process.returncode is None
         }
+
+    @property
+    def lacking(self) -> dict[str, str]:
+        """What did not serve when its role was ready first, by name, and why."""
+        return {name: reason for role in self._roles for name, reason in role.lacking.items()}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Started when all roles are ready. Returns only by cancellation, or with the error of a role that can't start.
@@ -198,7 +206,14 @@ class Supervisor:
             return process.returncode
 
     async def _read_ready(self, role: _Role, stream: trio.lowlevel.FdStream) -> None:
-        if await stream.receive_some(64):
+        line = b""
+        while not line.endswith(b"\n"):
+            if len(line) > MAX_READY or not (chunk := await stream.receive_some(MAX_READY)):
+                return
+            line += chunk
+        if not role.settled.is_set():
+            with contextlib.suppress(msgspec.DecodeError):  # it is ready, whatever else it says, or nothing
+                role.lacking = msgspec.json.decode(line.removeprefix(b"ready"), type=dict[str, str])
             role.settled.set()
 
     async def _read_log(self, name: str, stream: trio.lowlevel.FdStream, logged: trio.Event) -> None:

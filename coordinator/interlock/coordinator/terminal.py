@@ -57,7 +57,9 @@ def on_bus(
             async with trio.open_nursery() as nursery:
 
                 async def stop_on_signal() -> None:
-                    async for _ in signals:
+                    nonlocal code
+                    async for number in signals:
+                        code = 128 + number  # 130 after Ctrl-C, 143 after SIGTERM
                         on_interrupt()
                         nursery.cancel_scope.cancel()
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from interlock.coordinator.rules.rulefile import load_rules
 from interlock.coordinator.supervisor import STOP_S, RoleSpec, Supervisor
 
 QUEUED_LINES = 2000  # log lines that wait for a slow terminal; more are dropped: no role may stall for its log
+Announce = Callable[[Mapping[str, str]], None]  # told when all roles are ready: which agents don't serve, and why
 LAST_WORDS_S = 1.0  # for the lines that still wait at the end
 
 
@@ -106,24 +107,25 @@ def check_fleet(path: Path) -> FleetConfig:
     return fleet
 
 
-def _write_pid(path: Path) -> None:
-    path.write_text(f"{os.getpid()}\n")
+def _write_ready(path: Path, lacking: Mapping[str, str]) -> None:
+    lines = [str(os.getpid()), *(f"{name}: {reason}" for name, reason in lacking.items())]
+    path.write_text("".join(f"{' '.join(line.splitlines())}\n" for line in lines))
 
 
 @contextmanager
-def _said(ready_file: Path | None) -> Iterator[Callable[[], None]]:
+def _said(ready_file: Path | None) -> Iterator[Announce]:
     """What makes the file; it is there only while the fleet is ready, and one left by a killed `up` says nothing."""
     if ready_file is None:
-        yield lambda: None
+        yield lambda _: None
         return
     ready_file.unlink(missing_ok=True)
     try:
-        yield lambda: _write_pid(ready_file)
+        yield lambda lacking: _write_ready(ready_file, lacking)
     finally:
         ready_file.unlink(missing_ok=True)
 
 
-async def supervise(fleet: FleetConfig, announce: Callable[[], None], ready_file: Path | None = None) -> None:
+async def supervise(fleet: FleetConfig, announce: Announce, ready_file: Path | None = None) -> None:
     """Run the fleet until SIGINT, SIGTERM or SIGHUP. Raises the error of a role that can't start, InUse if it is up."""
     specs = role_specs(fleet)
     console = Console(max(len(spec.name) for spec in specs))
@@ -138,8 +140,8 @@ async def supervise(fleet: FleetConfig, announce: Callable[[], None], ready_file
                     nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope, console)
                     try:
                         await nursery.start(supervisor.run)
-                        announce()
-                        say_ready()
+                        announce(supervisor.lacking)
+                        say_ready(supervisor.lacking)
                         await trio.sleep_forever()
                     except InterlockError as error:
                         failure = error
@@ -162,15 +164,19 @@ def up(path: Path, *, as_json: bool = False, ready_file: Path | None = None) -> 
     if not is_insecure(fleet):
         Keyring(fleet.keys_dir, fleet.name).ensure(identities_of(fleet), now=time.time())
 
-    def announce() -> None:
+    def announce(lacking: Mapping[str, str]) -> None:
         agents, hosts = len(fleet.agents), len(fleet.hosts)
         if as_json:
-            print(json.dumps({"up": fleet.name, "agents": agents, "hosts": hosts, "pid": os.getpid()}), flush=True)
-        else:
-            print(
-                f"fleet {fleet.name} is up: {_count(agents, 'agent')} on {_count(hosts, 'host')} (Ctrl-C stops it)",
-                flush=True,
-            )
+            told = {"up": fleet.name, "agents": agents, "hosts": hosts, "pid": os.getpid(), "not_serving": lacking}
+            print(json.dumps(told), flush=True)
+            return
+        serve = f"{agents - len(lacking)} of " if lacking else ""
+        print(
+            f"fleet {fleet.name} is up: {serve}{_count(agents, 'agent')} on {_count(hosts, 'host')} (Ctrl-C stops it)"
+        )
+        for name, reason in lacking.items():
+            print(f"{name} does not serve: {' '.join(reason.splitlines())}")
+        sys.stdout.flush()
 
     trio.run(supervise, fleet, announce, ready_file)
     return 0

@@ -59,6 +59,12 @@ def sentence(body: Body) -> str:
             return _of_command(body)
 
 
+def _left_out(body: facts.MigrationStarted) -> list[object]:
+    """Stages that the agent can't go through, and why."""
+    found = body.settings.get("left_out")
+    return found if isinstance(found, list) else []
+
+
 def _of_processes(body: facts.HostUp | facts.HostDown | facts.InstanceStarted | facts.InstanceStopped) -> str:
     match body:
         case facts.HostUp():
@@ -86,7 +92,8 @@ def _of_migration(
     match body:
         case facts.MigrationStarted():
             route = f"{body.previous} -> {body.to}" if body.previous else f"to {body.to}"
-            return f"{body.agent}: migration {body.migration} started, {route}, {body.strategy}, on {body.host}"
+            said = f"{body.agent}: migration {body.migration} started, {route}, {body.strategy}, on {body.host}"
+            return "; ".join([said, *map(str, _left_out(body))])
         case facts.MigrationRefused():
             to = f" to {body.to}" if body.to else ""
             return f"{body.agent}{to}: refused: {body.reason}"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-from collections.abc import Callable, Sequence
 
-import trio
-
-from interlock.broker.config import load_fleet
-from interlock.broker.role import run_role
-from interlock.monitors.selftest import survey
+from interlock.broker.interrupt import end_quietly
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    end_quietly()
+    import argparse
+    import json
+    import os
+
+    import trio
+
+    from interlock.broker.config import load_fleet
+    from interlock.broker.role import Ready, run_role
+    from interlock.monitors.selftest import survey
+
     parser = argparse.ArgumentParser(prog="interlock monitor", description="Sample GPUs, agents and the machine.")
     parser.add_argument("--fleet", default=os.environ.get("INTERLOCK_FLEET", "fleet.toml"), help="the fleet file")
     parser.add_argument("--host", help="which host of the fleet this machine is")
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from interlock.monitors.service import run_monitor  # the self-test above needs no bus
 
-    async def serve(ready: Callable[[], None]) -> None:
+    async def serve(ready: Ready) -> None:
         await run_monitor(load_fleet(options.fleet), options.host, ready)
 
     return run_role("monitor", serve)

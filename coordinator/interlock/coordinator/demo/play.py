@@ -20,13 +20,13 @@ import trio
 from interlock.broker import commands, topics
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.config import FleetConfig, load_fleet
-from interlock.broker.errors import Unreachable
+from interlock.broker.errors import ConfigError, Unreachable
 from interlock.broker.role import EXIT_DONE, Ready, run_role
 from interlock.broker.samples import NAME, SeriesReader
 from interlock.broker.security import load_operator
 from interlock.coordinator.demo.clients import Load, Seen, run_clients
 from interlock.coordinator.demo.fleet import lay_out
-from interlock.coordinator.demo.scenarios import SCENARIOS, Move, Scenario
+from interlock.coordinator.demo.scenarios import SCENARIOS, Move, Result, Scenario
 from interlock.coordinator.demo.scene import Scene, table
 from interlock.coordinator.fleet import Fleet
 
@@ -62,20 +62,24 @@ def main(report: Path | None = None, keep: bool = False) -> int:
 
 
 async def _main(folder: Path, report: Path | None) -> int:
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
     fleet = load_fleet(lay_out(folder))
     with Scene() as scene:
         scene.say("starting a broker, a coordinator, a rule engine, a monitor and a host with two agents")
         async with _fleet_up(fleet, folder), open_bus(fleet.broker, "", security=load_operator(fleet)) as bus:
             await _Play(fleet, bus, scene, results).run(folder / "clients" / "ask.py")
-    scene.console.print(table(results))
+    scene.console.print(table([result.entry for result in results]))
     scene.console.print(_explain(fleet))
     if report is not None:
-        text = json.dumps({"scenarios": results, "settings": _settings(fleet)}, indent=2)
-        await trio.Path(report).write_text(text + "\n", "utf-8")
+        told = {"scenarios": [result.entry for result in results], "rollbacks": _rollbacks(results)}
+        text = json.dumps({**told, "settings": _settings(fleet)}, indent=2)
+        try:
+            await trio.Path(report).write_text(text + "\n", "utf-8")
+        except OSError as error:
+            raise ConfigError(f"can't be written: {error.strerror}", where=f"--report {report}") from None
         scene.console.print(f"report: {report}")
     played = zip(results, SCENARIOS, strict=True)
-    wrong = [entry["name"] for entry, scenario in played if not _as_expected(entry, scenario)]
+    wrong = [scenario.name for result, scenario in played if not _as_expected(result.entry, scenario)]
     if wrong:
         scene.console.print(f"not as expected: {', '.join(wrong)}", style="bold red")
     return 1 if wrong else 0
@@ -83,6 +87,11 @@ async def _main(folder: Path, report: Path | None) -> int:
 
 def _as_expected(entry: dict[str, Any], scenario: Scenario) -> bool:
     return bool(entry["outcome"] == scenario.expected and entry["failed_requests"] == 0)
+
+
+def _rollbacks(results: list[Result]) -> dict[str, Any]:
+    """What else is known of those that were rolled back, by scenario."""
+    return {result.entry["name"]: result.rollback for result in results if result.rollback}
 
 
 def _settings(fleet: FleetConfig) -> dict[str, Any]:
@@ -144,7 +153,7 @@ async def _fleet_up(fleet: FleetConfig, folder: Path) -> AsyncIterator[None]:
 class _Play:
     """One run of all scenarios against a fleet that is up."""
 
-    def __init__(self, fleet: FleetConfig, bus: Bus, scene: Scene, results: list[dict[str, Any]]) -> None:
+    def __init__(self, fleet: FleetConfig, bus: Bus, scene: Scene, results: list[Result]) -> None:
         self.fleet = fleet
         self.bus = bus
         self.scene = scene
@@ -172,7 +181,7 @@ class _Play:
                 self.results.append(await self._play(scenario))
             nursery.cancel_scope.cancel()
 
-    async def _play(self, scenario: Scenario) -> dict[str, Any]:
+    async def _play(self, scenario: Scenario) -> Result:
         """Ask for the move as an operator would, and wait until it is over and the clients have reported."""
         await self._calm()
         self.scene.say(f"{scenario.name}: {scenario.story}", "bold")
@@ -230,5 +239,5 @@ class _Play:
             now["GPU memory"] = self.gpu
             if self.move is not None:
                 now["move"] = f"{self.move.scenario.name}: {self.move.stage}"
-            self.scene.show(self.results, now)
+            self.scene.show([result.entry for result in self.results], now)
             await trio.sleep(0.125)

@@ -29,6 +29,14 @@ SCENARIOS = [
 ]
 
 
+@dataclass(frozen=True)
+class Result:
+    """What the report says of a move: its `entry`, the same keys for each, and more of a `rollback`."""
+
+    entry: dict[str, Any]
+    rollback: dict[str, Any]
+
+
 @dataclass
 class Move:
     """One scenario while it is played: the events that concern it, and in the end what was measured."""
@@ -73,8 +81,8 @@ class Move:
                 return f"{body.outcome}: {body.reason}"
         return None
 
-    def result(self, seen: Seen, until: float) -> dict[str, Any]:
-        """The report's entry. Times in milliseconds, from the time of the first sample that showed the breach."""
+    def result(self, seen: Seen, until: float) -> Result:
+        """What the report says of it. Times in milliseconds, from the first sample that showed the breach."""
         answers = seen.between(self.began, until)
         entry: dict[str, Any] = {
             "name": self.scenario.name,
@@ -89,18 +97,20 @@ class Move:
             "failed_requests": sum(not answer.right for answer in answers),
             "longest_gap_ms": round(longest_gap_ms(answers), 1),
         }
+        rollback: dict[str, Any] = {}
         back = self.rolled_back
         if back is not None and back.breach.sample_time is not None:
             breach = back.breach.sample_time
             told = self.roll_back.issued if self.roll_back is not None else back.received
             entry["breach_to_event_ms"] = round((told - breach) * 1000, 2)
             entry["breach_to_restored_ms"] = round((back.restored - breach) * 1000, 2)
-            entry["event_to_restored_ms"] = round((back.restored - told) * 1000, 2)
-            entry["rollback_level"] = back.level
             client_saw = seen.first_answer_of(back.revision, breach)
-            if client_saw is not None:
-                entry["breach_to_client_answer_ms"] = round((client_saw - breach) * 1000, 2)
-        return entry
+            rollback = {
+                "level": back.level,
+                "event_to_restored_ms": round((back.restored - told) * 1000, 2),
+                "breach_to_client_answer_ms": None if client_saw is None else round((client_saw - breach) * 1000, 2),
+            }
+        return Result(entry, rollback)
 
 
 def _figures(evidence: dict[str, Any]) -> str:
