@@ -119,8 +119,11 @@ class Mover:
         )
         await bus.publish(topics.COORDINATOR, body, id=request, timeout=EACH_S)
         migration = ""
-        with trio.fail_after(EACH_S):
+        seen: list[str] = []
+        with trio.move_on_after(EACH_S):
             async for event in feed:
+                if getattr(event.body, "agent", "") == self.agent:
+                    seen.append(f"{event.header.seq} {event.body}")
                 match event.body:
                     case facts.MigrationStarted() if event.body.request == request:
                         migration = event.body.migration
@@ -131,12 +134,15 @@ class Mover:
                     case facts.StageEntered(stage="observation") if back and event.body.migration == migration:
                         ask = commands.RollBackAgent(agent=self.agent, reason="load", deadline=time.time() + EACH_S)
                         await bus.publish(topics.COORDINATOR, ask, timeout=EACH_S)
+                    case facts.MigrationHeld() if event.body.migration == migration:
+                        raise SystemExit(f"{migration} is held by {event.body.breach.by}: {event.body.breach.reason}")
                     case facts.RolledBack() if event.body.migration == migration:
                         asked = event.body.breach.sample_time or event.body.received
                         self.done.restored_s.append(event.body.restored - asked)
                     case facts.MigrationEnded() if event.body.migration == migration:
                         self._ended(event.body, to, back=back)
                         return
+        raise SystemExit(f"{self.agent}: no end of {migration or request} in {EACH_S:g} s; its events: {seen[-12:]}")
 
     def _ended(self, ended: facts.MigrationEnded, to: str, *, back: bool) -> None:
         if ended.outcome != ("rolled-back" if back else "committed"):
