@@ -21,12 +21,28 @@ import pytest
 
 import wire_parts
 from interlock.agents import token_machine
+from interlock.agents.ladder import LADDER, LEAST_S, NEXT, WITHIN_S, Ascent, Rung, Turn
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot
-from interlock.agents.slot_io import Healthy, Input, Moment, PrepareEnded, Row, ShadowEnded, State, Verified
-from interlock.broker import commands, config
+from interlock.agents.slot_io import (
+    DrillEnded,
+    Gone,
+    Healthy,
+    Input,
+    Moment,
+    PrepareEnded,
+    Row,
+    ShadowEnded,
+    State,
+    Tick,
+    Verified,
+)
+from interlock.broker import commands, config, fields
+from interlock.broker import strategies as strategy_tables
 from interlock.broker.bounds import range_of
-from interlock.broker.config import BUILT_IN, StrategyConfig, parse_fleet
+from interlock.broker.commands import Breach
+from interlock.broker.config import parse_fleet
 from interlock.broker.errors import ConfigError
+from interlock.broker.strategies import BUILT_IN, StrategyConfig
 from interlock.coordinator.demo.scenarios import SCENARIOS
 from interlock.coordinator.phases import EVENTS, TRANSITIONS, Phase
 from interlock.coordinator.rules import language, operators, template
@@ -63,6 +79,7 @@ TABLES = {
     "[agents.NAME.compare.handlers.NAME]": "HandlerCompare",
     "[agents.NAME.revisions.NAME]": "RevisionConfig",
     "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
+    "[agents.NAME.revisions.NAME.needs]": "NeedsConfig",
 }
 NOT_KEYS = {("FleetConfig", "path")}
 NESTED = {name: heading for heading, name in TABLES.items()}
@@ -75,24 +92,24 @@ TYPES = {
     "list[str] | bool": "list of texts, or true or false",
     "dict[str, Any]": "table",
     "dict[str, str]": "table of texts",
-    "Level": ", ".join(f'"{level}"' for level in get_args(config.Level)),
-    "list[BackupLevel]": "list of " + ", ".join(f'"{level}"' for level in get_args(config.BackupLevel)),
+    "Level": ", ".join(f'"{level}"' for level in get_args(strategy_tables.Level)),
+    "list[BackupLevel]": "list of " + ", ".join(f'"{level}"' for level in get_args(fields.BackupLevel)),
 }
 
 
 def fleet_file() -> str:
-    """Every key of broker/config.py: its type, its default, and the comment beside it."""
-    source = inspect.getsource(config)
-    lines = source.splitlines()
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    """Every key of the fleet file's classes: its type, its default, and the comment beside it."""
+    classes = {}
+    for module in (config, strategy_tables):
+        source = inspect.getsource(module)
+        lines = source.splitlines()
+        found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        classes |= {node.name: (node, lines) for node in found}
     parts = []
     for heading, name in TABLES.items():
-        theory = ast.get_docstring(classes[name]) or ""
-        rows = [
-            _key_row(name, field, lines)
-            for field in _fields(classes[name])
-            if (name, field_name(field)) not in NOT_KEYS
-        ]
+        node, lines = classes[name]
+        theory = ast.get_docstring(node) or ""
+        rows = [_key_row(name, field, lines) for field in _fields(node) if (name, field_name(field)) not in NOT_KEYS]
         title = heading if heading == "top level" else f"`{heading}`"
         table = ["| key | is | default | |", "|---|---|---|---|", *rows]
         parts.append("\n".join([f"## {title}", "", *([theory, ""] if theory else []), *table, ""]))
@@ -118,7 +135,7 @@ def _key_row(owner: str, field: ast.AnnAssign, lines: list[str]) -> str:
     assert comment.strip(), f"{owner}.{key} has no comment that says what it means"
     annotation = ast.unparse(field.annotation)
     allowed = f", {range_of(owner, key)}" if annotation.split(" ")[0] in ("int", "float") else ""
-    field_of = {each.name: each for each in msgspec.structs.fields(getattr(config, owner))}
+    field_of = {each.name: each for each in msgspec.structs.fields(_class(owner))}
     cells = [
         f"`{field_of[key].encode_name}`",
         _type(annotation) + allowed,
@@ -126,6 +143,10 @@ def _key_row(owner: str, field: ast.AnnAssign, lines: list[str]) -> str:
         comment.strip(),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _class(name: str) -> Any:
+    return getattr(config, name, None) or getattr(strategy_tables, name)
 
 
 def _type(annotation: str) -> str:
@@ -141,7 +162,7 @@ def _type(annotation: str) -> str:
 
 
 def _default(owner: str, key: str) -> str:
-    field = {each.name: each for each in msgspec.structs.fields(getattr(config, owner))}[key]
+    field = {each.name: each for each in msgspec.structs.fields(_class(owner))}[key]
     if field.required:
         return "*needed*"
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
@@ -189,10 +210,15 @@ def _figure(value: Any) -> str:
 FOUND: list[tuple[State, str, Input]] = [
     (State.PREPARING, "every check passed", PrepareEnded("m", True, digest="d")),
     (State.PREPARING, "a check failed", PrepareEnded("m", False, check="c", reason="r")),
+    (State.DRILLING, "within the promise", DrillEnded(True)),
+    (State.DRILLING, "not within the promise", DrillEnded(False)),
     (State.STARTING, "healthy, and its contract covers the old one's", Healthy("i")),
     (State.SHADOWING, "enough compared, or the time is over", ShadowEnded("m", True, "")),
     (State.ROLLING_BACK, "the old revision answered", Verified("m", True, 2.0, 1.0)),
-    (State.ROLLING_BACK, "no answer, so it is started again", Verified("m", False, 2.0, 1.0, "r")),
+    (State.ROLLING_BACK, "it did not, and is started again", Verified("m", False, 2.0, 1.0, "r")),
+    (State.ROLLING_BACK, "level 2 failed, and the candidate is healthy", Tick()),
+    (State.KEPT, "the old revision answered", Verified("m", True, 2.0, 1.0)),
+    (State.KEPT, "the candidate ended, or an operator asks again", Gone("i", "process-died", "r", 1.0)),
 ]
 
 
@@ -200,13 +226,43 @@ def slot_diagram() -> str:
     """The slot machine: the table of steps, what the host finds out, and the way back from everywhere."""
     lines = ["[*] --> serving"]
     lines += [f"{_id(before)} --> {_id(after)}: {step}" for (before, step), after in STEPS.items()]
+    lines.append("starting --> live: healthy, in the place of the old one (cold)")
     for before, what, given in FOUND:
         slot = Slot("h", Row("a", "p", "d", candidate="c", state=before, migration="m", epoch=1))
-        slot.candidate = "i"
-        slot.handle(given, Moment(1.0, 1.0))
+        slot.candidate, slot.permanent, slot.permanent_up = "i", "o", True
+        slot.candidate_up = before in (State.ROLLING_BACK, State.KEPT)
+        if before in (State.ROLLING_BACK, State.KEPT):
+            rung = Rung.KEPT if before is State.KEPT else Rung.CODE
+            slot.ascent = Ascent.begin(Breach(by="b", reason="r"), rung, Moment(1.0, 1.0))
+            slot.ascent.keepable = True
+        slot.handle(given, Moment(100.0 if isinstance(given, Tick) else 1.0, 1.0))
         lines.append(f"{_id(before)} --> {_id(slot.row.state)}: {what}")
     lines += [f"{_id(state)} --> rolling_back: roll back" for state in State if state in ON_TRIAL]
     return _diagram(lines, State)
+
+
+def rollback_levels() -> str:
+    """The levels with their times, and what each sign leads to."""
+    restores = {
+        Rung.ROUTE: "the requests go to the old process, which still runs",
+        Rung.CODE: "the old revision is started again from the store",
+        Rung.HOST: "every other slot of the host returns to its permanent revision, too",
+        Rung.BACKUP: "code and state come from the newest verified backup; then as level 2",
+    }
+    rows = ["| level | restores | within | or, if reached late, after | then |", "|---|---|---|---|---|"]
+    for rung, what in restores.items():
+        then = NEXT[rung]
+        word = f"level {then.value}" if then in WITHIN_S else "somebody is paged; it is tried on, every 30 s"
+        word += ", or *kept*" if rung is Rung.CODE else ""
+        rows.append(
+            f"| {rung.value} {rung.name.lower()} | {what} | {WITHIN_S[rung]:g} s | {LEAST_S[rung]:g} s | {word} |"
+        )
+    signs = sorted({sign for _, sign in LADDER}, key=lambda sign: list(type(sign)).index(sign))
+    rows += ["", "| | " + " | ".join(signs) + " |", "|---|" + "---|" * len(signs)]
+    for rung in Rung:
+        cells = ["" if LADDER[rung, sign] is Turn.WAIT else str(LADDER[rung, sign]) for sign in signs]
+        rows.append(f"| *{rung.name.lower()}* | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def token_diagram() -> str:
@@ -336,6 +392,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "stages": stages,
     "slot": slot_diagram,
+    "rollback-levels": rollback_levels,
     "token": token_diagram,
     "migration": migration_diagram,
     "migration-table": migration_table,
@@ -376,7 +433,7 @@ def test_each_generated_part_stands_in_one_place_and_is_what_the_code_says_now()
 
 
 def test_the_reference_has_a_table_for_every_class_of_the_fleet_file() -> None:
-    classes = {cls.__name__ for cls in config._Config.__subclasses__()}
+    classes = {cls.__name__ for cls in strategy_tables._Config.__subclasses__()}
     assert set(TABLES.values()) == classes
 
 

@@ -13,12 +13,11 @@ import pytest
 import trio
 
 from interlock.agents import preflight as module
+from interlock.agents.findings import Finding, first_failed
 from interlock.agents.preflight import (
-    Finding,
     environment,
     fill,
     fill_command,
-    first_failed,
     free_ports,
     interpreter,
     placeholders,

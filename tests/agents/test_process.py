@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from interlock.agents import guard
+from interlock.agents import process as processes
 from interlock.agents.process import (
     Process,
     StartFailed,
@@ -225,6 +227,27 @@ def test_a_log_is_cut_from_the_start_of_a_line(tmp_path: Path) -> None:
     assert lines == [f"line {number:05}" for number in range(1000 - len(lines), 1000)]
     assert 900 < path.stat().st_size <= 1000
     assert not trim_log(tmp_path / "none", 1, 1)
+
+
+async def test_a_program_that_floods_its_output_is_cut_while_it_runs(
+    tmp_path: Path, marker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOG_CHECK_S", 0.02)
+    monkeypatch.setattr(processes, "LOG_LIMIT", 1 << 20)
+    monkeypatch.setattr(processes, "LOG_KEEP", 1 << 16)
+    log = tmp_path / "log"
+    flood = "while true; do head -c 65536 /dev/zero | tr '\\0' 'x'; echo; done"
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            process = await processes.start(
+                nursery, ["sh", "-c", flood], cwd=tmp_path, env=dict(os.environ), log_path=log, marker=f"{marker}:1"
+            )
+            sizes: list[int] = []
+            while not (any(after < before for before, after in itertools.pairwise(sizes)) and process.tail(1)):
+                await trio.sleep(0.005)  # the kernel tells nobody that a file grew; cut, it is empty for a moment
+                sizes.append((await trio.Path(log).stat()).st_size)
+            assert process.returncode is None  # and goes on, with a tail that is its own
+            await process.stop(1.0)
 
 
 async def test_leftovers_of_an_earlier_run_are_killed_and_nothing_else(tmp_path: Path, marker: str) -> None:

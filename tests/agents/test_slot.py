@@ -14,9 +14,12 @@ from interlock.agents.slot import ON_TRIAL, STANDBY_LEASE_S, STEPS, Slot
 from interlock.agents.slot_io import (
     Action,
     Ask,
+    AskHostLevel,
     AskRollBack,
+    DrillEnded,
     Gone,
     Healthy,
+    HostRestored,
     Input,
     Moment,
     Persist,
@@ -24,6 +27,7 @@ from interlock.agents.slot_io import (
     Publish,
     Renew,
     Rescue,
+    Restored,
     Route,
     Row,
     ShadowEnded,
@@ -73,7 +77,8 @@ class Play:
             lambda: self(Healthy(self.slot.candidate or "")),
         ]
         after = {State.SHADOWING: [lambda: self.ask(shadow())], State.LIVE: [lambda: self.ask(cut_over(0.5))]}
-        for step in steps[: walk.index(state)] if state in walk else steps + after[state]:
+        played = [*steps[:2], lambda: self.ask(drill())] if state is State.DRILLING else []
+        for step in played or (steps[: walk.index(state)] if state in walk else steps + after[state]):
             step()
         assert self.slot.row.state is state
         return self
@@ -91,6 +96,10 @@ def start() -> commands.StartCandidate:
     return commands.StartCandidate(**at())
 
 
+def drill(**rest: Any) -> commands.Drill:
+    return commands.Drill(**{**at(promise_s=5.0), **rest})
+
+
 def shadow() -> commands.Shadow:
     return commands.Shadow(**at(requests=10, seconds=5.0, min_requests=1, max_mismatches=0))
 
@@ -99,8 +108,8 @@ def cut_over(share: float) -> commands.CutOver:
     return commands.CutOver(**at(share=share, lease_s=6.0))
 
 
-def roll_back() -> AskRollBack:
-    breach = Breach(by="rule gpu-memory", reason="97 %", sample_time=1e9 + 999)
+def roll_back(by: str = "rule response-time") -> AskRollBack:
+    breach = Breach(by=by, reason="97 %", sample_time=1e9 + 999)
     return AskRollBack(commands.RollBack(migration=M, agent="tutor", epoch=E, breach=breach, issued=1e9 + 1000))
 
 
@@ -138,11 +147,21 @@ def test_a_rollback_routes_first_and_writes_afterwards() -> None:
     assert actions[0] == Route(((permanent, 1.0),), urgent=True)
     assert actions[1:3] == [Verify(M, permanent or ""), Rescue(candidate or "")]
     assert isinstance(actions[3], Persist)
+    assert Stop(candidate or "") not in actions  # the old one is not verified yet: it may be the sick one
+    actions = play(Verified(M, True, restored=1e9 + 1000.002, routed=1e9 + 1000.001))
+    assert [type(a) for a in actions[:2]] == [Persist, Publish]
     assert Stop(candidate or "") in actions
-    play(Verified(M, True, restored=1e9 + 1000.002, routed=1e9 + 1000.001))
     (done,) = play.facts()
-    assert (done.level, done.revision, done.verified, done.breach.by) == (1, "r1", True, "rule gpu-memory")
+    assert (done.level, done.revision, done.verified, done.breach.by) == (1, "r1", True, "rule response-time")
     assert play.slot.row == Row("tutor", "r1", "d1", epoch=E)
+
+
+def test_a_candidate_that_eats_memory_is_stopped_at_once() -> None:
+    play = Play().to(State.LIVE)
+    candidate = play.slot.candidate or ""
+    actions = play(roll_back("rule gpu-memory"))
+    assert isinstance(actions[0], Route)
+    assert Stop(candidate) in actions
 
 
 def test_a_second_rollback_of_the_same_migration_does_nothing() -> None:
@@ -197,8 +216,10 @@ def test_if_both_are_gone_requests_wait_until_the_old_revision_is_back() -> None
     actions = play(Gone(play.slot.candidate or "", "process-died", "SIGKILL", 0.0))
     assert actions[0] == Route((), urgent=True)
     assert not any(isinstance(a, Verify) for a in actions)
+    assert Stop(play.slot.candidate or "") not in actions
     actions = play(Healthy(play.slot.permanent or ""))
-    assert actions[:2] == [Route(((play.slot.permanent or "", 1.0),)), Verify(M, play.slot.permanent or "")]
+    name = play.slot.permanent or ""
+    assert actions[:2] == [Route(((name, 1.0),), urgent=True), Verify(M, name)]
     play(Verified(M, True, 0.0, 0.0))
     assert play.facts()[0].level == 2
 
@@ -208,7 +229,7 @@ def test_an_old_revision_that_does_not_answer_is_started_again() -> None:
     old = play.slot.permanent
     play(roll_back())
     actions = play(Verified(M, False, 0.0, 0.0, "no answer in 2 s"))
-    assert [type(f) for f in play.facts()] == [facts.RollBackFailed]
+    assert [(type(f), f.level) for f in play.facts()] == [(facts.RollBackEscalated, 2)]
     assert Stop(old or "") in actions
     assert any(isinstance(a, Start) and a.revision == "r1" for a in actions)
     play(Healthy(play.slot.permanent or ""))
@@ -270,7 +291,7 @@ def test_a_revision_that_fails_its_checks_changes_nothing() -> None:
 @pytest.mark.parametrize("state", list(State))
 def test_each_state_takes_exactly_the_steps_of_the_table(state: State) -> None:
     row = Row("tutor", "r1", "d1", "r2", "d2", state, M, E)
-    for command in (prepare(), start(), shadow(), cut_over(1.0), commands.Commit(**at())):
+    for command in (prepare(), drill(), start(), shadow(), cut_over(1.0), commands.Commit(**at())):
         slot = Slot("alpha", replace(row))
         slot.permanent, slot.permanent_up, slot.candidate = "p", True, "c"
         actions = slot.handle(Ask(command, "c"), Moment(0.0, 1e9))
@@ -306,13 +327,15 @@ class AnyOrder(RuleBasedStateMachine):
     def command(self, command: commands.HostCommand) -> None:
         self.take(self.play.ask(command))
 
-    @rule(which=st.sampled_from(["prepare", "start", "shadow", "cut", "all", "commit", "next"]))
+    @rule(which=st.sampled_from(["prepare", "drill", "start", "cold", "shadow", "cut", "all", "commit", "next"]))
     def ask(self, which: str) -> None:
         if which == "next":
             self.epoch += 1
         rest = {"migration": f"tutor-{self.epoch}", "epoch": self.epoch}
         made = {
             "prepare": lambda: prepare(**rest),
+            "drill": lambda: drill(**rest),
+            "cold": lambda: commands.StartCandidate(**{**at(), **rest}, cold=True),
             "start": lambda: commands.StartCandidate(**{**at(), **rest}),
             "shadow": lambda: commands.Shadow(
                 **{**at(requests=1, seconds=1.0, min_requests=1, max_mismatches=0), **rest}
@@ -324,9 +347,25 @@ class AnyOrder(RuleBasedStateMachine):
         if made is not None:
             self.command(made())
 
+    @rule(ok=st.booleans(), exclusive=st.booleans())
+    def prepared(self, ok: bool, exclusive: bool) -> None:
+        self.take(self.play(PrepareEnded(f"tutor-{self.epoch}", ok, "d2", exclusive, "parse", "bad")))
+
     @rule(ok=st.booleans())
-    def prepared(self, ok: bool) -> None:
-        self.take(self.play(PrepareEnded(f"tutor-{self.epoch}", ok, "d2", "parse", "bad")))
+    def drilled(self, ok: bool) -> None:
+        self.take(self.play(DrillEnded(ok, "slow", {"1": 0.1})))
+
+    @rule()
+    def a_neighbour_needs_the_host(self) -> None:
+        self.take(self.play(AskHostLevel("pilot", "it does not start")))
+
+    @rule()
+    def the_host_is_back(self) -> None:
+        self.take(self.play(HostRestored(self.play.slot.row.migration or "")))
+
+    @rule(ok=st.booleans())
+    def restored(self, ok: bool) -> None:
+        self.take(self.play(Restored(self.play.slot.row.migration or "", ok, "no backup")))
 
     @rule(data=st.data())
     def healthy(self, data: st.DataObject) -> None:

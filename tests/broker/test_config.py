@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interlock.broker.bounds import check_values
-from interlock.broker.config import RAPID, STAGED, FleetConfig, load_fleet, parse_fleet, source_of
+from interlock.broker.config import FleetConfig, load_fleet, parse_fleet, source_of
 from interlock.broker.errors import ConfigError
+from interlock.broker.strategies import RAPID, STAGED
 
 GOOD: dict[str, Any] = {
     "hosts": {"alpha": {"control": "tcp://127.0.0.1:7181"}},

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from interlock.broker import crypto, keys, signing, topics, wire
 from interlock.broker.bus import new_event
-from interlock.broker.commands import Breach, Commit, Migrate, RenewLease, RollBack, RollBackAgent, Steer
+from interlock.broker.commands import (
+    Breach,
+    Commit,
+    Migrate,
+    RenewLease,
+    RollBack,
+    RollCall,
+    Steer,
+)
 from interlock.broker.errors import Refused
 from interlock.broker.keys import Authority, PrivateKeys, Roll
 from interlock.broker.wire import Body, Event
@@ -118,9 +126,9 @@ def test_a_revoked_or_keyless_signer_is_refused() -> None:
 def test_the_vector_of_the_documentation() -> None:
     """A client in another language that gives these bytes signs as we do."""
     private = PrivateKeys(identity="operator/ann", curve="00" * 32, sign=bytes(range(32)).hex())
-    body = RollBackAgent(agent="chat", reason="odd", deadline=1700000010.0)
+    body = RollCall(deadline=1700000010.0)
     event = signing.sign(
-        new_event(topics.COORDINATOR, body, source="operator/ann", time=1700000000.0, id="0123"), private
+        new_event(topics.ALL_HOSTS, body, source="operator/ann", time=1700000000.0, id="0123"), private
     )
     message = signing.signed_bytes(event.topic, event.header, event.raw)
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from interlock.broker import facts
-from interlock.broker.config import BUILT_IN, STRATEGY_OF
+from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
 from interlock.coordinator.admission import ORDER
 
 WEEKEND = {

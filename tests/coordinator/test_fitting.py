@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from interlock.broker import facts
-from interlock.broker.config import RAPID, STAGED, AgentConfig, ProbeConfig, RevisionConfig
+from interlock.broker.config import AgentConfig, ProbeConfig, RevisionConfig
+from interlock.broker.strategies import RAPID, STAGED
 from interlock.coordinator.fitting import fitted
 from interlock.coordinator.wording import sentence
 

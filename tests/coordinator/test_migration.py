@@ -15,6 +15,7 @@ from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.migration import ROLLBACK_ANSWER_S, Emit
 from interlock.coordinator.observation import Measurement
 from interlock.coordinator.phases import Phase
+from interlock.coordinator.steps import PlannedStep
 
 
 def fleet_file(**agent: Any) -> FleetConfig:
@@ -112,6 +113,7 @@ class Log:
         body = event.body
         step = {
             commands.Prepare: "prepare",
+            commands.Drill: "drill",
             commands.StartCandidate: "start-candidate",
             commands.Shadow: "shadow",
             commands.CutOver: "cut-over",
@@ -126,7 +128,7 @@ class Log:
 
     def host_failed(self, check: str, **evidence: Any) -> list[wire.Body]:
         event = next(e for e in reversed(self.events) if e.topic == "command/alpha/")
-        step = "prepare" if isinstance(event.body, commands.Prepare) else "shadow"
+        step = {commands.Prepare: "prepare", commands.Drill: "drill"}.get(type(event.body), "shadow")
         failed = facts.StepFailed(
             host="alpha", agent="tutor", migration=event.body.migration, epoch=event.body.epoch, step=step,
             command=event.header.id, check=check, reason="as found", evidence=evidence,
@@ -368,6 +370,117 @@ def test_an_operator_may_roll_back_only_what_is_in_flight() -> None:
     log.say(topics.COORDINATOR, commands.RollBackAgent(agent="tutor", reason="no", deadline=log.now + 5))
     (refused,) = log.run()
     assert "interlock migrate tutor --to" in refused.reason  # type: ignore[union-attr]
+
+
+# --- rollbacks that fail, drills, slower classes
+
+
+def kept(log: Log, revision: str = "r2") -> list[wire.Body]:
+    """The host says that it can't bring the old revision back, and which one serves."""
+    (migration,) = log.core.migrations.values()
+    body = facts.RollBackFailed(
+        host="alpha", agent="tutor", migration=migration.id, epoch=migration.started.epoch, kept=revision, level=2,
+        breach=Breach(by="rule slow", reason="slow"), reason="r1 does not start",
+    )  # fmt: skip
+    log.say(topics.host_fact("alpha"), body)
+    return log.run()
+
+
+def test_a_candidate_that_is_kept_is_held_for_an_operator_and_his_rollback_reaches_the_host_once_more() -> None:
+    log = Log().up().to_shadow()
+    (migration,) = log.core.migrations.values()
+    log.host_failed("shadow")
+    (held,) = kept(log)
+    assert isinstance(held, facts.MigrationHeld)
+    assert "r2 is kept" in held.breach.reason
+    assert migration.phase is Phase.HELD
+    log.restart()
+    (migration,) = log.core.migrations.values()
+    assert migration.phase is Phase.HELD
+    assert log.later(ROLLBACK_ANSWER_S + 1) == []  # it does not fail by itself
+    log.say(topics.COORDINATOR, commands.RollBackAgent(agent="tutor", reason="again", deadline=log.now + 5))
+    assert names(log.run()) == ["RollBack"]  # under an id of its own: the first one was heard
+    (ended,) = log.host_rolled_back(Breach(by="operator", reason="again"))
+    assert ended.outcome == "rolled-back"  # type: ignore[union-attr]
+
+
+def test_an_old_revision_that_comes_back_by_itself_ends_the_hold() -> None:
+    log = Log().up().to_shadow()
+    log.host_failed("shadow")
+    kept(log)
+    (ended,) = log.host_rolled_back(Breach(by="check shadow", reason="as found"))
+    assert ended.outcome == "rolled-back"  # type: ignore[union-attr]
+
+
+def test_a_cold_migration_leaves_out_what_needs_both_and_says_cold_to_the_host() -> None:
+    log = Log().up()
+    body = commands.Migrate(agent="tutor", to="r2", deadline=log.now + 9, strategy="staged", accept="cold")
+    log.say(topics.COORDINATOR, body)
+    bodies = log.run()
+    assert next(body for body in bodies if isinstance(body, commands.Prepare)).accept == "cold"
+    bodies = log.host_done(rollback_class="cold")
+    assert next(body for body in bodies if isinstance(body, commands.StartCandidate)).cold
+    log.restart()
+    bodies = log.host_done()
+    assert [body.share for body in bodies if isinstance(body, commands.CutOver)] == [1.0]
+    assert not any(isinstance(event.body, commands.Shadow) for event in log.events)
+
+
+def test_a_class_of_rollback_that_nobody_knows_is_refused() -> None:
+    log, body = Log().up(), commands.Migrate(agent="tutor", to="r2", deadline=1e9, accept="tepid")
+    log.say(topics.COORDINATOR, body)
+    assert "no class of rollback 'tepid'" in log.run()[0].reason  # type: ignore[union-attr]
+
+
+def test_a_sick_old_revision_may_be_replaced_by_whoever_says_why() -> None:
+    log = Log().up()
+    alert = facts.AlertFiring(rule="health", labels={"agent": "tutor"}, value=3.0, action="rollback", sample_time=1.0)
+    log.say(topics.alert_fact("health"), alert)
+    assert "rule health fires already" in log.ask()[0].reason  # type: ignore[union-attr]
+    body = commands.Migrate(agent="tutor", to="r2", deadline=log.now + 9, because="r1 loops")
+    log.say(topics.COORDINATOR, body)
+    asked = next(body for body in log.run() if isinstance(body, commands.Prepare))
+    assert asked.sick_ok
+
+
+def test_a_drill_that_fails_refuses_the_migration_since_nothing_was_started() -> None:
+    log = Log().up()
+    log.ask()
+    (migration,) = log.core.migrations.values()
+    migration.steps.insert(1, PlannedStep(migration.steps[0].stage, "drill", 60.0))
+    (asked,) = log.host_done()
+    assert isinstance(asked, commands.Drill)
+    (ended,) = log.host_failed("drill")
+    assert (ended.outcome, ended.decided_by) == ("refused", "check drill")  # type: ignore[union-attr]
+
+
+def test_an_operators_drill_is_passed_to_the_host_once() -> None:
+    log = Log().up()
+    log.say(topics.COORDINATOR, commands.RunDrill(agent="tutor", deadline=log.now + 9, whole_host=True), "ask")
+    (asked,) = log.run()
+    assert isinstance(asked, commands.Drill)
+    assert (asked.migration, asked.whole_host, asked.promise_s) == ("", True, 5.0)
+    assert log.events[-1].header.id == "ask/drill"
+    log.restart()
+    assert log.run() == []
+
+
+def test_a_drill_that_can_not_be_is_refused_with_the_reason() -> None:
+    log = Log()
+
+    def asked(agent: str = "tutor", deadline: float = 9.0) -> str:
+        log.say(topics.COORDINATOR, commands.RunDrill(agent=agent, deadline=log.now + deadline))
+        (refused,) = log.run()
+        assert isinstance(refused, facts.MigrationRefused)
+        return refused.reason
+
+    log.say(topics.host_fact("alpha"), slot("serving"))
+    assert "is not up" in asked()
+    log.up()
+    assert "did you mean 'tutor'" in asked("tutro")
+    assert "deadline" in asked(deadline=-1.0)
+    log.ask()
+    assert "is in flight" in asked()
 
 
 def test_a_coordinator_that_joins_by_a_snapshot_goes_on_with_the_migration_in_flight(

@@ -31,12 +31,14 @@ def test_every_phase_can_be_reached_and_an_end_is_an_end() -> None:
     assert {TRANSITIONS[Phase.ENDED, event] for event in EVENTS} == {None, Phase.ENDED}
 
 
-def test_a_rollback_preempts_every_phase_and_nothing_leads_out_of_it_but_an_end() -> None:
+def test_a_rollback_preempts_every_phase_and_nothing_leads_out_of_it_but_an_end_or_its_failure() -> None:
     for phase in ON_TRIAL:
         assert TRANSITIONS[phase, "roll-back"] is Phase.ROLLING_BACK
         assert TRANSITIONS[phase, "abort"] is Phase.ROLLING_BACK
         assert TRANSITIONS[phase, "rolled-back"] is Phase.ENDED
-    assert {TRANSITIONS[Phase.ROLLING_BACK, event] for event in EVENTS} == {None, Phase.ROLLING_BACK, Phase.ENDED}
+    ends = {TRANSITIONS[Phase.ROLLING_BACK, event] for event in EVENTS if event != "kept"}
+    assert ends == {None, Phase.ROLLING_BACK, Phase.ENDED}
+    assert TRANSITIONS[Phase.ROLLING_BACK, "kept"] is Phase.HELD  # there is nothing to go back to: an operator decides
     assert all(TRANSITIONS[Phase.ROLLING_BACK, action] is None for action in STEERED)
 
 
@@ -120,6 +122,8 @@ def body_of(event: str, migration: Any, command: str) -> Any:
             return commands.RollBack(**common, epoch=migration.started.epoch, breach=BREACH, issued=1.0)
         case "roll-back-failed":
             return facts.RollBackFailed(**hosts, breach=BREACH, reason="r")
+        case "kept":
+            return facts.RollBackFailed(**hosts, breach=BREACH, reason="r", kept="r2")
         case "rolled-back":
             return facts.RolledBack(
                 **hosts, revision="r1", level=1, breach=BREACH, received=1.0, routed=1.0, restored=1.0, verified=True

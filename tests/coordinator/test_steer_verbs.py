@@ -165,7 +165,9 @@ async def test_a_silent_coordinator_is_named_and_the_way_that_needs_none(story: 
 
 
 def options(**rest: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"agent": "tutor", "to": "r2", "strategy": None, "level": None, "because": "", **rest})
+    return argparse.Namespace(
+        **{"agent": "tutor", "to": "r2", "strategy": None, "level": None, "accept": "", "because": "", **rest}
+    )
 
 
 def plan(play: Any, **rest: Any) -> Forecast:

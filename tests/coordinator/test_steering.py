@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from interlock.broker import commands, facts
+from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach
-from interlock.broker.config import BUILT_IN
+from interlock.broker.strategies import BUILT_IN
+from interlock.coordinator import steering
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.phases import STEERED, Phase
 from interlock.coordinator.steering import standing
@@ -36,8 +37,57 @@ def test_a_drill_that_fails_is_a_refusal_since_nothing_was_begun(story: Any) -> 
     play = story(strategy={"drill": True})
     play.migrate()
     assert play.done() == ["Drill"]
-    assert play.failed("drill") == ["roll back: check drill: as found"]
-    assert play.rolled_back() == ["refused by check drill: as found"]
+    assert play.failed("drill") == ["refused by check drill: as found"]
+
+
+def kept(story: Any, **strategy: Any) -> Any:
+    """The host could not bring r1 back, and lets r2 serve."""
+    play = story(strategy=strategy)
+    play.to_canary()
+    play.steer("abort")
+    m = play.migration
+    play.said = play.fact(
+        facts.RollBackFailed(
+            host="alpha", agent="tutor", migration=m.id, epoch=m.started.epoch, kept="r2", level=2,
+            breach=Breach(by="operator abort", reason=""), reason="r1 does not start",
+        )
+    )  # fmt: skip
+    return play
+
+
+def test_a_kept_candidate_is_held_on_until_an_operator_decides(story: Any) -> None:
+    play = kept(story)
+    assert play.said == ["held by host alpha, blames permanent"]
+    assert steering.possible(play.migration) == ["abort", "commit"]
+    assert "resume is not possible" in play.steer("resume")[0]
+    assert play.later(86_401) == ["held by host alpha, blames permanent"]  # somebody must look: it never ends by itself
+    play.restart()
+    assert play.run() == []
+
+
+def test_a_rule_that_goes_on_firing_does_not_end_a_kept_candidate(story: Any) -> None:
+    play = kept(story)
+    m = play.migration
+    rule = Breach(by="rule slow", reason="slow")
+    play.say(
+        topics.rollback("alpha"),
+        commands.RollBack(migration=m.id, agent="tutor", epoch=m.started.epoch, breach=rule, issued=play.now),
+    )
+    assert play.later(100) == []
+    assert play.migration.phase is Phase.HELD
+
+
+def test_a_kept_candidate_can_be_committed_with_a_reason(story: Any) -> None:
+    play = kept(story)
+    assert "r2 is kept" in play.steer("commit")[0]
+    assert play.steer("commit", "r1 is lost")[2:] == ["stage commit", "Commit"]
+    assert play.done()[-1].startswith("committed by operator commit")
+
+
+def test_an_abort_of_a_kept_candidate_reaches_the_host_once_more(story: Any) -> None:
+    play = kept(story)
+    assert play.steer("abort", "again") == ["abort by operator/ann", "roll back: operator abort: again"]
+    assert play.rolled_back() == ["rolled-back by operator abort: again"]
 
 
 # --- approval

@@ -2,6 +2,9 @@
 
 `FOLDER/20250131T235959.123456Z/` holds the parts under their names, and `manifest.json`. A folder with another kind of
 name is not a backup: it was not finished.
+
+A folder that a program may be writing (`Live`) is copied until it stood still meanwhile, a bounded number of times.
+Databases of SQLite in it are copied by SQLite itself, whole at one moment, and need not stand still.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from interlock.agents.journal import copy_database
 from interlock.agents.trees import (
     ASIDE,
     Damaged,
@@ -35,6 +39,11 @@ from interlock.broker.errors import ConfigError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of manifest.json
+LIVE_TRIES = 3  # copies of a folder that is written meanwhile, before it is given up
+LIVE_PAUSE_S = 0.3  # between them: whoever writes a few files at once has done so by then
+DATABASE_S = 20.0  # for a database to be copied; longer means that a writer has locked it
+DATABASE_MAGIC = b"SQLite format 3\0"
+DATABASE_BESIDE = ("-wal", "-shm", "-journal")  # files of SQLite's own beside a database; its copy has what is in them
 LEFTOVER_S = 3600.0  # an unfinished backup older than this was left by a crash; no backup takes so long
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z(-\d+)?")
 
@@ -43,6 +52,16 @@ class BackupFile(msgspec.Struct, frozen=True):
     size: int  # bytes
     sha256: str
     mode: int  # permission bits
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """Of what the backup is. `levels`: of configuration, code, state and host those that are in it."""
+
+    host: str = ""
+    agent: str = ""
+    revision: str = ""
+    digest: str = ""
+    levels: list[str] = []
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +73,22 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: dict[str, BackupFile]
     folders: list[str]
     links: dict[str, str]
+    about: About = About()
+    newest: float = 0.0  # seconds since 1970: when the newest file of a `Live` part was last written
+
+
+@dataclass(frozen=True)
+class Live:
+    """A folder to copy that a program may be writing. It is empty in the backup if it is not there."""
+
+    path: Path
+
+
+class Changed(StorageError):
+    """What was being copied was written meanwhile."""
+
+
+Part = bytes | Path | Live
 
 
 @dataclass(frozen=True)
@@ -62,11 +97,14 @@ class Backup:
     manifest: Manifest
 
 
-def make_backup(folder: Path, parts: Mapping[str, bytes | Path], *, now: float, keep: int) -> Backup:
+def make_backup(
+    folder: Path, parts: Mapping[str, Part], *, now: float, keep: int, about: About | None = None
+) -> Backup:
     """Back up `parts` (content, or a file or folder to copy) and verify it; then keep only the newest `keep`.
 
-    `now` in seconds since 1970. What is copied should not change meanwhile: a change is an error. StorageError if it
-    can't be written or a part is not there, Damaged if it reads back differently; then there is no backup.
+    `now` in seconds since 1970. What is copied should not change meanwhile: a change is an error, unless the part is
+    `Live`. StorageError if it can't be written or a part is not there, Damaged if it reads back differently; then
+    there is no backup.
     """
     for name in parts:
         _check_part(name)
@@ -75,7 +113,7 @@ def make_backup(folder: Path, parts: Mapping[str, bytes | Path], *, now: float, 
         folder.mkdir(parents=True, exist_ok=True)
         aside.mkdir(mode=0o700)
         try:
-            manifest = _fill(aside, parts, now)
+            manifest = _fill(aside, parts, now, about or About())
             write_file(aside / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest, order="sorted")))
             sync_folders(aside)
             verify_backup(aside)
@@ -93,6 +131,12 @@ def make_backup(folder: Path, parts: Mapping[str, bytes | Path], *, now: float, 
             hint="check the permissions and the free space",
         ) from None
     return Backup(path, manifest)
+
+
+def copy_live(source: Path, target: Path) -> None:
+    """Copy a folder that a program may be writing to a new place, as it is at one moment. Changed, StorageError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _Filling(target.parent).add_live(target.name, source.resolve())
 
 
 def verify_backup(path: Path) -> Manifest:
@@ -121,11 +165,11 @@ def list_backups(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_age, reverse=True)
 
 
-def restore_backup(path: Path, target: Path, *, part: str = "") -> Manifest:
+def restore_backup(path: Path, target: Path, *, part: str = "", keep_old: Path | None = None) -> Manifest:
     """Verify a backup, then put its parts into the folder `target`, or one `part` (file or folder) as `target`.
 
-    What was at `target` is replaced as a whole, in one step. Damaged: nothing was changed. Whoever uses the target must
-    be stopped before.
+    What was at `target` is replaced as a whole, in one step, and moved to `keep_old` if that is given. Damaged: nothing
+    was changed. Whoever uses the target must be stopped before.
     """
     manifest = verify_backup(path)
     if part and part not in manifest.parts:
@@ -142,7 +186,10 @@ def restore_backup(path: Path, target: Path, *, part: str = "") -> Manifest:
         except BaseException:
             remove_tree(aside)
             raise
-        if old is not None:
+        if old is not None and keep_old is not None:
+            keep_old.parent.mkdir(parents=True, exist_ok=True)
+            old.rename(keep_old)
+        elif old is not None:
             remove_tree(old)
     except OSError as error:
         raise StorageError(
@@ -160,15 +207,20 @@ def _check_part(name: str) -> None:
         raise ConfigError(f"{name!r} can't name a part of a backup", where="backup", hint="use a relative path")
 
 
-def _fill(aside: Path, parts: Mapping[str, bytes | Path], now: float) -> Manifest:
-    files: dict[str, BackupFile] = {}
-    links: dict[str, str] = {}
+class _Filling:
+    """A backup folder that is being filled, and what its manifest will say."""
 
-    def add(target: Path, source: Path, status: os.stat_result) -> None:
-        relative = target.relative_to(aside).as_posix()
+    def __init__(self, aside: Path) -> None:
+        self.aside = aside
+        self.files: dict[str, BackupFile] = {}
+        self.links: dict[str, str] = {}
+        self.newest = 0.0
+
+    def add(self, target: Path, source: Path, status: os.stat_result) -> None:
+        relative = target.relative_to(self.aside).as_posix()
         if stat.S_ISLNK(status.st_mode):
-            links[relative] = os.readlink(source)
-            target.symlink_to(links[relative])
+            self.links[relative] = os.readlink(source)
+            target.symlink_to(self.links[relative])
         elif stat.S_ISDIR(status.st_mode):
             target.mkdir(parents=True, exist_ok=True)
         elif stat.S_ISREG(status.st_mode):
@@ -177,26 +229,110 @@ def _fill(aside: Path, parts: Mapping[str, bytes | Path], now: float) -> Manifes
             digest = copy_file(source, target, mode | stat.S_IRUSR)
             after = source.stat()
             if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-                raise StorageError(
+                raise Changed(
                     "it was changed while it was backed up", where=str(source), hint="stop what writes it, or try again"
                 )
-            files[relative] = BackupFile(status.st_size, digest, mode)
+            self.files[relative] = BackupFile(status.st_size, digest, mode)
 
+    def add_content(self, name: str, content: bytes) -> None:
+        write_file(self.aside / name, content)
+        self.files[name] = BackupFile(len(content), sha256_of(self.aside / name), 0o644)
+
+    def add_tree(self, name: str, root: Path) -> None:
+        self.add(self.aside / name, root, root.stat())
+        for relative, path, status in entries(root) if root.is_dir() else ():
+            self.add(self.aside / name / relative, path, status)
+
+    def add_live(self, name: str, root: Path) -> None:
+        """The folder as it was at one moment: nothing in it was written between the first look and the last."""
+        for attempt in range(1, LIVE_TRIES + 1):
+            try:
+                self._copy_live(name, root)
+            except (Changed, FileNotFoundError) as error:
+                self._take_back(name)
+                if attempt == LIVE_TRIES:
+                    where = error.where if isinstance(error, Changed) else str(error.filename or root)
+                    raise Changed(
+                        f"it was changed while it was backed up, {LIVE_TRIES} times", where=where,
+                        hint="let the agent write less often, keep what it writes in a SQLite database, or leave "
+                        '"state" out of the backup',
+                    ) from None  # fmt: skip
+                time.sleep(LIVE_PAUSE_S)
+            else:
+                return
+
+    def _copy_live(self, name: str, root: Path) -> None:
+        target = self.aside / name
+        target.mkdir(parents=True, exist_ok=True)
+        seen = _survey(root)
+        for relative, (path, status) in seen.items():
+            if _is_database(path, status):
+                size, digest = copy_database(path, target / relative, timeout_s=DATABASE_S)
+                self.files[f"{name}/{relative}"] = BackupFile(size, digest, stat.S_IMODE(status.st_mode))
+            else:
+                self.add(target / relative, path, status)
+            if stat.S_ISREG(status.st_mode):
+                self.newest = max(self.newest, status.st_mtime)
+        now = _survey(root)
+        changed = [
+            relative
+            for relative in sorted({*seen, *now})
+            if relative not in seen or relative not in now or _differs(*seen[relative], *now[relative])
+        ]
+        if changed:
+            raise Changed("it was changed while it was backed up", where=str(root / changed[0]))
+
+    def _take_back(self, name: str) -> None:
+        remove_tree(self.aside / name)
+        self.newest = 0.0
+        for kept in (self.files, self.links):
+            for relative in [one for one in kept if one.startswith(f"{name}/")]:
+                del kept[relative]
+
+
+def _fill(aside: Path, parts: Mapping[str, Part], now: float, about: About) -> Manifest:
+    filling = _Filling(aside)
     for name, part in sorted(parts.items()):
-        target = aside / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(part, bytes):
-            write_file(target, part)
-            files[name] = BackupFile(len(part), sha256_of(target), 0o644)
+            filling.add_content(name, part)
+        elif isinstance(part, Live):
+            filling.add_live(name, part.path.resolve())
         else:
-            root = part.resolve()
-            add(target, root, root.stat())
-            for relative, path, status in entries(root) if root.is_dir() else ():
-                add(target / relative, path, status)
+            filling.add_tree(name, part.resolve())
     folders = [relative for relative, _, status in entries(aside) if stat.S_ISDIR(status.st_mode)]
     return Manifest(
-        format=FORMAT, made=now, parts=sorted(parts), files=dict(sorted(files.items())), folders=folders, links=links
-    )
+        format=FORMAT, made=now, parts=sorted(parts), files=dict(sorted(filling.files.items())), folders=folders,
+        links=filling.links, about=about, newest=filling.newest,
+    )  # fmt: skip
+
+
+def _survey(root: Path) -> dict[str, tuple[Path, os.stat_result]]:
+    """All in a folder that counts for a copy: no sockets, and no files of SQLite's own beside its databases."""
+    found = {relative: (path, status) for relative, path, status in entries(root)} if root.is_dir() else {}
+    databases = {relative for relative, (path, status) in found.items() if _is_database(path, status)}
+    beside = {f"{relative}{end}" for relative in databases for end in DATABASE_BESIDE}
+    kinds = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
+    return {
+        relative: (path, status)
+        for relative, (path, status) in found.items()
+        if relative not in beside and any(kind(status.st_mode) for kind in kinds)
+    }
+
+
+def _is_database(path: Path, status: os.stat_result) -> bool:
+    if not stat.S_ISREG(status.st_mode) or status.st_size < len(DATABASE_MAGIC):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(DATABASE_MAGIC)) == DATABASE_MAGIC
+
+
+def _differs(path: Path, before: os.stat_result, _: Path, after: os.stat_result) -> bool:
+    if stat.S_ISDIR(before.st_mode):
+        return not stat.S_ISDIR(after.st_mode)
+    if _is_database(path, after):
+        return False
+    return (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns)
 
 
 def _problem(manifest: Manifest, relative: str, path: Path, status: os.stat_result) -> str:

@@ -19,8 +19,9 @@ import trio
 
 from interlock.agents import process as processes
 from interlock.agents.compare import Verdict
+from interlock.agents.findings import Finding
 from interlock.agents.judging import LENGTH, MAX_TEXT, Question, Spec
-from interlock.agents.preflight import DISTRIBUTION, Finding, environment, interpreter, placeholders
+from interlock.agents.preflight import DISTRIBUTION, environment, interpreter, placeholders
 from interlock.agents.revisions import Revision
 from interlock.broker.config import CompareConfig
 from interlock.broker.errors import InterlockError

@@ -21,6 +21,7 @@ import trio
 from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
+from interlock.agents.measured import read_cards
 from interlock.agents.process import guarded, host_marker, kill_marked
 from interlock.agents.revisions import RevisionStore
 from interlock.agents.slot import Slot
@@ -108,6 +109,7 @@ class Host:
                 slot.give(AskRollBack(body))
             case (
                 commands.Prepare()
+                | commands.Drill()
                 | commands.StartCandidate()
                 | commands.Shadow()
                 | commands.CutOver()
@@ -256,6 +258,8 @@ def _surroundings(host: Host, state: Path, place: Place, nursery: trio.Nursery) 
         backups=state / "backups",
         next_number=lambda: next(numbers),
         nursery=nursery,
+        cards=partial(read_cards, host.bus, host.name),
+        neighbours=lambda: list(host.slots.values()),
     )
 
 

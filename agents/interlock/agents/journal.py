@@ -1,4 +1,4 @@
-"""The host's journal: the only module of the host that uses sqlite3.
+"""The host's journal: the only module of the host that uses sqlite3; so agents' databases are copied here, too.
 
 One file, written before the host acts: `synchronous=FULL` means that what a method wrote is on the disk when it
 returns. After a `kill -9` it holds the last transaction that was finished, whole.
@@ -7,20 +7,24 @@ returns. After a `kill -9` it holds the last transaction that was finished, whol
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from interlock.agents.slot_io import Row, State
+from interlock.agents.trees import StorageError, sha256_of
 from interlock.broker.errors import LogError, Refused
 
 FORMAT = 1  # user_version of the file
 DONE_KEPT = 10_000  # results of commands, the oldest go first; a command is not repeated after its deadline
 ENTRIES_KEPT = 50_000  # lines of the journal itself
+COPY_PAGES = 4096  # of a database copied before the time is looked at: some 16 MiB
 BUSY_MS = 5000  # a backup tool or a reader may hold the file for so long
 
 _SCHEMA = """
@@ -270,3 +274,32 @@ def _explained(path: Path) -> Iterator[None]:
             where=str(error.filename or path),
             hint="check the permissions and the free space",
         ) from None
+
+
+def copy_database(source: Path, target: Path, *, timeout_s: float) -> tuple[int, str]:
+    """Copy a SQLite database that may be in use, as it is at one moment; (bytes, sha256) of the copy, which is synced.
+
+    StorageError if it is damaged, or locked for `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+
+    def watch(*_: int) -> None:
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"a database is locked for more than {timeout_s:g} s", where=str(source), hint="stop what writes it"
+            )
+
+    try:
+        with (
+            closing(sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True, timeout=timeout_s)) as db,
+            closing(sqlite3.connect(target)) as copy,
+        ):
+            db.backup(copy, pages=COPY_PAGES, progress=watch)
+    except sqlite3.Error as error:
+        raise StorageError(f"a database can't be copied: {error}", where=str(source)) from None
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return target.stat().st_size, sha256_of(target)

@@ -77,6 +77,7 @@ class Instance:
     handlers: dict[str, HandlerContract] = field(default_factory=dict)
     token: TokenFile | None = None  # of a program without an endpoint
     stopping: bool = False
+    start_s: float | None = None  # seconds from its start until it was healthy
     _files: list[Path] = field(default_factory=list)  # in the folder of the sockets
 
     @property
@@ -217,7 +218,8 @@ class Instance:
                     break
                 detail = health.detail or detail
                 await trio.sleep(START_POLL_S)
-            evidence: dict[str, object] = {"start_s": trio.current_time() - began, "pid": self.process.pid}
+            self.start_s = trio.current_time() - began
+            evidence: dict[str, object] = {"start_s": self.start_s, "pid": self.process.pid}
             if self.control is not None:
                 gaps = await self._learn_contract(needed)
                 if gaps:

@@ -14,25 +14,26 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
 
+from interlock.agents.findings import Finding, mib
+from interlock.agents.measured import memory_available
 from interlock.agents.process import Ended, StartFailed, run_to_end
 from interlock.agents.revisions import Revision
 from interlock.agents.serving import Spec
 from interlock.broker.bounds import PLACEHOLDERS
 from interlock.broker.errors import ConfigError
-from interlock.broker.fields import Evidence
 
 PARSE_TIMEOUT_S = 60.0  # for all files of a source of the largest size
 PYTHON_TIMEOUT_S = 10.0  # for an interpreter to say its version; a cold disk takes seconds
 IMPORT_TIMEOUT_S = 60.0  # for an entry to import: torch takes 5 to 20 s from a cold disk
 MIN_DISK_BYTES = 1 << 30  # free where the state is: logs and journals of the migration, and the backup
-MIN_MEMORY_BYTES = 512 << 20  # available for a second process beside the first; what is needed exactly is not known yet
+MIN_MEMORY_BYTES = 512 << 20  # available where nobody has judged what the two processes take
 MAX_REPORTED = 5  # files that do not parse, named in a finding
 CHECK_MODULE = "interlock.agents.run"
 DISTRIBUTION = "interlock-agent"  # what an agent's own environment needs
@@ -58,20 +59,6 @@ for folder, folders, files in os.walk(sys.argv[1]):
 print(json.dumps({"parsed": found}))
 """
 _VERSION = 'import json, sys; print(json.dumps({"python": sys.version.split()[0], "at": sys.executable}))'
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check. `reason` is one line: why it failed, or what was seen."""
-
-    check: str
-    ok: bool
-    reason: str
-    evidence: Evidence = field(default_factory=dict)
-
-
-def first_failed(findings: Sequence[Finding]) -> Finding | None:
-    return next((finding for finding in findings if not finding.ok), None)
 
 
 # --- what a process is started with
@@ -188,13 +175,24 @@ class _Bench:
         return None, ended
 
 
-async def preflight(revision: Revision, *, base: Path, state_dir: Path, host: str = "") -> list[Finding]:
+async def preflight(
+    revision: Revision,
+    *,
+    base: Path,
+    state_dir: Path,
+    host: str = "",
+    room: Sequence[Finding] | None = None,
+    disk_bytes: int = 0,
+) -> list[Finding]:
     """All checks of a recorded revision, cheapest first; the later ones are left out where they rest on a failed one.
 
     `base`: the folder of the fleet file. `host`: the host's marker, so that nothing of a check survives the host.
+    `room`: what was found of memory for old and new together. `disk_bytes`: what the backup will write.
     """
     config = revision.config
-    findings = [_disk(state_dir), _memory()]
+    findings = [_disk(state_dir, disk_bytes), *([_memory()] if room is None else room)]
+    if config.kind == "exec":
+        findings.append(_ports())
     try:
         values = placeholders(revision, base=base, port=1, health_port=1)
         env = environment(config.env, values, where=f"{revision.agent} {revision.name}")
@@ -211,31 +209,35 @@ async def preflight(revision: Revision, *, base: Path, state_dir: Path, host: st
     return findings
 
 
-def _disk(state_dir: Path) -> Finding:
+def _disk(state_dir: Path, wanted: int) -> Finding:
     try:
         free = shutil.disk_usage(state_dir).free
     except OSError as error:
         return Finding("disk", False, f"{state_dir} can't be looked at: {error.strerror}")
-    seen = {"free_bytes": free}
-    if free < MIN_DISK_BYTES:
-        return Finding("disk", False, f"{_mib(free)} free at {state_dir}, {_mib(MIN_DISK_BYTES)} needed", seen)
-    return Finding("disk", True, f"{_mib(free)} free", seen)
+    needed = MIN_DISK_BYTES + wanted
+    seen = {"free_bytes": free, "needed_bytes": needed}
+    if free < needed:
+        return Finding("disk", False, f"{mib(free)} free at {state_dir}, {mib(needed)} needed", seen)
+    return Finding("disk", True, f"{mib(free)} free", seen)
 
 
 def _memory() -> Finding:
-    try:
-        text = Path("/proc/meminfo").read_text("ascii")
-        available = int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024  # type: ignore[index]
-    except (OSError, TypeError) as error:
-        return Finding("memory", False, f"the memory available is not known: {error}")
+    available = memory_available()
+    if available is None:
+        return Finding("memory", False, "the memory available is not known")
     seen = {"available_bytes": available}
     if available < MIN_MEMORY_BYTES:
-        return Finding("memory", False, f"{_mib(available)} available, {_mib(MIN_MEMORY_BYTES)} needed", seen)
-    return Finding("memory", True, f"{_mib(available)} available", seen)
+        return Finding("memory", False, f"{mib(available)} available, {mib(MIN_MEMORY_BYTES)} needed", seen)
+    return Finding("memory", True, f"{mib(available)} available", seen)
 
 
-def _mib(count: int) -> str:
-    return f"{count >> 20} MiB"
+def _ports() -> Finding:
+    """Whether a program can be given ports of its own beside the old one's."""
+    try:
+        free_ports(2)
+    except OSError as error:
+        return Finding("ports", False, f"no port of 127.0.0.1 can be had: {error.strerror}")
+    return Finding("ports", True, "two ports can be had")
 
 
 def _silence(ended: Ended, timeout_s: float) -> str:

@@ -6,29 +6,35 @@ Nothing that serves is touched. What is found out here is the evidence by which 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import trio
 
-from interlock.agents.backup import Backup, make_backup
+from interlock.agents.backup import Backup
 from interlock.agents.comparer import Bench, check_functions, functions_of
 from interlock.agents.figures import baseline, measured
+from interlock.agents.findings import Finding, first_failed
 from interlock.agents.gateway import Gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
-from interlock.agents.preflight import first_failed, preflight
+from interlock.agents.levels import Whole, back_up
+from interlock.agents.measured import dependencies, folder_bytes, memory_available, tree_memory
+from interlock.agents.preflight import preflight
+from interlock.agents.resources import Card, Judgement, Needs, Room, judge
 from interlock.agents.revisions import Revision, RevisionStore, check_name_free
 from interlock.agents.slot_io import PrepareEnded, Row
 from interlock.broker.commands import Prepare
-from interlock.broker.config import AgentConfig, FleetConfig, source_of
+from interlock.broker.config import AgentConfig, FleetConfig, RevisionConfig, source_of
 from interlock.broker.errors import ConfigError, InterlockError, Refused
 from interlock.broker.fields import Evidence
 
-BACKUPS_KEPT = 5  # per agent; each holds the code of one revision
+BACKUPS_KEPT = 5  # per agent, where the fleet file does not name the host; each holds the code of one revision
+
+Cards = Callable[[str], Awaitable[list[Card] | None]]  # the GPUs of the host, and what an agent has there
+Up = Callable[[str], bool | None]  # whether an agent is healthy; None if it is not of this host
 
 
 @dataclass
@@ -45,8 +51,11 @@ class Preparation:
     backups: Path
     place: Place
     load: Callable[[], FleetConfig]
+    cards: Cards
+    up: Up
     config: AgentConfig | None = None
     baseline: dict[str, float] | None = None
+    judgement: Judgement | None = None
 
 
 class _Failed(Exception):
@@ -67,9 +76,10 @@ async def prepare(given: Preparation) -> PrepareEnded:
             if given.permanent is not None:
                 nursery.start_soon(_measure, given, evidence)
             await _check(given, fleet, recorded, evidence)
-            backup = await _back_up(given)
+            backup = await _back_up(given, fleet)
             evidence["backup"] = {
                 "path": str(backup.path),
+                "levels": backup.manifest.about.levels,
                 "files": len(backup.manifest.files),
                 "bytes": sum(file.size for file in backup.manifest.files.values()),
             }
@@ -79,7 +89,11 @@ async def prepare(given: Preparation) -> PrepareEnded:
         ended = PrepareEnded(migration, False, check=failed.check, reason=failed.reason, evidence=failed.evidence)
     except* InterlockError as group:
         ended = PrepareEnded(migration, False, check="prepare", reason=str(group.exceptions[0]))
-    return replace(ended, digest=evidence.get("digest", "")) if ended.ok else ended
+    if not ended.ok:
+        return ended
+    judged = given.judgement
+    exclusive = judged is not None and (judged.gpu or evidence["rollback_class"] == "cold")
+    return replace(ended, digest=evidence["digest"], exclusive=exclusive)
 
 
 async def _record(given: Preparation) -> tuple[FleetConfig, Revision]:
@@ -105,18 +119,72 @@ async def _record(given: Preparation) -> tuple[FleetConfig, Revision]:
 
 
 async def _check(given: Preparation, fleet: FleetConfig, recorded: Revision, evidence: Evidence) -> None:
-    findings = await preflight(recorded, base=fleet.folder, state_dir=fleet.state_dir, host=given.place.marker)
+    assert given.config is not None
+    judged = await _judge(given, given.config.revisions[given.command.to])
+    given.judgement = judged
+    cold = _is_cold(judged, given.command.accept)
+    room = [replace(one, ok=True) if cold and not one.ok else one for one in judged.findings]
+    findings = await preflight(
+        recorded, base=fleet.folder, state_dir=fleet.state_dir, host=given.place.marker, room=room,
+        disk_bytes=await trio.to_thread.run_sync(_backup_bytes, given),
+    )  # fmt: skip
+    findings += await dependencies(given.config.depends, fleet.agents, given.up, given.place.sockets)
     failed = first_failed(findings)
     evidence["preflight"] = {finding.check: finding.reason for finding in findings}
+    evidence["rollback_class"] = "cold" if cold else "warm"
     if failed is not None:
-        raise _Failed(failed.check, failed.reason, failed.evidence)
+        raise _Failed(failed.check, failed.reason + _cold_hint(failed, judged), failed.evidence)
     await _check_comparison(given, recorded, evidence)
+    await _check_old(given, evidence)
+
+
+def _is_cold(judged: Judgement, accept: str) -> bool:
+    """Old and new don't fit together, one after the other does, and the operator accepts what that means."""
+    return accept == "cold" and judged.together != "yes" and judged.apart
+
+
+def _cold_hint(failed: Finding, judged: Judgement) -> str:
+    if failed.check not in {finding.check for finding in judged.findings}:
+        return ""
+    if judged.apart:
+        return "; one after the other fits: --accept cold stops the old one first, and a rollback starts it again"
+    return "; without the old one it would not fit either"
+
+
+async def _judge(given: Preparation, revision: RevisionConfig) -> Judgement:
+    old = given.permanent
+    process = old.process if old is not None else None
+    held = None
+    if process is not None:
+        held = await trio.to_thread.run_sync(tree_memory, process.marker, process.pid)
+    needs = Needs(
+        memory=int(revision.needs.memory_mb * (1 << 20)),
+        gpu_memory=int(revision.needs.gpu_memory_mb * (1 << 20)),
+        gpu=given.config is not None and given.config.category == "gpu-model",
+    )
+    return judge(Room(memory_available(), held, await given.cards(given.command.agent)), needs)
+
+
+def _backup_bytes(given: Preparation) -> int:
+    levels = given.command.levels
+    state = folder_bytes(given.place.data_dir / given.row.agent) if "state" in levels else 0
+    code = folder_bytes(given.store.folder / given.row.permanent_digest) if "code" in levels else 0
+    return state + code
+
+
+async def _check_old(given: Preparation, evidence: Evidence) -> None:
+    """The way back: recorded whole, and healthy; a sick one is said, and only goes if somebody asked for that."""
     old = await trio.to_thread.run_sync(given.store.verify, given.row.permanent_digest)
     if old:
         reason = f"revision {given.row.permanent} in the store is damaged, there is nothing to go back to: {old[0]}"
-        raise _Failed("permanent-revision", reason, {"problems": old})
-    if given.permanent is None or not (await given.permanent.check()).ok:
-        raise _Failed("permanent-health", f"revision {given.row.permanent} does not answer its health check", {})
+        hint = f"; mend it with: interlock backup restore {given.row.agent}"
+        raise _Failed("permanent-revision", reason + hint, {"problems": old})
+    if given.permanent is not None and (await given.permanent.check()).ok:
+        return
+    reason = f"revision {given.row.permanent} does not answer its health check"
+    if not given.command.sick_ok:
+        raise _Failed("permanent-health", f"{reason}; to replace it all the same, say why: --because TEXT", {})
+    evidence["old"] = f"sick: {reason}. It is no verified way back: on a breach whoever is healthy serves"
 
 
 async def _check_comparison(given: Preparation, recorded: Revision, evidence: Evidence) -> None:
@@ -131,18 +199,17 @@ async def _check_comparison(given: Preparation, recorded: Revision, evidence: Ev
             raise _Failed(finding.check, finding.reason, finding.evidence)
 
 
-async def _back_up(given: Preparation) -> Backup:
-    """Configuration, code and slot of what serves now, verified."""
-    row = given.row
-    revision = given.store.get(row.agent, row.permanent, row.permanent_digest)
-    parts: dict[str, bytes | Path] = {
-        "slot.json": msgspec.json.format(msgspec.json.encode(row)),
-        "configuration.json": msgspec.json.format(msgspec.json.encode(revision.config)),
-        "code": revision.folder,
-    }
-    return await trio.to_thread.run_sync(
-        partial(make_backup, given.backups / row.agent, parts, now=time.time(), keep=BACKUPS_KEPT)
-    )
+async def _back_up(given: Preparation, fleet: FleetConfig) -> Backup:
+    """The levels that the command names, of what serves now, verified."""
+    row, levels = given.row, given.command.levels
+    revision = await trio.to_thread.run_sync(given.store.get, row.agent, row.permanent, row.permanent_digest)
+    whole = Whole(given.host, row, revision, given.config, given.place.data_dir / row.agent, given.journal)
+    host = fleet.hosts.get(given.host)
+    keep = BACKUPS_KEPT if host is None else host.backups
+    try:
+        return await trio.to_thread.run_sync(partial(back_up, whole, given.backups, levels, now=time.time(), keep=keep))
+    except InterlockError as error:
+        raise _Failed("backup", str(error), {"levels": list(levels)}) from None
 
 
 async def _measure(given: Preparation, evidence: Evidence) -> None:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 LOG_KEEP = 1 << 20  # bytes of an instance's log kept when it starts: what happened before is found in there
 LOG_LIMIT = 16 << 20  # bytes a log may grow to while the instance runs; then it is cut to LOG_KEEP
-LOG_CHECK_S = 30.0  # between looks at the size of a log
+LOG_CHECK_S = 0.5  # between looks at the size of a log: a program that floods it writes some 100 MB meanwhile
 TAIL_BYTES = 64 << 10  # of a log, read for its last lines
 GUARD_PAUSE_S = 0.2  # before a guard that died is replaced, or replacing it is tried again
 GUARD_LEAVE_S = 15.0  # for the guard to end with its host; it waits guard.GONE_S for processes that hang
@@ -153,8 +153,12 @@ class Process:
 
     async def _trim(self) -> None:
         try:
+            if self.log_path.stat().st_size <= LOG_LIMIT:
+                return
             if await trio.to_thread.run_sync(trim_log, self.log_path, LOG_LIMIT, LOG_KEEP):
                 self._log_start = 0
+        except FileNotFoundError:  # somebody tidied up
+            return
         except OSError as error:  # a full disk is no reason to end an agent
             log.warning("%s: its log can't be cut: %s", self.log_path, error)
 

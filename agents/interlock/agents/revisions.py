@@ -1,9 +1,9 @@
 """The revision store: what a host runs, kept under the sha256 of what it is.
 
-A digest covers the canonical specification (every field of a RevisionConfig but the path of its source) and the
-manifest of the code: path, executable or not, and sha256 of each file, and each link. So the same content has the same
-digest and is kept once, and a digest says all about what will run. `FOLDER/DIGEST/revision.json` holds both,
-`FOLDER/DIGEST/source/` the code, read-only; instances run there.
+A digest covers the canonical specification (every field of a RevisionConfig but the path of its source, and what it
+needs of the machine) and the manifest of the code: path, executable or not, and sha256 of each file, and each link. So
+the same content has the same digest and is kept once, and a digest says all about what will run.
+`FOLDER/DIGEST/revision.json` holds both, `FOLDER/DIGEST/source/` the code, read-only; instances run there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from interlock.agents.trees import (
     sync_folders,
     write_file,
 )
-from interlock.broker.config import RevisionConfig
+from interlock.broker.config import NeedsConfig, RevisionConfig
 from interlock.broker.errors import ConfigError, Refused
 
 MAX_SOURCE_BYTES = 512 << 20  # of code; models and data sets belong beside it, named in the configuration
@@ -185,7 +185,7 @@ class RevisionStore:
                 raise ConfigError(
                     "is neither file, folder nor link", where=f"{where}: {path}", hint="move it elsewhere"
                 )
-        spec = msgspec.structs.replace(config, source="")
+        spec = msgspec.structs.replace(config, source="", needs=NeedsConfig())  # `needs` says nothing of what it is
         files.sort(key=lambda file: file.path)
         links.sort(key=lambda link: link.path)
         return _Recorded(FORMAT, spec, files, sorted(folders), links), found
@@ -284,7 +284,9 @@ def _compare(code: Path, recorded: _Recorded) -> list[str]:
 
 
 def _canonical(recorded: _Recorded) -> bytes:
-    return msgspec.json.encode(recorded, order="sorted")
+    tree = msgspec.to_builtins(recorded)
+    del tree["spec"]["needs"]
+    return msgspec.json.encode(tree, order="sorted")
 
 
 def _mode(file: _File) -> int:

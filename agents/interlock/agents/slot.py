@@ -2,7 +2,7 @@
 
 A slot has a *permanent* revision, which serves by right and is what a restart of the host comes back to, and during a
 migration a *candidate*. Until `Commit`, whatever goes wrong leads back to the permanent revision: the candidate dies,
-fails its health checks, its lease expires, a step fails, or somebody says so.
+fails its health checks, its lease expires, a step fails, or somebody says so (`rolling_back.py`).
 
 Order matters in what comes out. Everything but a rollback is written to the journal before it is done (`Persist` comes
 first). A rollback routes first and writes afterwards: the row in the journal still names the old revision as permanent,
@@ -13,25 +13,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from interlock.agents.ladder import Ascent, Rung, Sign
+from interlock.agents.rolling_back import AWAY, RollingBack
 from interlock.agents.slot_io import (
     Action,
     Ask,
+    AskHostLevel,
     AskRollBack,
+    BeginDrill,
     BeginPrepare,
     BeginShadow,
     BeginTrial,
+    DrillEnded,
+    EndDrill,
     EndShadow,
     Gone,
     Healthy,
+    HostRestored,
     Input,
     Moment,
     Persist,
     PrepareEnded,
     Publish,
     Renew,
-    Rescue,
+    Restored,
     Route,
-    Row,
     ShadowEnded,
     Start,
     State,
@@ -43,61 +49,45 @@ from interlock.agents.slot_io import (
 from interlock.broker import commands, facts
 from interlock.broker.commands import Breach, HostCommand
 from interlock.broker.facts import Fact
-from interlock.broker.fields import Evidence
 
 STANDBY_LEASE_S = 60.0  # before the cut-over a candidate costs resources only; still nobody may forget it
-RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th restart in a row of a permanent instance
-STEADY_S = 30.0  # a permanent instance that ran for so long begins a new row
 
 
 # --- the table: (state, step) -> the state in which the step is done or under way
 
 STEPS: dict[tuple[State, str], State] = {
     (State.SERVING, "prepare"): State.PREPARING,
+    (State.SERVING, "drill"): State.DRILLING,
+    (State.PREPARED, "drill"): State.DRILLING,
     (State.PREPARED, "start-candidate"): State.STARTING,
     (State.STANDBY, "shadow"): State.SHADOWING,
     (State.STANDBY, "cut-over"): State.LIVE,
     (State.LIVE, "cut-over"): State.LIVE,
     (State.LIVE, "commit"): State.SERVING,
+    (State.KEPT, "commit"): State.SERVING,
 }
-ON_TRIAL = {State.PREPARING, State.PREPARED, State.STARTING, State.STANDBY, State.SHADOWING, State.LIVE}
+ON_TRIAL = {
+    State.PREPARING, State.PREPARED, State.DRILLING, State.STARTING, State.STANDBY, State.SHADOWING, State.LIVE,
+}  # fmt: skip
 
 
-class Slot:
+class Slot(RollingBack):
     """One agent's place on a host. `handle` is the only way in."""
-
-    def __init__(self, host: str, row: Row, *, endpoint: str = "") -> None:
-        self.host = host
-        self.row = row
-        self.endpoint = endpoint
-        self.permanent: str | None = None  # instance
-        self.permanent_up = False
-        self.permanent_since = 0.0
-        self.candidate: str | None = None  # instance
-        self.candidate_up = False
-        self.share = 0.0
-        self.lease_until: float | None = None  # monotonic
-        self._asked = ""  # id of the command under way
-        self._restarts = 0
-        self._born = 0
-        self._breach: Breach | None = None
-        self._received = 0.0
-        self._cold = False  # the rollback had to start the old revision again
-        self._shadow_ended = False
 
     # --- start
 
     def begin(self, now: Moment) -> list[Action]:
         """What a host does first with the slot: undo what a crash left, and start the permanent revision."""
         actions: list[Action] = []
+        if self.row.state is State.DRILLING and self.row.migration is None:
+            self._set(State.SERVING)  # nothing was on trial
         if self.row.state is not State.SERVING:
-            self._breach = Breach(
+            breach = Breach(
                 by="host restarted",
                 reason=f"the host restarted while revision {self.row.candidate or '?'} was {self.row.state}",
                 sample_time=now.wall,
             )
-            self._received = now.wall
-            self._cold = True
+            self.ascent = Ascent.begin(breach, Rung.CODE, now)
             self._set(State.ROLLING_BACK)
             actions.append(Persist(self.row, "roll back: the host restarted"))
         actions += self._start_permanent(now, restart=False)
@@ -109,10 +99,8 @@ class Slot:
         match given:
             case Ask():
                 return self._ask(given, now)
-            case AskRollBack(command):
-                if command.migration != self.row.migration or self.row.state not in ON_TRIAL:
-                    return []  # done already, or never ours
-                return self._roll_back(command.breach, now)
+            case AskRollBack():
+                return self._asked_back(given, now)
             case Renew(command):
                 if self.lease_until is not None and self._is_current(command.migration, command.epoch):
                     self.lease_until = now.mono + command.lease_s
@@ -125,13 +113,19 @@ class Slot:
                 return self._gone(given, now)
             case ShadowEnded():
                 return self._shadow_over(given)
+            case DrillEnded():
+                return self._drill_over(given)
             case Verified():
                 return self._verified(given, now)
+            case AskHostLevel() | HostRestored() | Restored():
+                return self._of_the_host(given, now)
             case Tick():
                 return self._tick(now)
 
     def next_deadline(self) -> float | None:
         """Monotonic time of the next Tick that may matter."""
+        if self.row.state in AWAY:
+            return None if self.ascent is None or self.ascent.until == float("inf") else self.ascent.until
         return self.lease_until if self.row.state in ON_TRIAL else None
 
     # --- commands
@@ -146,8 +140,11 @@ class Slot:
         if isinstance(command, commands.Prepare):
             if self.row.state is not State.SERVING:
                 return f"migration {self.row.migration} is in flight ({self.row.state})"
-            if not self.permanent_up:
+            if not self.permanent_up and not command.sick_ok:
                 return f"revision {self.row.permanent} is not healthy; there would be nothing to go back to"
+        elif isinstance(command, commands.Drill) and not command.migration:
+            if self.row.state is State.SERVING and not self.permanent_up:
+                return f"revision {self.row.permanent} is not healthy; there is nothing to rehearse with"
         elif not self._is_current(command.migration, command.epoch):
             return f"migration {command.migration} is not in flight here"
         if (self.row.state, step) not in STEPS:
@@ -181,13 +178,12 @@ class Slot:
                 self.lease_until = now.mono + STANDBY_LEASE_S + command.baseline_s
                 return [Persist(self.row, "prepare"), BeginPrepare(command), self._changed()]
             case commands.Drill():
-                return []  # no state takes it yet
-            case commands.StartCandidate():
                 self._set(target)
-                self.lease_until = now.mono + STANDBY_LEASE_S
-                self.candidate = self._name(self.row.candidate or "")
-                start = Start(self.candidate, self.row.candidate or "", self.row.candidate_digest or "", "candidate")
-                return [Persist(self.row, "start candidate"), start, self._changed()]
+                if self.lease_until is not None:
+                    self.lease_until = now.mono + STANDBY_LEASE_S + max(0.0, command.deadline - now.wall)
+                return [Persist(self.row, "drill"), BeginDrill(command), self._changed()]
+            case commands.StartCandidate():
+                return self._start_candidate(command, target, now)
             case commands.Shadow():
                 self._set(target)
                 assert self.candidate is not None
@@ -198,8 +194,25 @@ class Slot:
             case commands.Commit():
                 return self._commit(command, given.id)
 
+    def _start_candidate(self, command: commands.StartCandidate, target: State, now: Moment) -> list[Action]:
+        """Beside the old one; or, cold, in its place: requests wait while one is stopped and the other starts."""
+        self._set(target)
+        self.lease_until = now.mono + STANDBY_LEASE_S
+        self.candidate = self._name(self.row.candidate or "")
+        old = self.permanent if command.cold else None
+        start = Start(
+            self.candidate, self.row.candidate or "", self.row.candidate_digest or "", "candidate",
+            after=() if old is None else (old,),
+        )  # fmt: skip
+        actions: list[Action] = [Persist(self.row, "start candidate, cold" if command.cold else "start candidate")]
+        if command.cold:
+            self.permanent, self.permanent_up, self.exclusive = None, False, True
+            actions.append(Route(self.shares()))
+        actions.append(start)
+        return [*actions, *([] if old is None else [Stop(old)]), self._changed()]
+
     def _cut_over(self, command: commands.CutOver, asked: str, target: State, now: Moment) -> list[Action]:
-        first = self.row.state is not State.LIVE
+        first = self.row.state is not State.LIVE or self.permanent is None  # cold: live already, but not on trial
         self._set(target)
         self._asked = ""
         self.share = min(max(command.share, 0.0), 1.0)
@@ -208,7 +221,7 @@ class Slot:
         return [
             Persist(self.row, f"cut over {self.share:.0%}", (asked, done)),
             *([BeginTrial(command.migration, command.warm_up_s)] if first else []),
-            Route(self._shares()),
+            Route(self.shares()),
             Publish(done),
             self._changed(),
         ]
@@ -228,12 +241,12 @@ class Slot:
             migration=None,
         )
         self.permanent, self.permanent_up, self.candidate = new, True, None
-        self.candidate_up = False
+        self.candidate_up, self.exclusive = False, False
         self.share = 0.0
-        self.lease_until = None
+        self.lease_until, self.ascent = None, None
         self._restarts = 0
         actions: list[Action] = [Persist(self.row, f"commit {self.row.permanent}", (asked, done))]
-        actions += [Route(self._shares()), Publish(done), self._changed()]
+        actions += [Route(self.shares()), Publish(done), self._changed()]
         if old is not None:
             actions.append(Stop(old))
         return actions
@@ -244,6 +257,7 @@ class Slot:
         asked, self._asked = self._asked, ""
         if given.ok:
             self.row = replace(self.row, state=State.PREPARED, candidate_digest=given.digest)
+            self.exclusive = given.exclusive
             done: Fact = self._done("prepare", asked, given.evidence)
         else:
             done = self._failed("prepare", asked, given.check, given.reason, given.evidence)
@@ -260,42 +274,36 @@ class Slot:
         if given.instance == self.permanent:
             self.permanent_up = True
             self.permanent_since = now.mono
-            actions: list[Action] = [Route(self._shares())]
-            if self.row.state is State.ROLLING_BACK:
+            actions: list[Action] = [Route(self.shares(), urgent=self.row.state in AWAY)]
+            if self.row.state in AWAY:
                 actions.append(Verify(self.row.migration or "", given.instance))
             return [*actions, self._changed()]
         if given.instance == self.candidate and self.row.state is State.STARTING:
             asked, self._asked = self._asked, ""
             self.candidate_up = True
-            self._set(State.STANDBY)
-            done = self._done("start-candidate", asked, given.evidence)
-            return [Persist(self.row, "candidate healthy", (asked, done)), Publish(done), self._changed()]
+            cold = self.permanent is None
+            self._set(State.LIVE if cold else State.STANDBY)
+            self.share = 1.0 if cold else 0.0
+            done = self._done("start-candidate", asked, given.evidence | ({"cold": True} if cold else {}))
+            written = Persist(self.row, "candidate healthy", (asked, done))
+            return [written, *([Route(self.shares())] if cold else []), Publish(done), self._changed()]
         return []
 
     def _gone(self, given: Gone, now: Moment) -> list[Action]:
+        state = self.row.state
         if given.instance == self.candidate:
             breach = Breach(by=f"host {given.by}", reason=given.reason, sample_time=given.sample_time)
-            if self.row.state in ON_TRIAL:
+            if state in ON_TRIAL:
+                self.candidate_up = False
                 return self._roll_back(breach, now)
+            return self._candidate_gone(given, now) if state in AWAY else []
+        if given.instance != self.permanent:
             return []
-        if given.instance == self.permanent:
-            self._cold = self._cold or self.row.state is State.ROLLING_BACK
-            return self._start_permanent(now, restart=True)
-        return []
-
-    def _start_permanent(self, now: Moment, *, restart: bool) -> list[Action]:
-        old = self.permanent
-        if self.permanent_up and now.mono - self.permanent_since > STEADY_S:
-            self._restarts = 0
-        delay = RESTART_DELAYS_S[min(self._restarts, len(RESTART_DELAYS_S) - 1)]
-        self._restarts += 1
-        self.permanent_up = False
-        self.permanent = self._name(self.row.permanent)
-        start = Start(self.permanent, self.row.permanent, self.row.permanent_digest, "permanent", delay)
-        actions: list[Action] = [Route(self._shares(), urgent=True)]
-        if restart and old is not None:
-            actions += [Rescue(old), Stop(old)]  # it may hang: what it owes is not left to its end
-        return [*actions, start]
+        if state in AWAY:
+            self.permanent_up = False
+            return self._old_gone(given, now)
+        again = self._start_permanent(now, restart=True)
+        return [again[0], EndDrill(), *again[1:]] if state is State.DRILLING else again
 
     # --- shadow
 
@@ -311,136 +319,63 @@ class Slot:
             done = self._failed("shadow", asked, "shadow", given.reason, given.evidence)
         return [EndShadow(), Persist(self.row, "shadow ended", (asked, done)), Publish(done), self._changed()]
 
+    # --- drill
+
+    def _drill_over(self, given: DrillEnded) -> list[Action]:
+        if self.row.state is not State.DRILLING:
+            return []
+        asked, self._asked = self._asked, ""
+        told = facts.DrillDone(
+            host=self.host, agent=self.row.agent, revision=self.row.permanent, seconds=given.seconds,
+            problems=list(given.problems), skipped=given.skipped, migration=self.row.migration or "", command=asked,
+            evidence=given.evidence,
+        )  # fmt: skip
+        evidence = given.evidence | {"seconds": given.seconds, "skipped": given.skipped, "problems": told.problems}
+        done: Fact
+        if given.ok:
+            done = self._done("drill", asked, evidence)
+        else:
+            done = self._failed("drill", asked, "drill", given.reason, evidence)
+        if given.ok and self.row.migration:
+            self._set(State.PREPARED)
+        else:
+            self._forget_candidate()  # nothing was started of it
+        return [Persist(self.row, "drill ended", (asked, done)), Publish(told), Publish(done), self._changed()]
+
     # --- rolling back
 
-    def _roll_back(self, breach: Breach, now: Moment) -> list[Action]:
-        migration = self.row.migration or ""
-        candidate, was = self.candidate, self.row.state
-        self._breach, self._received, self._cold = breach, now.wall, not self.permanent_up
-        self._asked = ""
-        self.share = 0.0
-        self.lease_until = None
-        self.candidate, self.candidate_up = None, False
-        self._set(State.ROLLING_BACK)
-        actions: list[Action] = [Route(self._shares(), urgent=True)]
-        if was is State.SHADOWING:
-            actions.append(EndShadow())
-        if self.permanent_up and self.permanent is not None:
-            actions.append(Verify(migration, self.permanent))
-        if candidate is not None:
-            actions.append(Rescue(candidate))
-        actions.append(Persist(self.row, f"roll back: {breach.by}: {breach.reason}"))
-        if candidate is not None:
-            actions.append(Stop(candidate))
-        return [*actions, self._changed()]
+    def _asked_back(self, given: AskRollBack, now: Moment) -> list[Action]:
+        command = given.command
+        if command.migration != self.row.migration:
+            return []  # done already, or never ours
+        if self.row.state in ON_TRIAL:
+            return self._roll_back(command.breach, now)
+        again = self.ascent is not None and command.issued > self.ascent.kept_at
+        asked = command.breach.by.startswith("operator")
+        if (
+            self.row.state is State.KEPT and asked and again
+        ):  # a rule that goes on firing must not end the one that serves
+            return self._heard(Sign.ASKED, command.breach.reason, now)
+        return []
 
-    def _verified(self, given: Verified, now: Moment) -> list[Action]:
-        if self.row.state is not State.ROLLING_BACK or given.migration != (self.row.migration or ""):
-            return []
-        if given.instance not in ("", self.permanent):
-            return []  # it has died since: the one that takes its place is asked when it is healthy
-        breach = self._breach or Breach(by="host", reason="unknown")
-        if not given.ok:
-            failed = facts.RollBackFailed(
-                host=self.host,
-                agent=self.row.agent,
-                migration=given.migration,
-                epoch=self.row.epoch,
-                breach=breach,
-                reason=given.reason,
-            )
-            self._cold = True  # the warm way failed: start the old revision again, and verify when it is healthy
-            return [Publish(failed), *self._start_permanent(now, restart=True)]
-        done = facts.RolledBack(
-            host=self.host,
-            agent=self.row.agent,
-            migration=given.migration,
-            epoch=self.row.epoch,
-            revision=self.row.permanent,
-            level=2 if self._cold else 1,
-            breach=breach,
-            received=self._received,
-            routed=max(given.routed, self._received),
-            restored=given.restored,
-            verified=True,
-            evidence=given.evidence,
-        )
-        self._forget_candidate()
-        return [Persist(self.row, "rolled back"), Publish(done), self._changed()]
+    def _of_the_host(self, given: AskHostLevel | HostRestored | Restored, now: Moment) -> list[Action]:
+        match given:
+            case HostRestored():
+                return self._host_restored(given, now)
+            case Restored():
+                return self._restored(given, now)
+        if self.row.state in ON_TRIAL and self.row.migration is not None:
+            reason = f"the roll back of {given.agent} needs all of this host: {given.reason}"
+            return self._roll_back(Breach(by="host level-3", reason=reason, sample_time=now.wall), now)
+        return [EndDrill()] if self.row.state is State.DRILLING else []  # who is healthy and untouched stays so
 
     def _tick(self, now: Moment) -> list[Action]:
+        if self.row.state in AWAY:
+            return self._level_time(now)
         if self.lease_until is None or now.mono < self.lease_until or self.row.state not in ON_TRIAL:
             return []
         reason = "the coordinator did not renew the lease of the candidate"
         return self._roll_back(Breach(by="host lease-expired", reason=reason, sample_time=now.wall), now)
-
-    # --- inside
-
-    def _is_current(self, migration: str, epoch: int) -> bool:
-        return migration == self.row.migration and epoch == self.row.epoch
-
-    def _set(self, state: State) -> None:
-        self.row = replace(self.row, state=state)
-
-    def _forget_candidate(self) -> None:
-        self.row = replace(
-            self.row, state=State.SERVING, candidate=None, candidate_digest=None, migration=None
-        )  # the epoch stays: older ones are refused for good
-        self.candidate, self.candidate_up = None, False
-        self.lease_until, self.share, self._breach, self._cold = None, 0.0, None, False
-
-    def _name(self, revision: str) -> str:
-        self._born += 1
-        return f"{self.row.agent}-{revision}-{self._born}"
-
-    def _shares(self) -> tuple[tuple[str, float], ...]:
-        """Whoever is up gets what the other can't take; nobody up: the requests wait."""
-        share = self.share if self.candidate is not None and self.row.state is State.LIVE else 0.0
-        shares = []
-        if self.permanent_up and self.permanent is not None and share < 1:
-            shares.append((self.permanent, 1 - share))
-        if share > 0 and self.candidate is not None:
-            shares.append((self.candidate, share if shares else 1.0))
-        return tuple(shares)
-
-    def _changed(self) -> Publish:
-        return Publish(
-            facts.SlotChanged(
-                host=self.host,
-                agent=self.row.agent,
-                state=str(self.row.state) if self.permanent_up or self.row.state is not State.SERVING else "starting",
-                permanent=self.row.permanent,
-                candidate=self.row.candidate,
-                share=self.share,
-                migration=self.row.migration,
-                epoch=self.row.epoch,
-                endpoint=self.endpoint,
-            )
-        )
-
-    def _done(self, step: commands.Step, asked: str, evidence: Evidence) -> facts.StepDone:
-        return facts.StepDone(
-            host=self.host,
-            agent=self.row.agent,
-            migration=self.row.migration or "",
-            epoch=self.row.epoch,
-            step=step,
-            command=asked,
-            evidence=evidence,
-        )
-
-    def _failed(self, step: commands.Step, asked: str, check: str, reason: str, evidence: Evidence) -> facts.StepFailed:
-        return facts.StepFailed(
-            host=self.host,
-            agent=self.row.agent,
-            migration=self.row.migration or "",
-            epoch=self.row.epoch,
-            step=step,
-            command=asked,
-            check=check,
-            reason=reason,
-            evidence=evidence,
-        )
 
 
 def step_of(command: HostCommand) -> commands.Step:

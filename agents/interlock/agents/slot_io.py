@@ -16,11 +16,15 @@ class State(StrEnum):
     SERVING = "serving"  # no migration here
     PREPARING = "preparing"
     PREPARED = "prepared"
+    DRILLING = "drilling"  # the rollback is rehearsed, in a migration or without one
     STARTING = "starting"  # the candidate's process runs, it is not healthy yet
     STANDBY = "standby"  # the candidate is healthy, without live requests
     SHADOWING = "shadowing"
     LIVE = "live"  # the candidate has a share of the live requests
     ROLLING_BACK = "rolling-back"  # live requests go to the permanent revision; it is not verified yet
+    KEPT = (
+        "kept"  # the permanent revision could not be brought back; the candidate, healthy, serves for a human to look
+    )
 
 
 class Moment(NamedTuple):
@@ -51,11 +55,15 @@ class Renew:
 
 @dataclass(frozen=True)
 class PrepareEnded:
-    """`digest` of the recorded revision; a failed one names the check."""
+    """`digest` of the recorded revision; a failed one names the check.
+
+    exclusive: there may not be room for two, so the candidate is stopped before the old revision is started again.
+    """
 
     migration: str
     ok: bool
     digest: str = ""
+    exclusive: bool = False
     check: str = ""
     reason: str = ""
     evidence: Evidence = field(default_factory=dict)
@@ -90,7 +98,10 @@ class ShadowEnded:
 
 @dataclass(frozen=True)
 class Verified:
-    """The permanent revision answered (a live request or a probe) after the route went back to it, or did not."""
+    """The permanent revision answered (a live request or a probe) after the route went back to it, or did not.
+
+    `instance`: which one was asked; about one that is not permanent any more it says nothing.
+    """
 
     migration: str
     ok: bool
@@ -98,7 +109,45 @@ class Verified:
     routed: float
     reason: str = ""
     evidence: Evidence = field(default_factory=dict)
-    instance: str = ""  # that was asked; left out: the permanent one of now
+    instance: str = ""
+
+
+@dataclass(frozen=True)
+class DrillEnded:
+    """What the rehearsal measured: seconds by level, what was left out and why, and what went wrong."""
+
+    ok: bool
+    reason: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AskHostLevel:
+    """Another agent's rollback has come to level 3: this slot returns to its permanent revision, too."""
+
+    agent: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class HostRestored:
+    """What level 3 did: the agents whose migrations were rolled back for it."""
+
+    migration: str
+    agents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What level 4 did: the newest verified backup is in place, or there is none."""
+
+    migration: str
+    ok: bool
+    reason: str = ""
+    evidence: Evidence = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +155,10 @@ class Tick:
     pass
 
 
-Input = Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | Verified | Tick
+Input = (
+    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | Verified | DrillEnded | AskHostLevel
+    | HostRestored | Restored | Tick
+)  # fmt: skip
 
 # --- what comes out
 
@@ -143,13 +195,14 @@ class BeginPrepare:
 
 @dataclass(frozen=True)
 class Start:
-    """Start an instance of a revision; the shell answers Healthy or Gone."""
+    """Start an instance of a revision, once those of `after` are gone; the shell answers Healthy or Gone."""
 
     instance: str
     revision: str
     digest: str
     role: Role
     delay_s: float = 0.0
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,12 +239,40 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class BeginDrill:
+    """Rehearse the rollback; the shell answers DrillEnded."""
+
+    command: commands.Drill
+
+
+@dataclass(frozen=True)
+class EndDrill:
+    """Call the rehearsal off: what it started is stopped."""
+
+
+@dataclass(frozen=True)
+class RestoreHost:
+    """Level 3: every other slot of the host returns to its permanent revision; the shell answers HostRestored."""
+
+    migration: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Level 4: stop what runs of the agent, put the newest verified backup in place; the shell answers Restored."""
+
+    migration: str
+
+
+@dataclass(frozen=True)
 class Publish:
     fact: Fact
 
 
 Action = (
-    Persist | Route | BeginTrial | BeginPrepare | Start | Stop | BeginShadow | EndShadow | Rescue | Verify | Publish
+    Persist | Route | BeginTrial | BeginPrepare | BeginDrill | EndDrill | Start | Stop | BeginShadow | EndShadow
+    | Rescue | Verify | RestoreHost | Restore | Publish
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Carries out what a slot machine decides: one per agent, with the agent's gateway and instances.
 
 Actions are done in order by one task, since most of them wait (for the disk, for a process). A rollback doesn't queue:
-what comes before its journal entry (the route, the rescue of requests) is done at once, in the call that brought it,
-and whatever was queued to change the route is void from then on.
+what comes before its journal entry (the route, the rescue of requests, the start of what is permanent anyway) is done
+at once, in the call that brought it, and whatever was queued to change the route is void from then on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,14 +26,18 @@ from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
 from interlock.agents.prepare import Preparation, prepare
+from interlock.agents.recovering import rehearse, restore_backup, restore_host
+from interlock.agents.resources import Card
 from interlock.agents.revisions import RevisionStore
 from interlock.agents.shadow import ShadowRun
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import (
     Action,
+    BeginDrill,
     BeginPrepare,
     BeginShadow,
     BeginTrial,
+    EndDrill,
     EndShadow,
     Gone,
     Healthy,
@@ -42,6 +46,8 @@ from interlock.agents.slot_io import (
     Persist,
     Publish,
     Rescue,
+    Restore,
+    RestoreHost,
     Route,
     ShadowEnded,
     Start,
@@ -80,6 +86,17 @@ class Surroundings:
     backups: Path
     next_number: Callable[[], int]
     nursery: trio.Nursery  # owns the instances; lives as long as the host
+    cards: Callable[[str], Awaitable[list[Card] | None]] = field(default=lambda agent: _no_cards())
+    neighbours: Callable[[], list[SlotShell]] = field(default=list)  # all slots of the host
+
+    def up(self, agent: str) -> bool | None:
+        """Whether an agent of this host is healthy; None if it is not of this host."""
+        found = [shell.slot.permanent_up for shell in self.neighbours() if shell.agent == agent]
+        return found[0] if found else None
+
+
+async def _no_cards() -> None:
+    """No monitor tells of a GPU."""
 
 
 @dataclass
@@ -115,6 +132,8 @@ class SlotShell:
     _busy: bool = False
     _settled: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _shadow: ShadowRun | None = None
+    _drill: trio.CancelScope | None = None
+    _ended: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
 
@@ -140,7 +159,7 @@ class SlotShell:
         if urgent:
             self._generation += 1
         for action in actions:
-            if urgent and isinstance(action, Route | EndShadow | Rescue | Verify):
+            if urgent and isinstance(action, Route | EndShadow | EndDrill | Rescue | Verify | Start | Stop):
                 self._do_now(action)
             else:
                 urgent = False
@@ -175,12 +194,15 @@ class SlotShell:
                 self.around.publish(fact)
             case BeginPrepare(command):
                 self.around.nursery.start_soon(self._prepare, command)
-            case Start():
-                self.around.nursery.start_soon(self._live, action)
-            case Stop(instance):
-                self.around.nursery.start_soon(self._stop, instance)
             case BeginShadow(command, candidate):
                 self._begin_shadow(command, candidate)
+            case BeginDrill(command):
+                self._drill = trio.CancelScope()
+                self.around.nursery.start_soon(rehearse, self, command, self._drill)
+            case RestoreHost():
+                self.around.nursery.start_soon(restore_host, self, action)
+            case Restore():
+                self.around.nursery.start_soon(restore_backup, self, action)
             case _:
                 self._do_now(action)
 
@@ -208,7 +230,7 @@ class SlotShell:
         self.gateway.route({})
         async with trio.open_nursery() as nursery:
             for name in list(self.instances):
-                nursery.start_soon(self._stop, name)
+                nursery.start_soon(self.stop, name)
 
     def _do_now(self, action: Action) -> None:
         match action:
@@ -218,10 +240,17 @@ class SlotShell:
             case BeginTrial(migration, warm_up_s):
                 self.gateway.begin_trial(None)
                 self.around.nursery.start_soon(self._begin_trial, migration, warm_up_s)
+            case Start():
+                self.around.nursery.start_soon(self._live, action)
+            case Stop(instance):
+                self.around.nursery.start_soon(self.stop, instance)
             case Rescue(instance):
                 self.gateway.rescue(instance)
             case EndShadow():
                 self._end_shadow()
+            case EndDrill():
+                if self._drill is not None:
+                    self._drill.cancel()
             case Verify(migration, instance):
                 answer = FirstAnswer()
                 self.gateway.on_answer(instance, lambda _: answer.note("a client's request"))
@@ -235,7 +264,7 @@ class SlotShell:
         preparation = Preparation(
             host=around.host, command=command, row=self.slot.row, permanent=permanent,
             gateway=self.gateway, store=around.store, journal=around.journal, backups=around.backups,
-            place=around.place, load=around.load,
+            place=around.place, load=around.load, cards=around.cards, up=around.up,
         )  # fmt: skip
         ended = await prepare(preparation)
         self.baseline = preparation.baseline
@@ -248,6 +277,7 @@ class SlotShell:
     async def _live(self, start: Start) -> None:
         """An instance from start to end."""
         await trio.sleep(start.delay_s)
+        await self.gone(start.after)
         if start.instance not in (self.slot.permanent, self.slot.candidate):
             return  # nobody wants it any more
         around = self.around
@@ -270,7 +300,7 @@ class SlotShell:
         assert instance.process is not None
         self._publish_started(instance)
         if start.instance not in (self.slot.permanent, self.slot.candidate):  # it was called off while it started
-            await self._stop(start.instance)
+            await self.stop(start.instance)
             return
         around.nursery.start_soon(self._watch_end, instance)
 
@@ -284,7 +314,7 @@ class SlotShell:
 
         await instance.watch(start, self._needed(start), report)
         if not instance.stopping and instance.process.returncode is not None:
-            await self._stop(instance.name)
+            await self.stop(instance.name)
 
     async def _watch_end(self, instance: Instance) -> None:
         """Whatever it still owed goes elsewhere at once, also if it ends while it is being stopped."""
@@ -297,7 +327,12 @@ class SlotShell:
         permanent = self.instances.get(self.slot.permanent or "")
         return permanent.handlers if permanent is not None and start.role == "candidate" else {}
 
-    async def _stop(self, name: str) -> None:
+    async def gone(self, names: tuple[str, ...]) -> None:
+        """Returns once none of these instances is there."""
+        while any(name in self.instances for name in names):
+            await self._ended.park()
+
+    async def stop(self, name: str) -> None:
         """Drain and end an instance, and forget it."""
         instance = self.instances.get(name)
         if instance is None or instance.stopping:
@@ -310,6 +345,7 @@ class SlotShell:
         code = await instance.end()
         self.gateway.detach(name)
         self.instances.pop(name, None)
+        self._ended.unpark_all()
         view = instance.view
         self.around.publish(
             facts.InstanceStopped(
@@ -411,7 +447,7 @@ class SlotShell:
         """(samples now, series that ended since the last call)."""
         if self.slot.permanent in self.instances:  # it was the candidate before the commit
             self.instances[self.slot.permanent].view.role = "permanent"
-        baseline = self.baseline if self.slot.row.state is not State.SERVING else None
+        baseline = self.baseline if self.slot.row.migration is not None else None
         views = {
             name: instance.view
             for name, instance in self.instances.items()

@@ -13,6 +13,7 @@ import msgspec
 
 from interlock.broker.fields import (
     AgentName,
+    BackupLevel,
     Count,
     Deadline,
     Epoch,
@@ -22,6 +23,7 @@ from interlock.broker.fields import (
     RevisionName,
     Share,
     Span,
+    WaveId,
     says,
 )
 
@@ -77,11 +79,55 @@ class Steer(_Body, frozen=True, kw_only=True, tag="steer"):
     reason: Reason = ""
 
 
+WaveOrder = Literal["dependency", "host", "name"]
+
+
+class StartWave(_Body, frozen=True, kw_only=True, tag="start-wave"):
+    """Move many agents, some at a time; once more of them fail than the budget allows, move all of them back.
+
+    Whoever is named in `revisions` goes there. Where it is empty, all go to `to` that have such a revision and that
+    `agents`, `category` and `host` leave; each of these, where it is empty, leaves everybody.
+    """
+
+    deadline: Deadline
+    revisions: Annotated[dict[str, str], says("by agent: the revision that it goes to")] = {}
+    to: Annotated[str, says("the revision that all go to, instead")] = ""
+    agents: Annotated[list[str], says("only these agents; each must have the revision")] = []
+    category: Annotated[str, says("only agents of this category")] = ""
+    host: Annotated[str, says("only agents of this host")] = ""
+    order: Annotated[
+        WaveOrder, says("dependency: after all that it depends on; host: one host after the other; name")
+    ] = "dependency"
+    parallel: Annotated[int, says("so many at once, at most")] = 1
+    budget: Annotated[int, says("so many may fail")] = 0
+    budget_share: Annotated[float, says("of all, 0 to 1, that may fail instead, rounded down")] = 0.0
+    strategy: Annotated[str | None, says("of each migration; none: what is due to the agent")] = None
+    level: Annotated[str | None, says("the same by level of risk, in place of a strategy")] = None
+    because: Annotated[str, says("why it may be less careful than is due, or happen in a freeze")] = ""
+
+
+class StopWave(_Body, frozen=True, kw_only=True, tag="stop-wave"):
+    """Begin no further migration of a wave. What is in flight goes on; what was moved stays."""
+
+    wave: WaveId
+    deadline: Deadline
+    undo: Annotated[bool, says("roll back what is in flight, and move back what was moved")] = False
+    reason: Reason = ""
+
+
+class RunDrill(_Body, frozen=True, kw_only=True, tag="run-drill"):
+    """Rehearse the rollback of an agent, now."""
+
+    agent: AgentName
+    deadline: Deadline
+    whole_host: Annotated[bool, says("level 3 too, so all agents of its host at once")] = False
+
+
 # coordinator -> host, topic command/<host>/
 
 
 class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
-    """Check, record and back up revision `to`; measure the baseline of the old one for `baseline_s` seconds."""
+    """Check and record revision `to`, back up the serving one and measure its baseline."""
 
     migration: MigrationId
     agent: AgentName
@@ -89,16 +135,26 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     deadline: Deadline
     to: RevisionName
     baseline_s: Annotated[Span, says("seconds for which the serving revision is measured")]
+    levels: Annotated[list[BackupLevel], says("what is backed up of the serving revision")] = msgspec.field(
+        default_factory=lambda: ["configuration", "code"]
+    )
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm) or "cold"')] = ""
+    sick_ok: Annotated[bool, says("go on though the serving revision is not healthy: it is no verified way back")] = (
+        False
+    )
 
 
 class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
     """Rehearse the rollback with the real processes, and measure it."""
 
-    migration: MigrationId
+    migration: Annotated[MigrationId, says("the migration's id; empty where an operator asked for it")]
     agent: AgentName
     epoch: Epoch
     deadline: Deadline
     promise_s: Annotated[Span, says("seconds: a rehearsal that takes longer has failed")]
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm) or "cold"')] = ""
+    cold: Annotated[bool, says("the serving process will be stopped, so there is no level 1 to rehearse")] = False
+    whole_host: Annotated[bool, says("level 3 too, so all agents of the host at once")] = False
 
 
 class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
@@ -108,6 +164,7 @@ class StartCandidate(_Body, frozen=True, kw_only=True, tag="start-candidate"):
     agent: AgentName
     epoch: Epoch
     deadline: Deadline
+    cold: Annotated[bool, says("both don't fit: stop the serving one first, and give all requests to the new")] = False
 
 
 class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
@@ -183,7 +240,10 @@ Step = Literal["prepare", "drill", "start-candidate", "hand-over", "shadow", "cu
 Command = (
     Migrate
     | RollBackAgent
+    | RunDrill
     | Steer
+    | StartWave
+    | StopWave
     | RollCall
     | Prepare
     | Drill

@@ -20,6 +20,15 @@ import msgspec
 from interlock.broker.bounds import check_command, check_environment, check_place, check_values
 from interlock.broker.errors import ConfigError
 from interlock.broker.freeze import Window, parse_zone
+from interlock.broker.strategies import (
+    BUILT_IN,
+    STRATEGY_OF,
+    Level,
+    StrategyConfig,
+    StrategyName,
+    _Config,
+    check_strategy,
+)
 from interlock.broker.topics import RESERVED, check_name
 
 _ENDPOINT = re.compile(
@@ -29,14 +38,7 @@ _ENDPOINT = re.compile(
 _HTTP_NAME = re.compile(r"[A-Z]+ /\S*")  # a method and a path
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-Level = Literal["low", "medium", "high", "critical"]
-StrategyName = Literal["rapid", "staged", "framework", "custom"]  # the later in the row, the more careful
-BackupLevel = Literal["configuration", "code", "state", "host"]
 MAX_FILE = 16 << 20  # characters: 10,000 hosts with an agent each take 3 million
-
-
-class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
 
 
 class BrokerConfig(_Config, frozen=True, kw_only=True):
@@ -119,6 +121,7 @@ class HostConfig(_Config, frozen=True, kw_only=True):
 
     control: str  # where this host takes rollbacks and leases directly (ROUTER)
     monitor: bool = True  # `interlock up` starts a monitor for it
+    backups: int = 5  # newest backups kept of each agent: one is made whenever a migration of it begins
 
 
 class ProbeConfig(_Config, frozen=True, kw_only=True):
@@ -137,6 +140,13 @@ class ProbeConfig(_Config, frozen=True, kw_only=True):
     timeout_s: float = 1.0  # an answer later than this is a failed check
 
 
+class NeedsConfig(_Config, frozen=True, kw_only=True):
+    """What a process of the revision takes of the machine, where it is not what the one before it takes."""
+
+    memory_mb: float = 0.0  # MiB of memory, with all that it starts; 0: as the one before takes
+    gpu_memory_mb: float = 0.0  # MiB of GPU memory; 0: as the one before takes
+
+
 class RevisionConfig(_Config, frozen=True, kw_only=True):
     """One revision of an agent: a class on our base class (`entry`), or any program (`command`).
 
@@ -152,6 +162,7 @@ class RevisionConfig(_Config, frozen=True, kw_only=True):
     probe: ProbeConfig | None = None  # of a program; a class answers for itself
     start_timeout_s: float = 30.0  # not healthy by then: it failed to start
     stop_timeout_s: float = 5.0  # after SIGTERM, before SIGKILL
+    needs: NeedsConfig = NeedsConfig()  # checked before it is started; no part of what the revision is
 
     @property
     def kind(self) -> Literal["class", "exec"]:
@@ -211,81 +222,6 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     @property
     def strategy_name(self) -> StrategyName:
         return self.strategy or STRATEGY_OF[self.level]
-
-
-class CanaryStep(_Config, frozen=True, kw_only=True):
-    """A share of the live requests, and how long the candidate is watched at it."""
-
-    share: float  # of live requests, 0 to 1
-    seconds: float  # that it stays at this share at least
-
-
-class ObserveConfig(_Config, frozen=True, kw_only=True):
-    """When a candidate with live requests counts as good as the old one. Ratios of 1.
-
-    Beyond *_failed for sure (with confidence 1 - alpha, however often one looks) it is rolled back; below *_passed it
-    passes; what stays between is left to an operator at the end.
-    """
-
-    min_s: float | None = None  # enough evidence ends the observation after so long; left out: it takes its full time
-    warm_up_s: float = 5.0  # a fresh process answers slowly at first: that does not count (at most a quarter of a step)
-    requests: int = 0  # that a candidate must have answered; fewer at the end: inconclusive. 0: judged where there are
-    alpha: float = 0.05  # the chance to condemn a candidate that is no worse
-    latency_passed: float = 0.05  # longer than the old one's answers, in the geometric mean
-    latency_failed: float = 0.15  # the same, for sure
-    errors_passed: float = 0.01  # share of requests
-    errors_failed: float = 0.05  # the same, for sure
-    slow_passed: float = 0.10  # share of answers slower than 19 of 20 were before: twice as many as then
-    slow_failed: float = 0.15  # the same, for sure: three times as many
-    failures: int = 0  # measurements that may fail; the next one condemns
-    inconclusive: int = 1  # times that it is prolonged by a quarter, where at the end the checks say neither
-    errors: int = 4  # measurements in a row, a second apart, that may not come about at the end
-    memory_passed: float = 0.20  # more than the old one's, of RAM and of GPU memory
-
-
-class StrategyConfig(_Config, frozen=True, kw_only=True):
-    """What a strategy does, and for how long."""
-
-    baseline_s: float = 2.0  # the old one is measured for this long before anything starts
-    shadow_requests: int = 0  # mirrored and compared; 0: no shadow
-    shadow_s: float = 30.0  # and at most for so long
-    shadow_min_requests: int = 20  # fewer compared than this in that time: inconclusive, no pass
-    shadow_max_mismatches: int = 0  # one answer more that differs, and it is rolled back
-    canary: list[CanaryStep] = []  # shares before all requests go over; none: all at once
-    observation_s: float = 60.0  # with all requests and the old one still warm, before it is made permanent
-    observe: ObserveConfig = ObserveConfig()  # what is judged meanwhile
-    approve: bool = False  # each stage after prepare begins when an operator approves it
-    drill: bool = False  # the rollback is rehearsed and timed before anything moves
-    backup: list[BackupLevel] = msgspec.field(default_factory=lambda: ["configuration", "code"])  # in prepare
-    promise_s: float = 5.0  # a bad candidate is out of the way within this, from the sample that shows it
-
-
-RAPID = StrategyConfig(baseline_s=1.0, observation_s=60.0, promise_s=10.0)
-STAGED = StrategyConfig(
-    baseline_s=5.0,
-    shadow_requests=200,
-    shadow_s=60.0,
-    canary=[CanaryStep(share=0.1, seconds=30.0), CanaryStep(share=0.5, seconds=30.0)],
-    observation_s=600.0,
-    observe=ObserveConfig(requests=20),
-)
-FRAMEWORK = StrategyConfig(
-    baseline_s=10.0,
-    shadow_requests=500,
-    shadow_s=120.0,
-    canary=[CanaryStep(share=share, seconds=120.0) for share in (0.05, 0.25, 0.5)],
-    observation_s=86_400.0,
-    observe=ObserveConfig(requests=200, min_s=3600.0),
-    drill=True,
-    backup=["configuration", "code", "state", "host"],
-)
-CUSTOM = msgspec.structs.replace(FRAMEWORK, approve=True)
-BUILT_IN: dict[StrategyName, StrategyConfig] = {
-    "rapid": RAPID, "staged": STAGED, "framework": FRAMEWORK, "custom": CUSTOM,
-}  # fmt: skip
-STRATEGY_OF: dict[Level, StrategyName] = {
-    "low": "rapid", "medium": "staged", "high": "framework", "critical": "custom",
-}  # fmt: skip
 
 
 class FleetConfig(_Config, frozen=True, kw_only=True):
@@ -438,7 +374,7 @@ def _check(fleet: FleetConfig, where: str) -> None:
     for name in fleet.strategies:
         if name not in BUILT_IN:
             raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint=", ".join(BUILT_IN))
-        _check_strategy(fleet.strategies[name], f"{where}: strategies.{name}")
+        check_strategy(fleet.strategies[name], f"{where}: strategies.{name}")
     _check_freeze(fleet.freeze, f"{where}: freeze")
     for name, agent in fleet.agents.items():
         check_name(name, where=f"{where}: agents")
@@ -455,23 +391,21 @@ def _check(fleet: FleetConfig, where: str) -> None:
                 where=f"{where}: {key}.serve",
                 hint=_near(agent.serve, agent.revisions),
             )
-        for needed in agent.depends:
-            if needed == name or not (needed in fleet.agents or re.match(r"(tcp|http)://.", needed)):
-                raise ConfigError(
-                    f"{needed!r} is no other agent of this fleet, and no endpoint",
-                    where=f"{where}: {key}.depends",
-                    hint=_near(needed, {other: None for other in fleet.agents if other != name}),
-                )
+        _check_needed(fleet, name, f"{where}: {key}.depends")
         _check_handlers(agent, f"{where}: {key}")
         for revision_name, revision in agent.revisions.items():
             check_name(revision_name, where=f"{where}: {key}.revisions")
             _check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
 
 
-def _check_strategy(strategy: StrategyConfig, where: str) -> None:
-    shares = [step.share for step in strategy.canary]
-    if shares != sorted(shares):
-        raise ConfigError(f"the shares {shares} shrink", where=f"{where}.canary")
+def _check_needed(fleet: FleetConfig, name: str, where: str) -> None:
+    for needed in fleet.agents[name].depends:
+        if needed == name or not (needed in fleet.agents or re.match(r"(tcp|http)://.", needed)):
+            raise ConfigError(
+                f"{needed!r} is no other agent of this fleet, and no endpoint",
+                where=where,
+                hint=_near(needed, {other: None for other in fleet.agents if other != name}),
+            )
 
 
 def _check_freeze(freeze: FreezeConfig, where: str) -> None:

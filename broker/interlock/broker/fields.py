@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -36,9 +36,12 @@ Epoch = Annotated[
 Span = Annotated[float, msgspec.Meta(ge=0, le=MAX_SPAN_S)]  # seconds
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+WaveId = Annotated[str, says("the wave's id, chosen by the coordinator")]
 Deadline = Annotated[float, says("seconds since 1970; refused after that")]
 Reason = Annotated[str, says("why, in one line for people")]
 Labels = Annotated[dict[str, str], says("labels as Prometheus has them: name and value")]
 Evidence = Annotated[dict[str, Any], says("figures and findings by name, as they were measured")]
 Number = Annotated[int, says("of the request: any number of the asker's, which its answers repeat")]
 Prefixes = Annotated[list[str], says("what topics start with; an empty one stands for all")]
+
+BackupLevel = Literal["configuration", "code", "state", "host"]  # what a backup holds of an agent and its host

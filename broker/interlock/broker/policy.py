@@ -20,7 +20,14 @@ RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the
 
 EVERYTHING = ("",)
 
-_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent, commands.Steer)
+_ASKED_OF_COORDINATOR = (
+    commands.Migrate,
+    commands.RollBackAgent,
+    commands.Steer,
+    commands.StartWave,
+    commands.StopWave,
+    commands.RunDrill,
+)
 _ASKED_OF_HOST = get_args(commands.HostCommand)
 _BY_HOST = (
     facts.HostUp,
@@ -32,9 +39,11 @@ _BY_HOST = (
     facts.StepFailed,
     facts.CommandRefused,
     facts.RolledBack,
+    facts.RollBackEscalated,
     facts.RollBackFailed,
     facts.DrillDone,
 )
+_OF_WAVE = (facts.WaveStarted, facts.WaveRefused, facts.WaveChanged, facts.WaveEnded)
 _BY_RULES = (facts.AlertFiring, facts.AlertResolved)
 
 
@@ -61,8 +70,12 @@ def publish(grant: Grant, event: Event) -> None:
             _only(grant, event.topic, own, isinstance(body, _BY_HOST) and body.host == name)
         case "fact" if target.startswith("migration/"):
             _only(grant, event.topic, role == "coordinator", _of_migration(body))
+        case "fact" if target.startswith("wave/"):
+            _only(grant, event.topic, role == "coordinator", isinstance(body, _OF_WAVE))
         case "fact" if target.startswith("alert/"):
             _only(grant, event.topic, role == "rules", isinstance(body, _BY_RULES))
+        case "record":
+            _only(grant, event.topic, role == "coordinator", isinstance(body, facts.SeriesRecorded))
         case "snapshot":
             own = event.topic == topics.FLEET_SNAPSHOT
             _only(grant, event.topic, role == "coordinator", own and isinstance(body, facts.FleetSnapshot))
@@ -131,7 +144,7 @@ def _hears(grant: Grant) -> tuple[str, ...]:
         case "coordinator" | "rules" | "operator" | "broker":
             return EVERYTHING
         case "host":
-            own = (topics.command(grant.name), topics.rollback(grant.name))
+            own = (topics.command(grant.name), topics.rollback(grant.name), topics.telemetry(grant.name, "monitor"))
             return (*own, topics.ALL_HOSTS, topics.FACTS, BEATS)
         case "monitor":
             return (topics.FACTS, BEATS)
@@ -155,4 +168,5 @@ def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
 
 
 def _of_migration(body: Body) -> bool:
-    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES, facts.FleetSnapshot))
+    elsewhere = (*_BY_HOST, *_BY_RULES, *_OF_WAVE, facts.SeriesRecorded, facts.FleetSnapshot)
+    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, elsewhere)

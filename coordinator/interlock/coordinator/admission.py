@@ -13,23 +13,16 @@ from typing import TypeVar
 import msgspec
 
 from interlock.broker import commands
-from interlock.broker.config import (
-    BUILT_IN,
-    STRATEGY_OF,
-    AgentConfig,
-    FleetConfig,
-    FreezeWindow,
-    Level,
-    StrategyConfig,
-    StrategyName,
-)
+from interlock.broker.config import AgentConfig, FleetConfig, FreezeWindow
 from interlock.broker.errors import ConfigError
 from interlock.broker.freeze import parse_zone
+from interlock.broker.strategies import BUILT_IN, STRATEGY_OF, Level, StrategyConfig, StrategyName
 from interlock.coordinator.fitting import fitted
 from interlock.coordinator.fleet import Alert, Fleet
 
 Name = TypeVar("Name", bound=str)
 ORDER: list[StrategyName] = list(BUILT_IN)  # the later, the more careful
+CLASSES = ("", "cold", "hand-over")  # of a rollback, the slower the later
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     strategy: StrategyConfig
     start_timeout_s: float
+    accept: str = ""  # the slowest class of rollback that will do
+    sick_ok: bool = False  # the old revision may be sick
     left_out: list[str] = []  # what this agent can't go through, and why
 
 
@@ -69,11 +64,19 @@ class Case:
 
 
 def consider(
-    asked: commands.Migrate, config: FleetConfig, fleet: Fleet, *, in_flight: str, risk: Mapping[str, Level], now: float
+    asked: commands.Migrate,
+    config: FleetConfig,
+    fleet: Fleet,
+    *,
+    in_flight: str,
+    risk: Mapping[str, Level],
+    now: float,
+    undo: bool = False,
 ) -> Case:
     """ConfigError for what no time and no word of an operator would make possible: it names nothing there is.
 
-    in_flight: the migration that the agent is in, or "".
+    in_flight: the migration that the agent is in, or "". undo: it moves a member of a wave back, and a rule that fires
+    is no reason against that.
     """
     agent = config.agents.get(asked.agent)
     if agent is None:
@@ -82,8 +85,13 @@ def consider(
     if revision is None:
         raise ConfigError(f"agent {asked.agent} has no revision {asked.to!r}", hint=near(asked.to, agent.revisions))
     choice = choose(asked, agent, risk.get(asked.agent))
+    if asked.accept not in CLASSES:
+        raise ConfigError(f"there is no class of rollback {asked.accept!r}", hint="cold or hand-over")
     objections = list(_state(asked, agent, fleet, in_flight))
+    objections += [] if undo else list(_alerts(asked, agent, fleet))
     deviations = []
+    for alert in _about(asked.agent, fleet) if asked.because else ():
+        deviations.append(f"rule {alert.rule} fires for the revision that serves: it is no verified way back")
     frozen = freeze(config, now)
     if frozen is not None:
         what = f"the fleet is frozen from {frozen.start} to {frozen.end}: {frozen.because}"
@@ -97,7 +105,10 @@ def consider(
             objections.append(ConfigError(what, hint="if it must be, say why: --because TEXT"))
     slot = fleet.agents.get(asked.agent)
     possible, left_out = fitted(config.strategy(choice.strategy), agent)
-    settings = Settings(strategy=possible, start_timeout_s=revision.start_timeout_s, left_out=left_out)
+    settings = Settings(
+        strategy=possible, start_timeout_s=revision.start_timeout_s, accept=asked.accept, sick_ok=bool(asked.because),
+        left_out=left_out,
+    )  # fmt: skip
     return Case(agent, slot.permanent if slot else "", choice, settings, objections, deviations)
 
 
@@ -149,24 +160,48 @@ def _known(name: str, names: list[Name], what: str) -> Name:
 
 def _state(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet, in_flight: str) -> Iterator[ConfigError]:
     """Why the fleet is in no state to move this agent."""
-    host = fleet.hosts.get(agent.host)
     slot = fleet.agents.get(asked.agent)
-    if host is None or not host.up:
-        yield ConfigError(f"host {agent.host} is not up", hint=f"start it: interlock host --name {agent.host}")
-    elif slot is None or not slot.permanent:
+    yield from busy(asked.agent, agent, fleet, in_flight)
+    if _is_up(agent, fleet) and (slot is None or not slot.permanent):
         yield ConfigError(
             f"host {agent.host} does not serve {asked.agent} yet", hint="restart the host to add an agent"
         )
-    if in_flight:
-        yield ConfigError(
-            f"migration {in_flight} of {asked.agent} is in flight",
-            hint=f"wait for it, or: interlock rollback {asked.agent}",
-        )
     if slot is not None and slot.permanent == asked.to:
         yield ConfigError(f"{asked.agent} serves revision {asked.to} already")
+
+
+def _alerts(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet) -> Iterator[ConfigError]:
+    """Rules that fire about it already."""
+    accepted = _about(asked.agent, fleet) if asked.because else []
     for alert in fleet.alerts.values():
         if alert.action == "rollback" and not alert.dry_run and concerns(alert, asked.agent, agent.host):
+            if alert in accepted:
+                continue
             yield ConfigError(
                 f"rule {alert.rule} fires already ({alert.summary or alert.labels})",
                 hint="mend that first: a bad candidate could not be told from it",
             )
+
+
+def busy(name: str, agent: AgentConfig, fleet: Fleet, in_flight: str) -> Iterator[ConfigError]:
+    """Why its host can be asked for nothing of this agent now."""
+    if not _is_up(agent, fleet):
+        yield ConfigError(f"host {agent.host} is not up", hint=f"start it: interlock host --name {agent.host}")
+    if in_flight:
+        yield ConfigError(
+            f"migration {in_flight} of {name} is in flight", hint=f"wait for it, or: interlock rollback {name}"
+        )
+
+
+def _is_up(agent: AgentConfig, fleet: Fleet) -> bool:
+    host = fleet.hosts.get(agent.host)
+    return host is not None and host.up
+
+
+def _about(name: str, fleet: Fleet) -> list[Alert]:
+    """Alerts that say its permanent revision is sick: no reason to keep it, if somebody says why it is replaced."""
+    return [
+        alert for alert in fleet.alerts.values()
+        if alert.action == "rollback" and not alert.dry_run and alert.labels.get("agent") == name
+        and alert.labels.get("role") != "candidate"
+    ]  # fmt: skip

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
@@ -21,11 +22,15 @@ from interlock.broker.errors import ConfigError, InterlockError, Refused, Unreac
 from interlock.broker.interrupt import raise_again
 from interlock.broker.role import run_role
 from interlock.coordinator.options import (
+    REPORTS,
     STEERING,
+    drill_options,
     keys_options,
     log_options,
     migrate_options,
+    report_options,
     steer_options,
+    wave_options,
     whole_number,
 )
 from interlock.coordinator.terminal import EXIT_INTERRUPTED, Output, mute, note, on_bus, say_json
@@ -41,10 +46,12 @@ EXIT_USAGE, EXIT_SILENT, EXIT_REFUSED = 2, 3, 12
 
 # Roles that live in other packages, which the coordinator doesn't import: verb -> (module, what it is).
 ELSEWHERE = {
-    "broker": ("interlock.broker", "the broker"),
-    "host": ("interlock.agents", "a host: agents and their gateways (--name HOST)"),
-    "monitor": ("interlock.monitors", "a monitor of a host (--host HOST)"),
+    "broker": ("interlock.broker", "run the broker in this process"),
+    "host": ("interlock.agents", "run a host in this process: agents and their gateways (--name HOST)"),
+    "monitor": ("interlock.monitors", "run a monitor of a host in this process (--host HOST)"),
+    "backup": ("interlock.agents.backup_verb", "list, verify or restore the backups of this machine's hosts"),
 }
+TOOLS = {"backup"}  # of these, what is no role: it ends by itself
 
 
 class WrongUsage(SystemExit):
@@ -100,8 +107,12 @@ def parser() -> Parser:
     rollback = verb("rollback", "undo an agent's migration in flight")
     rollback.add_argument("agent", metavar="AGENT")
     rollback.add_argument("--reason", default="asked by an operator", metavar="TEXT")
+    drill_options(verb("drill", "rehearse the rollback of an agent with real processes, and measure it"))
     for name, help in STEERING.items():
         steer_options(verb(name, help), name)
+    wave_options(verb("wave", "move many agents together, within a failure budget"), common)
+    for name, help in REPORTS.items():
+        report_options(verb(name, help), name)
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
     ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
@@ -123,7 +134,7 @@ def parser() -> Parser:
     verb("coordinator", "run the coordinator in this process")
     verb("rules", "run the rule engine in this process")
     for name, (_, help) in ELSEWHERE.items():
-        verbs.add_parser(name, help=f"run {help} in this process", add_help=False, parents=[common])
+        verbs.add_parser(name, help=help, add_help=False, parents=[common])
     return top
 
 
@@ -157,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen.timeout = getattr(chosen, "timeout", TIMEOUT_S)
     chosen.fleet = getattr(chosen, "fleet", None) or Path(os.environ.get(FLEET) or DEFAULT_FLEET)
     if chosen.verb in ELSEWHERE:
-        _become(chosen.verb, [*rest, "--fleet", os.fspath(chosen.fleet)])
+        as_json = ["--json"] if chosen.json and chosen.verb in TOOLS else []
+        _become(chosen.verb, [*rest, *as_json, "--fleet", os.fspath(chosen.fleet)])
     return _run(chosen)
 
 
@@ -225,7 +237,7 @@ def _migrate(chosen: argparse.Namespace) -> int:
 
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         report = await verbs.migrate(
-            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, level=chosen.level,
+            bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, level=chosen.level, accept=chosen.accept,
             because=chosen.because, timeout=chosen.timeout, detach=chosen.detach, tell=output.tell, note=note,
             begun=started.append,
         )  # fmt: skip
@@ -258,6 +270,12 @@ def _rollback(chosen: argparse.Namespace) -> int:
     )
 
 
+def _drill(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import drill_verb
+
+    return drill_verb.run(chosen)
+
+
 def _plan(chosen: argparse.Namespace) -> int:
     from interlock.coordinator import plan_verb
 
@@ -268,6 +286,18 @@ def _steer(chosen: argparse.Namespace) -> int:
     from interlock.coordinator import steer_verbs
 
     return steer_verbs.run(chosen)
+
+
+def _wave(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import wave_verb
+
+    return wave_verb.run(chosen)
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import report_verb
+
+    return report_verb.run_history(chosen) if chosen.verb == "history" else report_verb.run(chosen)
 
 
 def _ping(chosen: argparse.Namespace) -> int:
@@ -341,9 +371,17 @@ def _asyncapi(chosen: argparse.Namespace) -> int:
 def _shell(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.shell import Shell
 
-    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, main)
+    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, _run_line)
     shell.cmdloop()
     return shell.exit_code
+
+
+def _run_line(words: list[str]) -> int:
+    """A verb of the shell: one of another package in a process of its own, as it would replace the shell's."""
+    if words[0] not in TOOLS:
+        return main(words)
+    code = subprocess.run([sys.executable, "-P", "-m", "interlock.coordinator", *words], check=False).returncode
+    return code if code >= 0 else 128 - code
 
 
 def _keys(chosen: argparse.Namespace) -> int:
@@ -395,8 +433,11 @@ def _here(name: str, path: Path, run: Callable[[FleetConfig, Callable[[], None]]
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "migrate": _migrate,
     "rollback": _rollback,
+    "drill": _drill,
     "plan": _plan,
     **dict.fromkeys(STEERING, _steer),
+    "wave": _wave,
+    **dict.fromkeys(REPORTS, _report),
     "ping": _ping,
     "status": _status,
     "watch": _watch,

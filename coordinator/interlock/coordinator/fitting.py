@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from interlock.broker.config import AgentConfig, StrategyConfig
+from interlock.broker.config import AgentConfig
+from interlock.broker.strategies import StrategyConfig
 
 
 def fitted(strategy: StrategyConfig, agent: AgentConfig) -> tuple[StrategyConfig, list[str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from interlock.broker import facts
 from interlock.broker.commands import Breach
-from interlock.broker.config import ObserveConfig
+from interlock.broker.strategies import ObserveConfig
 from interlock.coordinator.observation import CHECKPOINTS, Measurement
 
 SPACING_S = 1.0  # between measurements that count against a limit: nobody can do better within less

@@ -6,22 +6,23 @@ it sends a second time carries the same id, so it is logged and done once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach, SteerAction
-from interlock.broker.config import CoordinatorConfig, StrategyConfig
+from interlock.broker.config import CoordinatorConfig
 from interlock.broker.facts import Outcome
 from interlock.broker.fields import Evidence
+from interlock.broker.strategies import StrategyConfig
 from interlock.broker.wire import Body, Event
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
 from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
-from interlock.coordinator.steps import PlannedStep, Stage, command_of
+from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of
 
-ROLLBACK_ANSWER_S = 60.0  # a host that reports no rollback for so long has failed it: the slowest level takes as long
+ROLLBACK_ANSWER_S = 90.0  # a host that reports no rollback for so long has failed it: the slowest level takes 60 s
 LEASE_RENEWALS = 3  # per lease: two may be lost
 
 
@@ -41,7 +42,7 @@ class Migration:
 
     def __init__(
         self, started: facts.MigrationStarted, *, at: float, steps: list[PlannedStep], config: CoordinatorConfig,
-        strategy: StrategyConfig,
+        strategy: StrategyConfig, terms: Terms,
     ) -> None:  # fmt: skip
         self.started = started
         self.id = started.migration
@@ -54,6 +55,7 @@ class Migration:
         self.strategy = strategy
         self.judgement = Judgement(strategy.observe)
         self.baseline = Baseline()  # of the old revision, once prepare has measured it
+        self._terms = terms
         self._config = config
         self._since = at  # seconds since 1970: when the step before this one was done
         self._sent_at: float | None = None  # when this step was asked for
@@ -66,6 +68,8 @@ class Migration:
         self._breach: Breach | None = None
         self._breached_at = at
         self._asked_rollback = False
+        self._failures = 0  # rollbacks that the host could not do
+        self._kept: Breach | None = None  # the candidate serves on, since the old revision can't
         self._gave_up = False
         self._asked_stop = -1  # the stop that was asked for and is not in the log yet
         self._said_end = False
@@ -162,6 +166,8 @@ class Migration:
             self._evidence[f"{self.index}-{body.step}"] = body.evidence
         if body.step == "prepare":
             self.baseline = Baseline.from_evidence(body.evidence)
+            if body.evidence.get("rollback_class") == "cold":
+                self._terms, self.steps = replace(self._terms, cold=True), cold(self.steps)
         if body.step == "commit":
             if self._turn("committed", None, at):
                 self.outcome = "committed"
@@ -176,7 +182,7 @@ class Migration:
         breach = Breach(
             by=f"check {body.check}", reason=body.reason, sample_time=body.evidence.get("first_breach_time", at)
         )
-        if body.step == "prepare":  # nothing was started, nothing is to be undone
+        if body.step in ("prepare", "drill"):  # nothing was started, nothing is to be undone
             if self._turn("not-prepared", breach, at):
                 self.outcome = "refused"
         else:
@@ -197,13 +203,14 @@ class Migration:
     def _going_back(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
         match body:
             case commands.RollBack():
+                if self._kept is not None and self.phase is Phase.HELD and not body.breach.by.startswith("operator"):
+                    return  # a host that keeps a candidate listens to nobody else
                 self._turn("roll-back", body.breach, at)
                 self._asked_rollback = True
             case facts.RolledBack():
                 self._rolled_back(body, at)
             case facts.RollBackFailed():
-                self._turn("roll-back-failed", body.breach, at)
-                self._evidence["roll_back_failed"] = body.reason
+                self._roll_back_failed(body, at)
 
     def _rolled_back(self, body: facts.RolledBack, at: float) -> None:
         if self._turn("rolled-back", None, at):
@@ -220,6 +227,20 @@ class Migration:
                 "breach_to_restored_ms": None if first is None else (body.restored - first) * 1000,
                 **body.evidence,
             }
+
+    def _roll_back_failed(self, body: facts.RollBackFailed, at: float) -> None:
+        """Where the candidate is kept it has all requests: what is left is to commit it, or to try again."""
+        self._evidence["roll_back_failed"] = {"reason": body.reason, "level": body.level, "kept": body.kept}
+        self._failures += 1
+        if not body.kept:
+            self._turn("roll-back-failed", body.breach, at)
+        elif self._turn("kept", body.breach, at):
+            reason = f"{body.kept} is kept, since the old revision can't be brought back: {body.reason}"
+            self._kept = Breach(by=f"host {body.host}", reason=reason, sample_time=body.breach.sample_time)
+            self._stops += 1
+            self._until, self._asked_rollback, self._gave_up = 0.0, False, False
+            self.index, self._sent_at = len(self.steps) - 1, None
+            self._breach, self._blame = self._kept, "permanent"
 
     def _slot_changed(self, body: facts.SlotChanged, at: float) -> None:
         """A slot that has no candidate, and has seen this epoch, has settled it, whatever else was lost on the way."""
@@ -287,7 +308,8 @@ class Migration:
         body = commands.RollBack(
             migration=self.id, agent=self.started.agent, epoch=self.started.epoch, breach=breach, issued=now
         )
-        return [Emit(topics.rollback(self.started.host), body, f"{self.id}/roll-back", also_direct=True)]
+        emit = Emit(topics.rollback(self.started.host), body, f"{self.id}/roll-back{self._again}", also_direct=True)
+        return [emit]
 
     # --- what is measured
 
@@ -335,6 +357,11 @@ class Migration:
         return self._breach
 
     @property
+    def kept(self) -> bool:
+        """The host could not bring the old revision back: the candidate serves, until an operator decides."""
+        return self._kept is not None
+
+    @property
     def blame(self) -> str:
         """Whose fault a hold is, if it is not the candidate's: "host" or "permanent"."""
         return self._blame
@@ -343,6 +370,11 @@ class Migration:
     def under_way(self) -> bool:
         """The host was asked for a step and has not answered."""
         return self._sent_at is not None
+
+    @property
+    def said_end(self) -> bool:
+        """Its end was said, and may not be in the log yet."""
+        return self._said_end
 
     @property
     def due(self) -> float:
@@ -364,7 +396,12 @@ class Migration:
         return bool(self.steering) or self._gave_up or self._asked_stop == self._stops
 
     def _command_id(self) -> str:
-        return f"{self.id}/{self.index}"
+        return f"{self.id}/{self.index}{self._again}"
+
+    @property
+    def _again(self) -> str:
+        """What was heard before a rollback failed is not done twice: after it, ids are others."""
+        return f"/{self._failures}" if self._failures else ""
 
     def _lease_s(self) -> float:
         return self._config.lease_s
@@ -483,4 +520,5 @@ class Migration:
 
     def _command(self, step: PlannedStep, now: float) -> commands.HostCommand:
         deadline = now + self._limit_s()
-        return command_of(step, self.started, self.strategy, deadline=deadline, lease_s=self._lease_s())
+        lease_s = self._lease_s()
+        return command_of(step, self.started, self.strategy, self._terms, deadline=deadline, lease_s=lease_s)

@@ -36,6 +36,7 @@ _ROWS: dict[str, tuple[Phase | None, ...]] = {
     "held":              (_HOLD,  _HOLD,  _HOLD,  _HOLD, None,  None),  # by a rule, or once more at its deadline
     "roll-back":         (_BACK,  _BACK,  _BACK,  _BACK, _BACK, None),
     "roll-back-failed":  (_BACK,  _BACK,  _BACK,  _BACK, _BACK, None),
+    "kept":              (_HOLD,  _HOLD,  _HOLD,  _HOLD, _HOLD, None),  # the old one can't come back: who decides?
     "rolled-back":       (_END,   _END,   _END,   _END,  _END,  None),
     "closed":            (_END,   _END,   _END,   _END,  _END,  _END),
     "approve":           (None,   None,   _RUN,   None,  None,  None),

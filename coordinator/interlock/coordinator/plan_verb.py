@@ -37,8 +37,8 @@ def run(chosen: argparse.Namespace) -> int:
 def ask(core: Coordinator, fleet: FleetConfig, chosen: argparse.Namespace, *, now: float) -> Forecast:
     """Refused if it names an agent, a revision, a level or a strategy that there is not."""
     asked = commands.Migrate(
-        agent=chosen.agent, to=chosen.to, strategy=chosen.strategy, level=chosen.level, because=chosen.because,
-        deadline=now,
+        agent=chosen.agent, to=chosen.to, strategy=chosen.strategy, level=chosen.level, accept=chosen.accept,
+        because=chosen.because, deadline=now,
     )  # fmt: skip
     try:
         case = core.consider(asked, now)

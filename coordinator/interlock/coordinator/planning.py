@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from interlock.broker import commands
-from interlock.broker.config import CoordinatorConfig, Level, ObserveConfig, StrategyConfig
+from interlock.broker.config import CoordinatorConfig
 from interlock.broker.errors import InterlockError
+from interlock.broker.strategies import Level, ObserveConfig, StrategyConfig
 from interlock.coordinator.admission import Case
 from interlock.coordinator.fleet import Agent
 from interlock.coordinator.steps import PlannedStep, Stage, plan

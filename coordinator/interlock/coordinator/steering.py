@@ -54,13 +54,15 @@ def standing(migration: Migration, now: float) -> Standing:
 def possible(migration: Migration) -> list[str]:
     """What an operator can do with it in this phase."""
     names = [action for action in STEERED if TRANSITIONS[migration.phase, action] is not None]
+    if migration.kept:
+        names = [name for name in names if name != "resume"]  # there is no old revision to watch it beside
     return [name for name in names if name != "commit" or migration.observing]
 
 
 def refusal(migration: Migration, action: SteerAction, reason: str, now: float) -> str | None:
     """Why an operator can't have this now; None if he can."""
     agent = migration.started.agent
-    if TRANSITIONS[migration.phase, action] is None:
+    if TRANSITIONS[migration.phase, action] is None or (migration.kept and action == "resume"):
         what = ", ".join(possible(migration)) or "nothing, it ends by itself"
         return f"{action} is not possible: {agent} is {migration.phase}; possible is: {what}"
     if migration.under_way and _step(migration).step == "commit" and action != "abort":

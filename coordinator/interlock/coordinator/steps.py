@@ -7,9 +7,9 @@ from enum import StrEnum
 
 from interlock.broker import commands, facts
 from interlock.broker.commands import Step
-from interlock.broker.config import StrategyConfig
+from interlock.broker.strategies import StrategyConfig
 
-DRILL_S = 60.0  # for a rehearsal, beside two starts: the slowest level of a rollback takes as long
+DRILL_S = 120.0  # for a rehearsal, beside two starts: a copy of the data folder, and a backup brought back
 
 
 class Stage(StrEnum):
@@ -55,10 +55,29 @@ def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedSte
     return [replace(step, gate=step.stage is not before) for step, before in zip(steps, stages, strict=False)]
 
 
+def cold(steps: list[PlannedStep]) -> list[PlannedStep]:
+    """The same where old and new don't fit together: there is nothing to compare with, and no share to give."""
+    return [step for step in steps if step.step != "shadow" and (step.step != "cut-over" or step.share >= 1)]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the operator accepts of this migration, and what prepare made of it.
+
+    accept: the slowest class of rollback. sick_ok: the old revision may be sick. cold: it is stopped before the
+    candidate starts.
+    """
+
+    accept: str = ""
+    sick_ok: bool = False
+    cold: bool = False
+
+
 def command_of(
     step: PlannedStep,
     started: facts.MigrationStarted,
     strategy: StrategyConfig,
+    terms: Terms,
     *,
     deadline: float,
     lease_s: float,
@@ -69,15 +88,18 @@ def command_of(
         case "prepare":
             return commands.Prepare(
                 migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                to=started.to, baseline_s=strategy.baseline_s,
+                to=started.to, baseline_s=strategy.baseline_s, levels=list(strategy.backup),
+                accept=terms.accept, sick_ok=terms.sick_ok,
             )  # fmt: skip
         case "drill":
             return commands.Drill(
                 migration=migration, agent=agent, epoch=epoch, deadline=deadline,
-                promise_s=strategy.promise_s,
+                promise_s=strategy.promise_s, accept=terms.accept, cold=terms.cold,
             )  # fmt: skip
         case "start-candidate":
-            return commands.StartCandidate(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
+            return commands.StartCandidate(
+                migration=migration, agent=agent, epoch=epoch, deadline=deadline, cold=terms.cold
+            )
         case "shadow":
             return commands.Shadow(
                 migration=migration, agent=agent, epoch=epoch, deadline=deadline,

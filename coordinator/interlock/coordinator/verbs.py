@@ -27,7 +27,7 @@ TICK_S = 1.0  # how often a follower looks whether the broker still speaks
 CLOSE_S = 10.0  # for the coordinator's last word once the host has settled it; then the host's word stands
 ANSWER_MARGIN_S = 1.0  # a request expires at its deadline; an answer of the last moment still arrives
 COORDINATOR_SILENT_S = 2.0  # a rollback waits no longer for the coordinator, and goes to the host itself
-ROLLBACK_S = 60.0  # the slowest level of a rollback takes as long
+ROLLBACK_S = 90.0  # the slowest level of a rollback takes 60 s
 FRESH_S = 5.0  # a host whose newest telemetry is older than this is silent; it sends about once a second
 LISTEN_S = 2.0  # `status` listens so long for hosts; it ends sooner when all have spoken
 
@@ -133,6 +133,7 @@ async def migrate(
     *,
     strategy: str | None = None,
     level: str | None = None,
+    accept: str = "",
     because: str = "",
     timeout: float,
     detach: bool = False,
@@ -148,7 +149,13 @@ async def migrate(
     view = Fleet()
     async with listening(bus, fleet, [topics.FACTS], timeout=timeout) as feed:
         asked = commands.Migrate(
-            agent=agent, to=to, strategy=strategy, level=level, because=because, deadline=time.time() + timeout
+            agent=agent,
+            to=to,
+            strategy=strategy,
+            level=level,
+            accept=accept,
+            because=because,
+            deadline=time.time() + timeout,
         )
         await bus.publish(topics.COORDINATOR, asked, id=request, timeout=timeout)
         answer: Event | None = None
@@ -286,15 +293,19 @@ async def _ask_host(
 
 
 async def _rolled_back(feed: EventFeed, view: Fleet, number: str, *, tell: Tell, note: Note) -> Report:
+    failed = False  # the host could not: it is held, or goes on trying
+
     async def until(done: Callable[[], bool]) -> None:
+        nonlocal failed
         while not done():
             event = await anext(feed)
             view.apply(event)
             if concerns(event, number):
+                failed = failed or isinstance(event.body, facts.RollBackFailed)
                 tell(event)
 
     def settled() -> bool:
-        return number in view.migrations and not view.migrations[number].in_flight
+        return failed or (number in view.migrations and not view.migrations[number].in_flight)
 
     with trio.move_on_after(ROLLBACK_S):
         await until(settled)
@@ -307,8 +318,8 @@ async def _rolled_back(feed: EventFeed, view: Fleet, number: str, *, tell: Tell,
         )
     migration = view.migrations[number]
     with trio.move_on_after(CLOSE_S):
-        await until(lambda: migration.ended)
-    if not migration.ended:
+        await until(lambda: migration.ended or migration.outcome == "held")
+    if not migration.ended and migration.outcome != "held":
         note("the coordinator has not closed it; this is what the host did")
     told = report(migration)
     if migration.outcome == "committed":
