@@ -1,7 +1,7 @@
 # What a fresh machine needs: Python 3.11 or later with venv, make, git, Linux.
 #   make demo    watch a migration succeed and a bad one roll itself back
 #   make test    the whole suite        make check   lint, format, types
-#   make bench   the benchmarks, as JSON on stdout
+#   make bench   the benchmarks, as JSON on stdout; more than an hour
 #   make fuzz    coverage-guided fuzzing of what decodes, SECONDS=60 for all targets; JSON on stdout
 PYTHON ?= python3
 VENV := .venv

@@ -14,10 +14,11 @@ console typed        The lines after the shell's prompt are typed.
 console listed       Not run: each command is in LISTED, with the reason and what is checked instead.
 stopped              With any of these: everything that runs is ended first, with Ctrl-C.
 there                With any of these: on another machine, which is another folder here. `scp` copies into it (SCP).
+                     For root both machines are network namespaces, with the addresses and ports that stand there.
 
 In what is shown, `...` alone on a line stands for any lines. Times, process numbers and the like differ from run to run
-(VARYING). Ports are replaced by free ones, addresses of other machines by 127.0.0.1, and the load of the machine is not
-looked at (UNWATCHED).
+(VARYING). Where there are no namespaces, ports are replaced by free ones and addresses of other machines by 127.0.0.1.
+The load of the machine is not looked at (UNWATCHED).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,7 @@ import pytest
 
 from interlock.broker.config import load_fleet
 from interlock.coordinator.rules.rulefile import parse_rules
+from net_parts import Net, why_not
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -46,6 +49,7 @@ WAIT_S = 90.0  # for anything at all, on a machine that is busy with other tests
 STOP_S = 30.0
 POLL_S = 0.05
 PORTS = range(20_000, 32_000)  # below those that the kernel gives to whoever asks for any
+MACHINES = {"here": "10.0.0.1", "there": "10.0.0.2"}  # as the page has them
 PROMPT = "interlock night> "
 BROKER = """
 [broker]
@@ -193,12 +197,12 @@ def is_shown(shown: list[str], output: str, *, whole: bool) -> bool:
 class Running:
     """A program that was left running."""
 
-    def __init__(self, command: str, folder: Path, env: dict[str, str], number: int) -> None:
+    def __init__(self, command: str, folder: Path, env: dict[str, str], number: int, within: list[str]) -> None:
         self.command = command
         self.out, self.log = folder / f".out-{number}", folder / f".log-{number}"
         with self.out.open("wb") as out, self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out,
+                [*within, "bash", "-c", f"exec {command}"], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out,
                 stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -227,8 +231,9 @@ class Running:
 class Reader:
     """Does what README.md says, block by block."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, net: Net | None) -> None:
         self.folder = folder
+        self.net = net
         self.ports = dict(
             zip(re.findall(r"\d+", "7171 7172 7173 7174 7180 7181 7201 7202 7203 7204"), free_ports(), strict=False)
         )
@@ -246,7 +251,9 @@ class Reader:
         self.started = 0
 
     def here(self, text: str) -> str:
-        """The text with ports that are free, and addresses of this machine."""
+        """The text with ports that are free, and addresses of this machine; as it stands, on machines of their own."""
+        if self.net is not None:
+            return text
         text = re.sub(r"\b10\.0\.0\.\d\b", "127.0.0.1", text)
         return re.sub(r"\b7\d\d\d\b", lambda found: str(self.ports[found[0]]), text)
 
@@ -283,13 +290,16 @@ class Reader:
         else:
             compile(path.read_text(), str(path), "exec")
 
+    def within(self, block: Block) -> list[str]:
+        return [] if self.net is None else self.net.within("there" if "there" in block.words else "here")
+
     def place(self, block: Block) -> Path:
         return self.other if "there" in block.words else self.folder
 
     def call(self, block: Block, command: str, before: int, typed: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", "-c", f"(exit {before}); {self.here(command)}"], cwd=self.place(block), env=self.env, input=typed,
-            capture_output=True, text=True, timeout=WAIT_S, check=False,
+            [*self.within(block), "bash", "-c", f"(exit {before}); {self.here(command)}"], cwd=self.place(block),
+            env=self.env, input=typed, capture_output=True, text=True, timeout=WAIT_S, check=False,
         )  # fmt: skip
 
     def run(self, block: Block) -> None:
@@ -333,7 +343,7 @@ class Reader:
         for earlier in [one for one in self.running if one.command == self.here(command)]:
             self.stop(earlier)
         self.started += 1
-        program = Running(self.here(command), self.place(block), self.env, self.started)
+        program = Running(self.here(command), self.place(block), self.env, self.started, self.within(block))
         self.running.append(program)
         return program, self.expected(shown)
 
@@ -393,10 +403,11 @@ def free_ports() -> Iterator[int]:
 @pytest.mark.serial
 @pytest.mark.timeout(600)
 def test_the_readme_is_true_from_top_to_bottom(tmp_path: Path) -> None:
-    reader = Reader(tmp_path)
-    try:
-        for block in blocks():
-            reader.do(block)
-        reader.stop_all()
-    finally:
-        reader.end()
+    with nullcontext() if why_not() else Net(MACHINES) as net:
+        reader = Reader(tmp_path, net)
+        try:
+            for block in blocks():
+                reader.do(block)
+            reader.stop_all()
+        finally:
+            reader.end()

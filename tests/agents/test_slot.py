@@ -247,6 +247,20 @@ def test_an_old_revision_that_does_not_answer_is_started_again() -> None:
     assert play.facts()[0].level == 2
 
 
+def test_an_old_revision_that_dies_while_it_is_verified_is_started_again_once_and_nothing_else_is_waited_for() -> None:
+    play = Play().to(State.LIVE)
+    old = play.slot.permanent or ""
+    play(roll_back())  # both died at once; of the candidate it was heard first
+    play(Gone(old, "process-died", "SIGKILL", 0.0))
+    again = play.slot.permanent or ""
+    assert play(Verified(M, False, 0.0, 0.0, "no answer in 2 s", instance=old)) == []
+    assert play(Verified(M, True, 0.0, 0.0, instance=old)) == []
+    assert play.slot.permanent == again
+    assert Verify(M, again) in play(Healthy(again))
+    play(Verified(M, True, 0.0, 0.0, instance=again))
+    assert play.facts()[0].level == 2
+
+
 @pytest.mark.parametrize("state", [s for s in State if s is not State.SERVING])
 def test_a_restarted_host_undoes_whatever_was_not_made_permanent(state: State) -> None:
     play = Play(Row("tutor", "r1", "d1", "r2", "d2", state, M, E))

@@ -12,8 +12,11 @@ import pytest
 import trio
 import trio.testing
 
+from interlock.agents.figures import InstanceView
 from interlock.agents.instance import Health, InstanceControl
 from interlock.agents.journal import Journal
+from interlock.agents.launch import Instance
+from interlock.agents.revisions import Revision
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import Ask, AskRollBack, Row, State
 from interlock.agents.slot_shell import SlotShell, Surroundings
@@ -187,3 +190,15 @@ async def test_a_question_to_an_instance_that_is_ended_meanwhile_is_a_failed_che
                 await trio.testing.wait_all_tasks_blocked()
             assert not answers[0].ok
             assert "gone" in answers[0].detail
+
+
+async def test_a_question_to_an_instance_that_has_ended_is_a_failed_check_and_no_defect(tmp_path: Path) -> None:
+    recorded = Revision("tutor", "r1", "d1", tmp_path, CONFIG.revisions["r1"])
+    instance = Instance(
+        name="old", agent="tutor", config=CONFIG, recorded=recorded, place=None, view=InstanceView("r1", "permanent")
+    )  # type: ignore[arg-type]
+    with trio.fail_after(20):
+        await instance.end()
+        health = await instance.check()
+    assert not health.ok
+    assert "gone" in health.detail

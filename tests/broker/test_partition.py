@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,29 +15,12 @@ import pytest
 import trio
 
 from interlock.broker.keyring import Keyring
+from net_parts import ip, why_not
 
 NEAR, FAR = "10.213.77.1", "10.213.77.2"  # the broker's and the host's address; in namespaces they meet no others
 CUT_S = 6.0  # a cut lasts: both sides know it within 2 s, or within this on a machine that stands still meanwhile
 HEALED_S = 3.0  # between cuts at least
 PORTS = range(7171, 7175)
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
-
-
-def why_not() -> str:
-    if not shutil.which("ip") or not shutil.which("ss"):
-        return "iproute2 is not installed"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    probe = f"il-probe-{os.getpid()}"
-    try:
-        ip("netns", "add", probe)
-        ip("netns", "delete", probe)
-    except subprocess.CalledProcessError as error:
-        return f"no network namespaces here: {error.stderr.decode().strip()}"
-    return ""
 
 
 WHY_NOT = why_not()

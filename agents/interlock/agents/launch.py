@@ -78,6 +78,7 @@ class Instance:
     token: TokenFile | None = None  # of a program without an endpoint
     stopping: bool = False
     start_s: float | None = None  # seconds from its start until it was healthy
+    _files: list[Path] = field(default_factory=list)  # in the folder of the sockets
 
     @property
     def revision(self) -> RevisionConfig:
@@ -154,6 +155,7 @@ class Instance:
                 standby=not self.config.endpoint,
             )  # fmt: skip
             path = self.place.run_dir / f"{number}.json"
+            self._files = [path, *(self.place.run_dir / f"{number}.{kind}" for kind in ("req", "ctl"))]
             await trio.to_thread.run_sync(path.write_bytes, msgspec.json.encode(spec))
             argv = [values["python"], "-m", "interlock.agents.run", "--spec", str(path)]
         else:
@@ -173,10 +175,11 @@ class Instance:
         return argv, env
 
     async def check(self) -> Health:
-        """One health check."""
+        """One health check; of one that has ended too."""
         if self.control is not None:
             return await self.control.health(HEALTH_TIMEOUT_S)
-        assert self.revision.probe is not None
+        if self.revision.probe is None:
+            return Health(False, "the instance is gone", 0.0)
         return await probe(
             self.revision.probe,
             request_endpoint=self.requests,
@@ -281,12 +284,15 @@ class Instance:
         return code
 
     def close(self) -> None:
+        """What leads to it, the files of its sockets included: one that was killed has left them."""
         if self.control is not None:
             self.control.close()
             self.control = None
         if self.token is not None:
             self.token.close()
             self.token = None
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
     # --- the token of an agent without an endpoint (see token_gateway.Holder)
 
