@@ -19,7 +19,7 @@ from interlock.coordinator.observation import (
 )
 from interlock.coordinator.sequential import Moments
 
-SETTINGS = ObserveConfig(requests=100)
+SETTINGS = ObserveConfig(requests=100, latency_slack_s=0.0)
 
 
 class Trial:
@@ -98,6 +98,13 @@ def test_a_little_slower_stays_open_to_the_end_where_chance_does_not_explain_it(
     trial = Trial().answers("candidate", 3000, slower=1.1)
     assert trial.verdict("latency") == "inconclusive"
     assert Trial().answers("candidate", 100, slower=1.06).verdict("latency") == "passed"
+
+
+def test_what_nobody_would_notice_is_not_worse_whatever_the_ratio() -> None:
+    """The old one takes some 7 ms."""
+    trial = Trial(ObserveConfig(requests=100, latency_slack_s=0.01)).answers("candidate", 3000, slower=1.6)
+    assert trial.verdict("latency") == "passed"
+    assert trial.answers("candidate", 20_000, slower=4).verdict("latency") == "failed"
 
 
 @pytest.mark.parametrize(("errors", "verdict"), [(2, "passed"), (6, "inconclusive")])

@@ -67,12 +67,15 @@ HEAD = """
     shadow_min_requests = 5
     canary = [{ share = 0.5, seconds = 0.2 }]
     observation_s = 0.5
+    # a busy machine is slow at moments: speed is measured in the benchmarks
+    observe = { latency_passed = 100.0, latency_failed = 100.0, slow_passed = 1.0, slow_failed = 1.0 }
     [strategies.staged]  # for what something is done to while it is observed
     baseline_s = 0.3
     shadow_requests = 10
     shadow_min_requests = 5
     canary = [{ share = 0.5, seconds = 0.2 }]
     observation_s = 100.0
+    observe = { latency_passed = 100.0, latency_failed = 100.0, slow_passed = 1.0, slow_failed = 1.0 }
 """
 
 T = TypeVar("T")

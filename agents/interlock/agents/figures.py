@@ -13,6 +13,7 @@ from interlock.broker.facts import Role
 from interlock.broker.samples import Labels, labels
 
 BASELINE_QUANTILES = (0.5, 0.95, 0.99)
+NOTICED_S = 0.005  # a shorter delay is the machine's own unrest
 MIN_BASELINE = 20  # answers; of fewer there is no baseline to compare with, which the evidence says
 
 
@@ -47,8 +48,8 @@ def measured(latencies: list[float]) -> dict[str, float | None]:
 
 
 def slow_threshold(recorded: Mapping[str, float] | None) -> float:
-    """The latency that 19 of 20 answers kept below; infinity where that is not known."""
-    return (recorded or {}).get("0.95", math.inf)
+    """What counts as slow: longer than 19 of 20 answers took, by more than anybody would notice. Infinity: unknown."""
+    return (recorded or {}).get("0.95", math.inf) + NOTICED_S
 
 
 def samples(

@@ -120,8 +120,10 @@ class Socket:
             return
         self._scope.cancel()
         if self._breaks is not None:
-            self._breaks.close(linger_ms=0)
+            self._raw.disable_monitor()  # or its end would take so long that what it holds may still be delivered
         self._raw.close(linger=linger_ms)
+        if self._breaks is not None:
+            self._breaks.close(linger_ms=0)
         self._remove_file()
         # whoever still waits on it learns that it is gone
         self._readable.unpark_all()

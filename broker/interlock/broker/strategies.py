@@ -37,6 +37,7 @@ class ObserveConfig(_Config, frozen=True, kw_only=True):
     alpha: float = 0.05  # the chance to condemn a candidate that is no worse
     latency_passed: float = 0.05  # longer than the old one's answers, in the geometric mean
     latency_failed: float = 0.15  # the same, for sure
+    latency_slack_s: float = 0.005  # longer by no more than this is not worse, whatever the ratio: nobody notices
     errors_passed: float = 0.01  # share of requests
     errors_failed: float = 0.05  # the same, for sure
     slow_passed: float = 0.10  # share of answers slower than 19 of 20 were before: twice as many as then

@@ -219,9 +219,11 @@ class Observation:
     def _judge_latency(self, final: bool) -> Check:
         """The ratio of typical latencies: how many times as long an answer takes, in the geometric mean."""
         settings, old = self._settings, self._baseline.log + self._old.log
-        passed, failed = 1 + settings.latency_passed, 1 + settings.latency_failed
         if old.count < FEW:
-            return self._unknown("latency", passed, f"{old.count:.0f} answers of the old revision")
+            what = f"{old.count:.0f} answers of the old revision"
+            return self._unknown("latency", 1 + settings.latency_passed, what)
+        slack = settings.latency_slack_s / math.exp(old.mean)
+        passed, failed = 1 + max(settings.latency_passed, slack), 1 + max(settings.latency_failed, slack)
         alpha = settings.alpha / 4  # of each side: together half
         new = self._new.log
         mine, others = mean_bounds(new, alpha=alpha), mean_bounds(old, alpha=alpha)

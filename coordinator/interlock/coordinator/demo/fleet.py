@@ -32,6 +32,8 @@ shadow_requests = 60
 shadow_s = 15.0
 canary = [{{ share = 0.25, seconds = 1.0 }}]
 observation_s = 4.0
+# Four seconds of traffic on a machine that may be busy: only what is plainly worse counts.
+observe = {{ latency_passed = 1.0, latency_failed = 2.0, latency_slack_s = 0.05, slow_passed = 0.5, slow_failed = 0.8 }}
 
 [hosts.alpha]
 control = "tcp://127.0.0.1:{control}"
