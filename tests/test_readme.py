@@ -78,6 +78,13 @@ VARYING = [
     (r"after \d+\.\d s", "after SOME s"),
     (r"has it \d+\.\d ms", "has it SOME ms"),
     (r"migration (\w+)-\d+", r"migration \1-N"),
+    (r"\b(greeter|wave)-\d+", r"\1-N"),
+    (r"\(event \d+\)", "(event N)"),
+    (r"no rule fired \(.*\)", "no rule fired (CHECKS)"),
+    (r"observation \d+\.\d s after it had", "observation SOME s after it had"),
+    (r", \d+ ms after the first sample", ", SOME ms after the first sample"),
+    (r"with \d+, first in", "with MANY, first in"),
+    (r"TIME +\d+ s +", "TIME SOME s "),
     (r"(up TIME) \d+", r"\1 PROCESS"),
     (r"keeps \d+ things( \[\d+\])?", "keeps MANY things"),
 ]

@@ -15,6 +15,7 @@ from interlock.broker import (
     commands,
     direct,
     event_plane,
+    facts,
     fields,
     gate,
     lastvalues,
@@ -184,7 +185,13 @@ def wire_messages() -> str:
             parts += [f"### {topic.says[0].upper()}{topic.says[1:]}\n", f"Topic `{_written(topic)}`.\n"]
         parts += map(fields, fresh)
     parts += ["### What a host is asked directly only\n", *(fields(kind) for kind in DIRECT if kind not in told)]
-    parts += ["### Within others\n", fields(commands.Breach, "breach")]
+    parts += [
+        "### Within others\n",
+        fields(commands.Breach, "breach"),
+        fields(facts.Track, "track"),
+        fields(facts.WaveMember, "wavemember"),
+        fields(facts.WaveResult, "waveresult"),
+    ]
     return "\n".join(parts)
 
 

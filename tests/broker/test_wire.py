@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgpack
 import msgspec
@@ -40,6 +40,8 @@ def bodies(kind: type[Any]) -> st.SearchStrategy[Any]:
             fields[field.encode_name] = numbers(bounds[0].ge, bounds[0].le)
         elif annotation in FIELDS:
             fields[field.encode_name] = FIELDS[annotation]
+        elif field.required and get_origin(annotation) is list:
+            fields[field.encode_name] = st.just([])
         elif field.required:
             values = get_args(annotation)
             fields[field.encode_name] = (

@@ -23,6 +23,7 @@ from interlock.broker.fields import (
     RevisionName,
     Share,
     Span,
+    WaveId,
     says,
 )
 
@@ -75,6 +76,42 @@ class Steer(_Body, frozen=True, kw_only=True, tag="steer"):
     agent: AgentName
     action: Annotated[SteerAction, says("what is asked for")]
     deadline: Deadline
+    reason: Reason = ""
+
+
+WaveOrder = Literal["dependency", "host", "name"]
+
+
+class StartWave(_Body, frozen=True, kw_only=True, tag="start-wave"):
+    """Move many agents, some at a time; once more of them fail than the budget allows, move all of them back.
+
+    Whoever is named in `revisions` goes there. Where it is empty, all go to `to` that have such a revision and that
+    `agents`, `category` and `host` leave; each of these, where it is empty, leaves everybody.
+    """
+
+    deadline: Deadline
+    revisions: Annotated[dict[str, str], says("by agent: the revision that it goes to")] = {}
+    to: Annotated[str, says("the revision that all go to, instead")] = ""
+    agents: Annotated[list[str], says("only these agents; each must have the revision")] = []
+    category: Annotated[str, says("only agents of this category")] = ""
+    host: Annotated[str, says("only agents of this host")] = ""
+    order: Annotated[
+        WaveOrder, says("dependency: after all that it depends on; host: one host after the other; name")
+    ] = "dependency"
+    parallel: Annotated[int, says("so many at once, at most")] = 1
+    budget: Annotated[int, says("so many may fail")] = 0
+    budget_share: Annotated[float, says("of all, 0 to 1, that may fail instead, rounded down")] = 0.0
+    strategy: Annotated[str | None, says("of each migration; none: what is due to the agent")] = None
+    level: Annotated[str | None, says("the same by level of risk, in place of a strategy")] = None
+    because: Annotated[str, says("why it may be less careful than is due, or happen in a freeze")] = ""
+
+
+class StopWave(_Body, frozen=True, kw_only=True, tag="stop-wave"):
+    """Begin no further migration of a wave. What is in flight goes on; what was moved stays."""
+
+    wave: WaveId
+    deadline: Deadline
+    undo: Annotated[bool, says("roll back what is in flight, and move back what was moved")] = False
     reason: Reason = ""
 
 
@@ -205,6 +242,8 @@ Command = (
     | RollBackAgent
     | RunDrill
     | Steer
+    | StartWave
+    | StopWave
     | RollCall
     | Prepare
     | Drill

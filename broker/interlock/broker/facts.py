@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from interlock.broker.commands import Breach, SteerAction, Step, _Body
+from interlock.broker.commands import Breach, SteerAction, Step, WaveOrder, _Body
 from interlock.broker.fields import (
     AgentName,
     Epoch,
@@ -20,6 +20,7 @@ from interlock.broker.fields import (
     RuleName,
     Seq,
     Time,
+    WaveId,
     says,
 )
 
@@ -193,6 +194,7 @@ class MigrationStarted(_Body, frozen=True, kw_only=True, tag="migration-started"
     strategy: Annotated[str, says('"rapid" or "staged"')]
     request: Annotated[str, says("the id of the event that asked")]
     settings: Annotated[Evidence, says("the strategy's figures as they were then; they hold to the end")] = {}
+    wave: Annotated[str, says("the wave that it is part of")] = ""
 
 
 class MigrationRefused(_Body, frozen=True, kw_only=True, tag="migration-refused"):
@@ -289,6 +291,98 @@ class MigrationEnded(_Body, frozen=True, kw_only=True, tag="migration-ended"):
     evidence: Evidence = {}
 
 
+# coordinator, topic fact/wave/<wave>/
+
+WaveOutcome = Literal["committed", "rolled-back", "stopped", "failed"]
+MemberState = Literal[
+    "waiting", "moving", "committed", "rolled-back", "refused", "failed", "left-out", "going-back", "gone-back", "stuck"
+]
+
+
+class WaveMember(msgspec.Struct, frozen=True, kw_only=True):
+    """An agent of a wave."""
+
+    agent: AgentName
+    previous: Annotated[str, says("the revision that serves so far")]
+    to: RevisionName
+    after: Annotated[
+        list[str], says("agents of the wave that must be committed before, without those that come before these anyway")
+    ] = []
+
+
+class WaveResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of an agent of a wave."""
+
+    agent: AgentName
+    state: Annotated[MemberState, says("how it ended; `gone-back`: moved, and moved back; `stuck`: not moved back")]
+    migration: Annotated[str, says("the id of its migration")] = ""
+    back: Annotated[str, says("the id of the migration that moved it back")] = ""
+    reason: Reason = ""
+
+
+class WaveStarted(_Body, frozen=True, kw_only=True, tag="wave-started"):
+    """Many agents are moved, in this order."""
+
+    wave: WaveId
+    request: Annotated[str, says("the id of the event that asked")]
+    by: Annotated[str, says("the operator")]
+    members: Annotated[list[WaveMember], says("in the order in which they begin")]
+    order: Annotated[WaveOrder, says("what the order is by")]
+    parallel: Annotated[int, says("so many at once, at most")]
+    budget: Annotated[int, says("so many may fail")]
+    strategy: Annotated[str | None, says("of each migration; none: what is due to the agent")] = None
+    level: Annotated[str | None, says("the same by level of risk, in place of a strategy")] = None
+    because: Annotated[str, says("the operator's reason")] = ""
+    left_out: Annotated[dict[str, str], says("agents that were asked for and are not in it, and why")] = {}
+
+
+class WaveRefused(_Body, frozen=True, kw_only=True, tag="wave-refused"):
+    """Nothing was changed."""
+
+    request: Annotated[str, says("the id of the event that asked")]
+    reason: Reason
+    wave: Annotated[str, says("the wave's id, if there is one")] = ""
+
+
+class WaveChanged(_Body, frozen=True, kw_only=True, tag="wave-changed"):
+    """It begins no further migration."""
+
+    wave: WaveId
+    phase: Annotated[Literal["stopping", "rolling-back"], says("whether what was moved stays, or is moved back")]
+    by: Annotated[str, says("who or what decided so")]
+    reason: Reason
+    request: Annotated[str, says("the id of the event that asked, if an operator did")] = ""
+
+
+class WaveEnded(_Body, frozen=True, kw_only=True, tag="wave-ended"):
+    """Its outcome."""
+
+    wave: WaveId
+    outcome: Annotated[WaveOutcome, says("how it ended; failed: somebody must look")]
+    reason: Reason
+    members: Annotated[list[WaveResult], says("what became of each agent")]
+
+
+# coordinator, topic record/<agent>/: not among the facts, since hosts and monitors have no use for it
+
+
+class Track(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured of one series; thinned, so that its extremes are still there."""
+
+    labels: Labels
+    times: Annotated[list[float], says("seconds since 1970, by the clock of whoever measured")]
+    values: Annotated[list[float], says("as many as times")]
+
+
+class SeriesRecorded(_Body, frozen=True, kw_only=True, tag="series-recorded"):
+    """The measurements of an agent and its host while it was moved; said just before the migration's end."""
+
+    migration: MigrationId
+    agent: AgentName
+    series: Annotated[list[Track], says("each of them")]
+    left_out: Annotated[int, says("series that there was no room for")] = 0
+
+
 # coordinator, topic snapshot/fleet/
 
 
@@ -322,6 +416,7 @@ class AlertFiring(_Body, frozen=True, kw_only=True, tag="alert-firing"):
     dry_run: Annotated[bool, says("the rule only says what it would do")] = False
     migrations: Annotated[list[str], says("ids of those in flight that the labels fit")] = []
     blamed: Annotated[dict[str, Blame], says("by migration: those that it does not roll back, though it would")] = {}
+    expr: Annotated[str, says("the rule's expression, as its file has it")] = ""
 
 
 class AlertResolved(_Body, frozen=True, kw_only=True, tag="alert-resolved"):
@@ -353,6 +448,11 @@ Fact = (
     | Steered
     | Deviation
     | MigrationEnded
+    | WaveStarted
+    | WaveRefused
+    | WaveChanged
+    | WaveEnded
+    | SeriesRecorded
     | FleetSnapshot
     | AlertFiring
     | AlertResolved

@@ -36,6 +36,7 @@ Epoch = Annotated[
 Span = Annotated[float, msgspec.Meta(ge=0, le=MAX_SPAN_S)]  # seconds
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+WaveId = Annotated[str, says("the wave's id, chosen by the coordinator")]
 Deadline = Annotated[float, says("seconds since 1970; refused after that")]
 Reason = Annotated[str, says("why, in one line for people")]
 Labels = Annotated[dict[str, str], says("labels as Prometheus has them: name and value")]

@@ -20,7 +20,14 @@ RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the
 
 EVERYTHING = ("",)
 
-_ASKED_OF_COORDINATOR = (commands.Migrate, commands.RollBackAgent, commands.Steer, commands.RunDrill)
+_ASKED_OF_COORDINATOR = (
+    commands.Migrate,
+    commands.RollBackAgent,
+    commands.Steer,
+    commands.StartWave,
+    commands.StopWave,
+    commands.RunDrill,
+)
 _ASKED_OF_HOST = get_args(commands.HostCommand)
 _BY_HOST = (
     facts.HostUp,
@@ -36,6 +43,7 @@ _BY_HOST = (
     facts.RollBackFailed,
     facts.DrillDone,
 )
+_OF_WAVE = (facts.WaveStarted, facts.WaveRefused, facts.WaveChanged, facts.WaveEnded)
 _BY_RULES = (facts.AlertFiring, facts.AlertResolved)
 
 
@@ -62,8 +70,12 @@ def publish(grant: Grant, event: Event) -> None:
             _only(grant, event.topic, own, isinstance(body, _BY_HOST) and body.host == name)
         case "fact" if target.startswith("migration/"):
             _only(grant, event.topic, role == "coordinator", _of_migration(body))
+        case "fact" if target.startswith("wave/"):
+            _only(grant, event.topic, role == "coordinator", isinstance(body, _OF_WAVE))
         case "fact" if target.startswith("alert/"):
             _only(grant, event.topic, role == "rules", isinstance(body, _BY_RULES))
+        case "record":
+            _only(grant, event.topic, role == "coordinator", isinstance(body, facts.SeriesRecorded))
         case "snapshot":
             own = event.topic == topics.FLEET_SNAPSHOT
             _only(grant, event.topic, role == "coordinator", own and isinstance(body, facts.FleetSnapshot))
@@ -156,4 +168,5 @@ def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
 
 
 def _of_migration(body: Body) -> bool:
-    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, (*_BY_HOST, *_BY_RULES, facts.FleetSnapshot))
+    elsewhere = (*_BY_HOST, *_BY_RULES, *_OF_WAVE, facts.SeriesRecorded, facts.FleetSnapshot)
+    return isinstance(body, get_args(facts.Fact)) and not isinstance(body, elsewhere)

@@ -68,7 +68,14 @@ def _may(role: str, event: Event) -> bool:
     match event.body:
         case commands.RollBack():
             return event.topic.startswith(topics.ROLLBACKS) and role in ("rules", "coordinator", "operator")
-        case commands.Migrate() | commands.RollBackAgent() | commands.Steer() | commands.RunDrill():
+        case (
+            commands.Migrate()
+            | commands.RollBackAgent()
+            | commands.Steer()
+            | commands.StartWave()
+            | commands.StopWave()
+            | commands.RunDrill()
+        ):
             return event.topic == topics.COORDINATOR and role in ("operator", "coordinator")
         case commands.RollCall():
             return event.topic.startswith(topics.COMMANDS) and role in ("operator", "coordinator")

@@ -6,7 +6,9 @@ command/<host>/                 the coordinator asks a host
 rollback/<host>/                anyone entitled asks a host to roll back
 fact/host/<host>/               what a host says happened there
 fact/migration/<agent>/         what the coordinator decided about an agent
+fact/wave/<wave>/               what the coordinator decided about many agents at once
 fact/alert/<rule>/              an alert fired or resolved
+record/<agent>/                 what was measured of a migration
 snapshot/fleet/                 what the coordinator has folded of all that was before
 telemetry/<host>/<publisher>/   batches of samples
 """
@@ -26,6 +28,7 @@ RESERVED = ("coordinator", "all")  # no host may be called so
 COMMANDS = "command/"
 ROLLBACKS = "rollback/"
 FACTS = "fact/"
+RECORDS = "record/"
 SNAPSHOTS = "snapshot/"
 FLEET_SNAPSHOT = "snapshot/fleet/"
 TELEMETRY = "telemetry/"
@@ -56,6 +59,14 @@ def host_fact(host: str) -> str:
 
 def migration_fact(agent: str) -> str:
     return f"fact/migration/{agent}/"
+
+
+def wave_fact(wave: str) -> str:
+    return f"fact/wave/{wave}/"
+
+
+def record(agent: str) -> str:
+    return f"record/{agent}/"
 
 
 def alert_fact(rule: str) -> str:

@@ -64,11 +64,19 @@ class Case:
 
 
 def consider(
-    asked: commands.Migrate, config: FleetConfig, fleet: Fleet, *, in_flight: str, risk: Mapping[str, Level], now: float
+    asked: commands.Migrate,
+    config: FleetConfig,
+    fleet: Fleet,
+    *,
+    in_flight: str,
+    risk: Mapping[str, Level],
+    now: float,
+    undo: bool = False,
 ) -> Case:
     """ConfigError for what no time and no word of an operator would make possible: it names nothing there is.
 
-    in_flight: the migration that the agent is in, or "".
+    in_flight: the migration that the agent is in, or "". undo: it moves a member of a wave back, and a rule that fires
+    is no reason against that.
     """
     agent = config.agents.get(asked.agent)
     if agent is None:
@@ -80,6 +88,7 @@ def consider(
     if asked.accept not in CLASSES:
         raise ConfigError(f"there is no class of rollback {asked.accept!r}", hint="cold or hand-over")
     objections = list(_state(asked, agent, fleet, in_flight))
+    objections += [] if undo else list(_alerts(asked, agent, fleet))
     deviations = []
     for alert in _about(asked.agent, fleet) if asked.because else ():
         deviations.append(f"rule {alert.rule} fires for the revision that serves: it is no verified way back")
@@ -159,6 +168,10 @@ def _state(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet, in_flight:
         )
     if slot is not None and slot.permanent == asked.to:
         yield ConfigError(f"{asked.agent} serves revision {asked.to} already")
+
+
+def _alerts(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet) -> Iterator[ConfigError]:
+    """Rules that fire about it already."""
     accepted = _about(asked.agent, fleet) if asked.because else []
     for alert in fleet.alerts.values():
         if alert.action == "rollback" and not alert.dry_run and concerns(alert, asked.agent, agent.host):

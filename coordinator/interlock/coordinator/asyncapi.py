@@ -22,6 +22,7 @@ CONTENT = "application/vnd.msgpack"
 PARAMETERS = {
     "host": "a host's name in the fleet file; of telemetry also `fleet`, for roles that belong to no host",
     "agent": "an agent's name in the fleet file",
+    "wave": "a wave's id, or `unknown` where there is none",
     "rule": "an alert's name; what a topic can't hold is a dash in it",
     "publisher": "host, monitor, or the role that belongs to no host",
 }

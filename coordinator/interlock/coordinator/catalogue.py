@@ -94,18 +94,29 @@ _OF_MIGRATION = (
     facts.MigrationEnded,
 )
 
+_OF_WAVE = (facts.WaveStarted, facts.WaveRefused, facts.WaveChanged, facts.WaveEnded)
+
 TOPICS = (
     Topic(
         topics.COORDINATOR,
         "what the coordinator is asked",
-        (commands.Migrate, commands.RollBackAgent, commands.Steer, commands.RunDrill),
+        (
+            commands.Migrate,
+            commands.RollBackAgent,
+            commands.Steer,
+            commands.StartWave,
+            commands.StopWave,
+            commands.RunDrill,
+        ),
     ),
     Topic(topics.ALL_HOSTS, "what every host is asked", (commands.RollCall,)),
     Topic("command/{host}/", "what a host is asked", (*get_args(commands.HostCommand), commands.RollCall)),
     Topic("rollback/{host}/", "what a host must undo", (commands.RollBack,)),
     Topic("fact/host/{host}/", "what happened at a host", _OF_HOST),
     Topic("fact/migration/{agent}/", "what the coordinator decided about an agent", _OF_MIGRATION),
+    Topic("fact/wave/{wave}/", "what the coordinator decided about many agents at once", _OF_WAVE),
     Topic("fact/alert/{rule}/", "that an alert fires, or no longer", (facts.AlertFiring, facts.AlertResolved)),
+    Topic("record/{agent}/", "what was measured of a migration", (facts.SeriesRecorded,)),
     Topic(topics.FLEET_SNAPSHOT, "all that was before, folded", (facts.FleetSnapshot,)),
 )
 TELEMETRY = Topic("telemetry/{host}/{publisher}/", "what was measured", (samples.Batch,))

@@ -22,12 +22,15 @@ from interlock.broker.errors import ConfigError, InterlockError, Refused, Unreac
 from interlock.broker.interrupt import raise_again
 from interlock.broker.role import run_role
 from interlock.coordinator.options import (
+    REPORTS,
     STEERING,
     drill_options,
     keys_options,
     log_options,
     migrate_options,
+    report_options,
     steer_options,
+    wave_options,
     whole_number,
 )
 from interlock.coordinator.terminal import EXIT_INTERRUPTED, Output, mute, note, on_bus, say_json
@@ -107,6 +110,9 @@ def parser() -> Parser:
     drill_options(verb("drill", "rehearse the rollback of an agent with real processes, and measure it"))
     for name, help in STEERING.items():
         steer_options(verb(name, help), name)
+    wave_options(verb("wave", "move many agents together, within a failure budget"), common)
+    for name, help in REPORTS.items():
+        report_options(verb(name, help), name)
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
     ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
@@ -282,6 +288,18 @@ def _steer(chosen: argparse.Namespace) -> int:
     return steer_verbs.run(chosen)
 
 
+def _wave(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import wave_verb
+
+    return wave_verb.run(chosen)
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import report_verb
+
+    return report_verb.run_history(chosen) if chosen.verb == "history" else report_verb.run(chosen)
+
+
 def _ping(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.ping import ping
     from interlock.coordinator.screen import Screen
@@ -418,6 +436,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "drill": _drill,
     "plan": _plan,
     **dict.fromkeys(STEERING, _steer),
+    "wave": _wave,
+    **dict.fromkeys(REPORTS, _report),
     "ping": _ping,
     "status": _status,
     "watch": _watch,

@@ -18,6 +18,7 @@ from interlock.coordinator.admission import Case, Settings, busy, consider, near
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Fleet
 from interlock.coordinator.migration import Emit, Migration
 from interlock.coordinator.steps import DRILL_S, Terms, plan
+from interlock.coordinator.waves import Waves
 
 DRILL_ID = "/drill"  # a host's command to rehearse has the id of the operator's request, and this
 SNAPSHOT_EVENTS = 1000  # between snapshots of the fleet: a joiner folds at most so many events and those in flight
@@ -29,6 +30,7 @@ class Coordinator:
     def __init__(self, load: Callable[[], FleetConfig], config: FleetConfig) -> None:
         self.fleet = Fleet()
         self.migrations: dict[str, Migration] = {}  # those whose end is not in the log yet
+        self.waves = Waves(load)
         self.risk: dict[str, Level] = {}  # by agent; an agent that nobody scored is not in it
         self._load = load
         self._config = config
@@ -47,9 +49,19 @@ class Coordinator:
         if isinstance(body, facts.FleetSnapshot):
             self._snapshot_at = max(self._snapshot_at, body.through)
             return
+        self.waves.apply(event)
         match body:
-            case commands.Migrate() | commands.RollBackAgent() | commands.Steer() | commands.RunDrill():
+            case (
+                commands.Migrate()
+                | commands.RollBackAgent()
+                | commands.Steer()
+                | commands.StartWave()
+                | commands.StopWave()
+                | commands.RunDrill()
+            ):
                 self._waiting[event.header.id] = event
+            case facts.WaveStarted() | facts.WaveRefused() | facts.WaveChanged():
+                self._answer_logged(body.request)
             case facts.MigrationStarted():
                 self._answer_logged(body.request)
                 self._begin(body, event)
@@ -109,6 +121,7 @@ class Coordinator:
             if request not in self._answered and not self._is_steered(event):
                 self._answered.add(request)
                 wanted += self._answer(event, now)
+        wanted += self.waves.decide(now, self.migrations)
         for migration in self.migrations.values():
             wanted += migration.decide(now)
         return wanted
@@ -118,7 +131,7 @@ class Coordinator:
         if self.fleet.position - self._snapshot_at < SNAPSHOT_EVENTS:
             return None
         self._snapshot_at = self.fleet.position
-        needed = [self._begun.get(name, 1) for name in self.migrations]
+        needed = [self._begun.get(name, 1) for name in self.migrations] + self.waves.begun
         needed += [event.header.seq for event in self._waiting.values()]
         body = self.fleet.snapshot(min(needed, default=self.fleet.position + 1) - 1)
         if len(body.state) > SNAPSHOT_BYTES:  # thousands of agents in flight at once: the log stays as long as it is
@@ -126,10 +139,14 @@ class Coordinator:
         return Emit(topics.FLEET_SNAPSHOT, body, f"snapshot/{body.through}")
 
     def next_deadline(self, now: float) -> float:
-        return min((m.next_deadline(now) for m in self.migrations.values()), default=float("inf"))
+        times = [m.next_deadline(now) for m in self.migrations.values()]
+        return min([self.waves.next_deadline(now), *times])
 
     def _is_steered(self, event: Event) -> bool:
-        """One request after the other: what the one before did to the migration is not in the log yet."""
+        """One request after the other: what the one before did is not in the log yet."""
+        if isinstance(event.body, commands.StartWave | commands.StopWave):
+            asked = (self._waiting[request].body for request in self._answered if request in self._waiting)
+            return any(isinstance(body, commands.StartWave | commands.StopWave) for body in asked)
         if not isinstance(event.body, commands.Steer):
             return False
         migration = self._flying(event.body.agent)
@@ -141,6 +158,10 @@ class Coordinator:
             return self._answer_rollback(body, event.header.id, now)
         if isinstance(body, commands.Steer):
             return self._answer_steer(event, now)
+        if isinstance(body, commands.StartWave):
+            return [self.waves.start(body, event, self.fleet, now)]
+        if isinstance(body, commands.StopWave):
+            return [self.waves.stop(body, event, now)]
         if isinstance(body, commands.RunDrill):
             return [self._answer_drill(body, event.header.id, now)]
         assert isinstance(body, commands.Migrate)
@@ -210,16 +231,16 @@ class Coordinator:
         flying += [migration for name, migration in self._starting.values() if name == agent]
         return flying[0] if flying else ""
 
-    def consider(self, asked: commands.Migrate, now: float) -> Case:
+    def consider(self, asked: commands.Migrate, now: float, *, undo: bool = False) -> Case:
         """What speaks for and against this request; ConfigError if it names nothing there is."""
         in_flight = self._in_flight(asked.agent)
-        return consider(asked, self._load(), self.fleet, in_flight=in_flight, risk=self.risk, now=now)
+        return consider(asked, self._load(), self.fleet, in_flight=in_flight, risk=self.risk, now=now, undo=undo)
 
     def _start(self, body: commands.Migrate, event: Event, now: float) -> list[Emit]:
         """MigrationStarted, and what of it is not the rule; ConfigError with the reason if it can't be."""
         if now > body.deadline:
             raise ConfigError("the request's deadline has passed", hint="is the coordinator overloaded? ask again")
-        case = self.consider(body, now)
+        case = self.consider(body, now, undo=self.waves.undoes(event.header.id))
         if case.objections:
             raise case.objections[0]
         # A log that began anew numbers from 1: never an epoch, or a migration's name, that the host has seen before.
@@ -228,7 +249,7 @@ class Coordinator:
         started = facts.MigrationStarted(
             migration=migration, epoch=epoch, agent=body.agent, host=case.agent.host, previous=case.previous,
             to=body.to, strategy=case.choice.strategy, request=event.header.id,
-            settings=msgspec.to_builtins(case.settings),
+            settings=msgspec.to_builtins(case.settings), wave=body.wave,
         )  # fmt: skip
         self._starting[event.header.id] = (body.agent, migration)
         emits = [Emit(topic, started, f"{migration}/started")]

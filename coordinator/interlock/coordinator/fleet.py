@@ -20,6 +20,7 @@ from interlock.broker.wire import Event
 
 SNAPSHOT_BYTES = 900_000  # of a packed fleet: it travels in one event, of 1 MiB at most
 STATE_BYTES = 64 << 20  # of an unpacked one: whoever sends more is none of ours
+KEPT_WAVES = 100  # ended ones that stay in memory, with their tables
 KEPT_MIGRATIONS = 1000  # ended ones that stay in memory; a coordinator folds for months
 
 _log = logging.getLogger(__name__)
@@ -124,11 +125,28 @@ class Alert:
     blamed: dict[str, facts.Blame] = field(default_factory=dict)
 
 
+@dataclass
+class Wave:
+    """Many agents that are moved together. `outcome` is empty while it is in flight; `results` are of its end."""
+
+    id: str
+    by: str
+    to: dict[str, str]  # revisions by agent
+    because: str = ""
+    started: float = 0.0
+    phase: str = "moving"
+    outcome: str = ""
+    reason: str = ""
+    ended: float = 0.0
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+
 class _State(msgspec.Struct):
     hosts: list[Host]
     agents: list[Agent]
     migrations: list[Migration]
     alerts: list[Alert]
+    waves: list[Wave] = []
 
 
 # what an operator's word makes of a migration
@@ -151,6 +169,7 @@ class Fleet:
         self.agents: dict[str, Agent] = {}
         self.migrations: dict[str, Migration] = {}
         self.alerts: dict[AlertKey, Alert] = {}
+        self.waves: dict[str, Wave] = {}
         self.position = 0  # the largest sequence number seen
         self._restored = 0  # what a snapshot stood for
 
@@ -175,15 +194,14 @@ class Fleet:
                 self._decided(body, time)
             case facts.MigrationWaiting() | facts.Steered() | facts.Deviation():
                 self._steered(body, time)
-            case facts.DrillDone():
-                drill = Drill(body.revision, dict(body.seconds), list(body.problems), time)
-                self._agent(body.agent, body.host).drill = drill
-            case facts.StepDone():
-                self._step_done(body, time)
+            case facts.StepDone() | facts.DrillDone():
+                self._did(body, time)
             case facts.RolledBack() | facts.RollBackFailed():
                 self._rolled_back(body, time)
             case facts.AlertFiring() | facts.AlertResolved():
                 self._alert_changed(body, time)
+            case facts.WaveStarted() | facts.WaveChanged() | facts.WaveEnded():
+                self._wave_changed(body, time)
 
     def in_flight(self, agent: str | None = None) -> list[Migration]:
         """Migrations that nothing settled yet, the oldest first; of one agent or of all."""
@@ -201,7 +219,10 @@ class Fleet:
         left_out: set[str] = set()
         while True:
             kept = [migration for number, migration in self.migrations.items() if number not in left_out]
-            state = _State(list(self.hosts.values()), list(self.agents.values()), kept, list(self.alerts.values()))
+            state = _State(
+                hosts=list(self.hosts.values()), agents=list(self.agents.values()), migrations=kept,
+                alerts=list(self.alerts.values()), waves=list(self.waves.values()),
+            )  # fmt: skip
             packed = zlib.compress(msgspec.msgpack.encode(state))
             if len(packed) <= SNAPSHOT_BYTES or not ended:
                 return facts.FleetSnapshot(through=self.position, start=min(start, self.position), state=packed)
@@ -222,6 +243,7 @@ class Fleet:
         self.agents = {agent.name: agent for agent in state.agents}
         self.migrations = {migration.id: migration for migration in state.migrations}
         self.alerts = {(alert.rule, tuple(sorted(alert.labels.items()))): alert for alert in state.alerts}
+        self.waves = {wave.id: wave for wave in state.waves}
         self.position = self._restored = snapshot.through
 
     def to_json(self) -> dict[str, Any]:
@@ -234,6 +256,7 @@ class Fleet:
                 name: asdict(migration) | {"in_flight": migration.in_flight}
                 for name, migration in self.migrations.items()
             },
+            "waves": {name: asdict(wave) for name, wave in self.waves.items()},
             "alerts": [msgspec.to_builtins(alert) for alert in self.alerts.values()],
         }
 
@@ -348,8 +371,12 @@ class Fleet:
             migration.outcome, migration.decided_by, migration.reason = "", "", ""
         migration.times[migration.phase] = time
 
-    def _step_done(self, body: facts.StepDone, time: float) -> None:
+    def _did(self, body: facts.StepDone | facts.DrillDone, time: float) -> None:
         """A commit settles it, whether or not a coordinator lives to say so."""
+        if isinstance(body, facts.DrillDone):
+            drill = Drill(body.revision, dict(body.seconds), list(body.problems), time)
+            self._agent(body.agent, body.host).drill = drill
+            return
         migration = self._migration(body.migration, body.agent)
         migration.host = body.host
         if body.step == "commit" and migration.in_flight:
@@ -372,6 +399,23 @@ class Fleet:
     @staticmethod
     def _blame(migration: Migration, breach: Breach) -> None:
         migration.decided_by, migration.reason = breach.by, breach.reason
+
+    def _wave_changed(self, body: facts.WaveStarted | facts.WaveChanged | facts.WaveEnded, time: float) -> None:
+        if isinstance(body, facts.WaveStarted):
+            to = {member.agent: member.to for member in body.members}
+            self.waves[body.wave] = Wave(body.wave, body.by, to, body.because, time)
+            ended = [wave.id for wave in self.waves.values() if wave.outcome]
+            for gone in ended[: max(0, len(ended) - KEPT_WAVES)]:
+                del self.waves[gone]
+            return
+        wave = self.waves.setdefault(body.wave, Wave(body.wave, "", {}))
+        if isinstance(body, facts.WaveChanged):
+            if wave.outcome or wave.phase == "rolling-back":
+                return
+            wave.phase, wave.reason = body.phase, f"{body.by}: {body.reason}"
+        else:
+            wave.phase, wave.outcome, wave.reason, wave.ended = "ended", body.outcome, body.reason, time
+            wave.results = [msgspec.to_builtins(result) for result in body.members]
 
     def _alert_changed(self, body: facts.AlertFiring | facts.AlertResolved, time: float) -> None:
         key = (body.rule, tuple(sorted(body.labels.items())))

@@ -372,6 +372,11 @@ class Migration:
         return self._sent_at is not None
 
     @property
+    def said_end(self) -> bool:
+        """Its end was said, and may not be in the log yet."""
+        return self._said_end
+
+    @property
     def due(self) -> float:
         """When something happens by itself in this phase, in seconds since 1970; infinity: never."""
         if self.phase is Phase.ROLLING_BACK:

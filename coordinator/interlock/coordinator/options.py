@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+from interlock.broker.commands import WaveOrder
+from interlock.broker.config import AgentConfig
 from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
 
+ORDERS: tuple[str, ...] = get_args(WaveOrder)
+CATEGORIES: tuple[str, ...] = get_args(get_type_hints(AgentConfig)["category"])
+OUTCOMES = ("committed", "rolled-back", "held", "refused", "failed", "in-flight")
+REPORTS = {
+    "report": "all that is known of a migration: stages, checks, who decided, the rollback's times",
+    "explain": "why a migration went as it did: the events, samples and the rule that decided",
+    "history": "the migrations that were, with their outcomes",
+}
 STEERING = {
     "approve": "let the next stage of an agent's migration begin",
     "pause": "let an agent's migration stand as it is for a while",
@@ -49,6 +60,50 @@ def steer_options(one: argparse.ArgumentParser, name: str) -> None:
     one.add_argument("agent", metavar="AGENT")
     why = "needed as long as the observation has not passed; it is recorded" if name == "commit" else "for the record"
     one.add_argument("--because", default="", metavar="TEXT", help=why)
+
+
+def report_options(one: argparse.ArgumentParser, name: str) -> None:
+    """Of report, explain and history."""
+    what = "AGENT" if name == "history" else "AGENT|MIGRATION"
+    help = "only of this agent" if name == "history" else "an agent's last, or one by its id (default: the last of all)"
+    one.add_argument("name", metavar=what, nargs="?", default="", help=help)
+    if name == "history":
+        one.add_argument("--since", metavar="TIME", help="begun since: 10m (ago), 2026-01-31T12:00, seconds since 1970")
+        one.add_argument("--outcome", choices=OUTCOMES, default="", help="only those that ended like this")
+        return
+    one.add_argument("--file", type=Path, metavar="RECORD.json", help="a record instead of the fleet's log")
+    if name == "report":
+        one.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, with the series drawn")
+
+
+def wave_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    acts = parser.add_subparsers(dest="act", metavar="ACTION", required=True)
+
+    def act(name: str, help: str) -> argparse.ArgumentParser:
+        return acts.add_parser(name, help=help, description=help, parents=[common])
+
+    start = act("start", "move many agents, and follow them to the end")
+    target = start.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", metavar="REVISION", help="of all that have it and are chosen by the next three")
+    target.add_argument("--plan", type=Path, metavar="FILE", help="TOML with [revisions], by agent")
+    start.add_argument("--agents", default="", metavar="A,B,...", help="only these")
+    start.add_argument("--category", choices=CATEGORIES, help="only those of this category")
+    start.add_argument("--host", metavar="HOST", help="only those of this host")
+    start.add_argument("--order", choices=ORDERS, help="dependency (default): after all that it depends on")
+    start.add_argument("--parallel", type=int, metavar="N", help="so many at once (default 1)")
+    start.add_argument("--budget", metavar="N|P%", help="so many may fail; one more, and all go back (default 0)")
+    chosen = start.add_mutually_exclusive_group()
+    chosen.add_argument("--strategy", choices=list(BUILT_IN), help="instead of the one that is due to each")
+    chosen.add_argument("--level", choices=list(STRATEGY_OF), help="the same, by the level of risk it is for")
+    start.add_argument("--because", default="", metavar="TEXT", help="why with less care than is due, or in a freeze")
+    start.add_argument("--detach", action="store_true", help="return as soon as it has begun")
+    status = act("status", "where a wave stands, agent by agent")
+    stop = act("stop", "begin no further migration of a wave; --undo: move all of it back")
+    for one in (status, stop):
+        one.add_argument("name", nargs="?", default="", metavar="WAVE", help="default: the one in flight")
+    stop.add_argument("--undo", action="store_true", help="roll back what is in flight, move back what was moved")
+    stop.add_argument("--because", default="", metavar="TEXT", help="for the record")
+    act("list", "the waves that were")
 
 
 def log_options(log: argparse.ArgumentParser) -> None:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from interlock.broker.facts import WaveResult
 from interlock.broker.wire import Event
-from interlock.coordinator.fleet import Fleet, Migration
+from interlock.coordinator.fleet import Fleet, Migration, Wave
 from interlock.coordinator.ping import Roll
 from interlock.coordinator.planning import Forecast
 from interlock.coordinator.verbs import Report, Status
@@ -85,6 +86,9 @@ class Screen:
                     self.line(f"{m.agent} deviates: {deviation}", "warn")
         else:
             self.line("No migration is in flight.", "dim")
+        for wave in view.waves.values():
+            if not wave.outcome:
+                self.line(f"{wave.id} is {wave.phase}: interlock wave status {wave.id}")
         if view.alerts:
             self._table(
                 "Firing alerts",
@@ -101,6 +105,33 @@ class Screen:
                 ],
                 tone="bad",
             )
+
+    def history(self, migrations: Sequence[Migration]) -> None:
+        """What `interlock history` shows."""
+        if not migrations:
+            self.line("No such migration is known.", "dim")
+            return
+        rows = []
+        for m in migrations:
+            begun, ended = m.times.get("started", 0.0), m.times.get("ended")
+            took = span(ended - begun) if begun and ended is not None else ""
+            outcome = m.outcome or "in flight"
+            rows.append([m.id, m.agent, m.previous, m.to, m.strategy, clock(begun), took, outcome, m.decided_by])
+        columns = ["migration", "agent", "from", "to", "strategy", "began", "took", "outcome", "decided by"]
+        self._table("Migrations", columns, rows)
+
+    def wave(self, results: Sequence[WaveResult]) -> None:
+        """The agents of a wave."""
+        rows = [[each.agent, each.state, each.migration, each.back, each.reason] for each in results]
+        self._table("Agents", ["agent", "state", "migration", "moved back by", "why"], rows)
+
+    def waves(self, waves: Sequence[Wave]) -> None:
+        """What `interlock wave list` shows."""
+        if not waves:
+            self.line("No wave has begun yet.", "dim")
+            return
+        rows = [[w.id, w.by, clock(w.started), str(len(w.to)), w.outcome or w.phase, w.reason] for w in waves]
+        self._table("Waves", ["wave", "by", "began", "agents", "outcome", "why"], rows)
 
     def forecast(self, found: Forecast) -> None:
         """What `interlock plan` shows."""

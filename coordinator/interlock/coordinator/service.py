@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import trio
 
 from interlock.broker import signing, topics
 from interlock.broker.client import Bus, open_bus
-from interlock.broker.commands import Migrate, RollBackAgent, Steer
+from interlock.broker.commands import Migrate, RollBackAgent, StartWave, Steer, StopWave
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError, InterlockError, Refused
 from interlock.broker.role import held
 from interlock.broker.security import Security, load_security
 from interlock.broker.wire import Event
+from interlock.coordinator.archive import Archive
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.migration import Emit
 from interlock.coordinator.observers import observe
@@ -31,7 +33,7 @@ async def run_coordinator(fleet: FleetConfig, ready: Callable[[], None]) -> None
     with held(state / "lock", "coordinator"):
         security = load_security(fleet, "coordinator")
         async with open_bus(fleet.broker, "coordinator", outbox=state / "outbox", security=security) as bus:
-            await _serve(bus, Coordinator(_loader(fleet), fleet), ready, security)
+            await _serve(bus, Coordinator(_loader(fleet), fleet), ready, security, state / "records")
 
 
 def _loader(fleet: FleetConfig) -> Callable[[], FleetConfig]:
@@ -40,7 +42,7 @@ def _loader(fleet: FleetConfig) -> Callable[[], FleetConfig]:
 
 def is_genuine(event: Event, security: Security | None) -> bool:
     """False of a request that no operator signed: whatever the broker says, it was not asked for."""
-    if security is None or not isinstance(event.body, Migrate | RollBackAgent | Steer):
+    if security is None or not isinstance(event.body, Migrate | RollBackAgent | Steer | StartWave | StopWave):
         return True
     try:
         signing.check(event, security.roll, now=time.time())
@@ -56,7 +58,14 @@ def _is_open(event: Event) -> bool:
     return bool(getattr(event.body, "deadline", 0.0) > time.time())
 
 
-async def _serve(bus: Bus, core: Coordinator, ready: Callable[[], None], security: Security | None = None) -> None:
+async def _serve(
+    bus: Bus,
+    core: Coordinator,
+    ready: Callable[[], None],
+    security: Security | None = None,
+    records: Path | None = None,
+) -> None:
+    archive = Archive(bus, core, records)
     changed = trio.Event()
     await bus.flushed()  # answers of an earlier life that are not in the log yet: nothing is to be decided twice
 
@@ -67,6 +76,7 @@ async def _serve(bus: Bus, core: Coordinator, ready: Callable[[], None], securit
             async for event in feed:
                 if is_genuine(event, security):
                     core.apply(event)
+                    archive.see(event)
                     if event.topic == topics.COORDINATOR and _is_open(event):
                         bus.receipt(event)
                 changed.set()
@@ -77,10 +87,13 @@ async def _serve(bus: Bus, core: Coordinator, ready: Callable[[], None], securit
         log.info("the log is read up to event %d; %d migrations in flight", feed.position, len(core.migrations))
         ready()
         nursery.start_soon(observe, bus, core, lambda emit: _send(bus, core, nursery, emit))
+        nursery.start_soon(archive.run)
         while True:
             changed = trio.Event()
             now = time.time()
             for emit in core.decide(now):
+                if (series := archive.recorded(emit)) is not None:
+                    _send(bus, core, nursery, series)
                 _send(bus, core, nursery, emit)
             if (snapshot := core.snapshot()) is not None:
                 _send(bus, core, nursery, snapshot)

@@ -16,10 +16,26 @@ from pathlib import Path
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
 from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
-from interlock.coordinator.options import STEERING
+from interlock.coordinator.options import CATEGORIES, ORDERS, OUTCOMES, REPORTS, STEERING
 
-OFFERED = ("plan", "migrate", *STEERING, "rollback", "drill", "backup", "ping", "status", "watch", "log")
-CHOICES: dict[str, list[str]] = {"--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF)}
+OFFERED = (
+    "plan",
+    "migrate",
+    *STEERING,
+    "rollback",
+    "wave",
+    "drill",
+    "backup",
+    *REPORTS,
+    "ping",
+    "status",
+    "watch",
+    "log",
+)
+CHOICES: dict[str, list[str]] = {
+    "--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF), "--outcome": list(OUTCOMES),
+    "--order": list(ORDERS), "--category": list(CATEGORIES), "wave": ["start", "status", "stop", "list"],
+}  # fmt: skip
 LEAVING = ("exit", "quit", "EOF")
 TERMINATED = 143  # the code of a verb that SIGTERM ended
 
@@ -82,8 +98,9 @@ class Shell(cmd.Cmd):
             self._fleet = load_fleet(self._path)  # a revision may have been added meanwhile
         before = line[:begidx].split()
         if before[-1] == "--to":
-            agents = [self._fleet.agents[word] for word in before if word in self._fleet.agents]
-            names = [name for agent in agents for name in agent.revisions]
+            named = [self._fleet.agents[word] for word in before if word in self._fleet.agents]
+            agents = named or (list(self._fleet.agents.values()) if before[0] == "wave" else [])
+            names = list(dict.fromkeys(name for agent in agents for name in agent.revisions))
         elif before[-1] in CHOICES:
             names = CHOICES[before[-1]]
         else:
@@ -99,6 +116,9 @@ class Shell(cmd.Cmd):
                 "migrate AGENT --to REVISION   move an agent, and follow it to its outcome\n"
                 "approve, pause, resume, hold, abort, commit AGENT    lead its migration in flight\n"
                 "rollback AGENT                undo its migration in flight\n"
+                "wave start --to REVISION      move many agents; wave status, stop, list\n"
+                "report, explain [AGENT]       what became of a migration, and why\n"
+                "history [AGENT]               the migrations that were\n"
                 "drill AGENT                   rehearse its rollback, and measure it\n"
                 "backup list|verify|restore    the backups of this machine's hosts\n"
                 "status                        hosts, agents, migrations, alerts\n"

@@ -29,6 +29,10 @@ def sentence(body: Body) -> str:
             about = body.summary or _labels(body.labels)
             fault = "".join(f"; held, the fault of the {each.who}: {each.why}" for each in body.blamed.values())
             return f"rule {body.rule} fires ({body.action}{dry}): {about} [{body.value:g}]{fault}"
+        case facts.WaveStarted() | facts.WaveRefused() | facts.WaveChanged() | facts.WaveEnded():
+            return _of_wave(body)
+        case facts.SeriesRecorded():
+            return f"{body.agent}: {_count(len(body.series), 'series', '')} of {body.migration} recorded"
         case facts.FleetSnapshot():
             return f"snapshot of the fleet as of event {body.through}"
         case facts.AlertResolved():
@@ -109,6 +113,19 @@ def _of_migration(
             return f"{body.agent}: {body.outcome.upper()}, decided by {body.decided_by}{_more(body.reason)}"
 
 
+def _of_wave(body: facts.WaveStarted | facts.WaveRefused | facts.WaveChanged | facts.WaveEnded) -> str:
+    match body:
+        case facts.WaveStarted():
+            agents = ", ".join(member.agent for member in body.members)
+            return f"{body.wave}: {_count(len(body.members), 'agent')}, {body.parallel} at a time: {agents}"
+        case facts.WaveRefused():
+            return f"{body.wave or 'wave'}: refused: {body.reason}"
+        case facts.WaveChanged():
+            return f"{body.wave}: {body.phase.upper()} by {body.by}: {body.reason}"
+        case facts.WaveEnded():
+            return f"{body.wave}: {body.outcome.upper()}: {body.reason}"
+
+
 def _of_slot(
     body: facts.SlotChanged | facts.StepDone | facts.StepFailed | facts.CommandRefused | facts.RolledBack,
 ) -> str:
@@ -152,6 +169,10 @@ def _of_command(body: Body) -> str:
             return f"{agent}: asked for a drill"
         case commands.Steer():
             return f"{agent}: asked to {body.action} it{_more(body.reason)}"
+        case commands.StartWave():
+            return f"asked to move many agents to {body.to or 'revisions of their own'}"
+        case commands.StopWave():
+            return f"{body.wave}: asked to {'undo' if body.undo else 'stop'} it{_more(body.reason)}"
         case commands.RollCall():
             return "hosts are asked whether they are there"
         case commands.RollBack():
@@ -165,9 +186,16 @@ def _of_command(body: Body) -> str:
 def tone(body: Body) -> Tone:
     """How much the line should stand out."""
     match body:
-        case facts.MigrationEnded(outcome="committed") | facts.HostUp() | facts.AlertResolved():
+        case (
+            facts.MigrationEnded(outcome="committed")
+            | facts.WaveEnded(outcome="committed")
+            | facts.HostUp()
+            | facts.AlertResolved()
+        ):
             return "good"
-        case facts.RollBackFailed() | facts.StepFailed() | facts.MigrationEnded(outcome="failed"):
+        case facts.RollBackFailed() | facts.StepFailed():
+            return "bad"
+        case facts.MigrationEnded(outcome="failed") | facts.WaveEnded(outcome="failed"):
             return "bad"
         case facts.InstanceStopped(expected=False) | facts.AlertFiring(action="rollback", dry_run=False):
             return "bad"
@@ -180,12 +208,17 @@ def tone(body: Body) -> Tone:
             | facts.Deviation()
             | facts.MigrationRefused()
             | facts.MigrationEnded()
+            | facts.WaveRefused()
+            | facts.WaveChanged()
+            | facts.WaveEnded()
             | facts.AlertFiring()
             | commands.RollBack()
             | commands.RollBackAgent()
         ):
             return "warn"
-        case facts.StageEntered() | facts.MigrationStarted() | facts.Steered() | facts.DrillDone():
+        case (
+            facts.StageEntered() | facts.MigrationStarted() | facts.Steered() | facts.DrillDone() | facts.WaveStarted()
+        ):
             return "plain"
         case _:
             return "dim"
@@ -210,8 +243,8 @@ def _more(text: str) -> str:
     return f": {text}" if text else ""
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}{plural}"
 
 
 def _ending(returncode: int) -> str:

@@ -214,6 +214,7 @@ def _firing(alert: Transition, matching: Sequence[Migration], blamed: dict[str, 
         dry_run=alert.rule.dry_run,
         migrations=[migration.migration for migration in matching],
         blamed=blamed,
+        expr=alert.rule.text,
     )
     return Send(topics.alert_fact(alert.rule.name), body)
 
