@@ -373,8 +373,6 @@ def test_an_operator_may_roll_back_only_what_is_in_flight() -> None:
 
 
 # --- rollbacks that fail, drills, slower classes
-
-
 def kept(log: Log, revision: str = "r2") -> list[wire.Body]:
     """The host says that it can't bring the old revision back, and which one serves."""
     (migration,) = log.core.migrations.values()
