@@ -40,6 +40,7 @@ TELEMETRY_PER_S = 10_000
 IDLE_S = 20.0
 SETTLE_S = 8.0  # after so long without news the broker is at rest
 PATIENCE_S = 240.0
+PER_PROCESS = 500  # hosts at most: their pings are one thread's work, and late ones cost them their connections
 
 
 class Unfinished(Exception):
@@ -192,7 +193,7 @@ async def measure(options: argparse.Namespace, limit: int) -> dict[str, Any]:
         report["fewer_because"] = f"the broker has 2 descriptors for each host, and {limit} are the limit here"
     with stand([*(f"host/{name}" for name in hosts), *(f"monitor/{name}" for name in monitors), "rules"]) as on:
         broker = BrokerProcess(on.folder)
-        crowd = Crowd(on.fleet.broker, -(-size * PER_HOST // (limit - SPARE)))
+        crowd = Crowd(on.fleet.broker, max(-(-size // PER_PROCESS), -(-size * PER_HOST // (limit - SPARE))))
         try:
             async with open_bus(on.fleet.broker, "", security=on.security(OPERATOR)) as bus:
                 empty_kb = broker.resident_kb()

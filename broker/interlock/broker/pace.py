@@ -13,7 +13,7 @@ FRESH = 2  # beats for who has just subscribed: one of them may be under way alr
 class Pace:
     """Every BEAT_S, or as seldom as so many subscribers demand: less while events come or subscribers join.
 
-    What a subscriber lost it sees with the next beat, and links are watched by the kernel: a beat that comes late while
+    What a subscriber lost it sees with the next beat, and links are watched by pings: a beat that comes late while
     nothing happens delays only the news that a broker stands still.
     """
 
