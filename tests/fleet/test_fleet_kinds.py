@@ -36,7 +36,8 @@ ERRORS = {
 def agent(name: str, endpoint: str, revisions: dict[str, str], more: str = "") -> str:
     """A table of the fleet file. What an agent of no endpoint has instead is nothing."""
     where = f'endpoint = "{endpoint}"\n' if endpoint else ""
-    text = f'[agents.{name}]\nhost = "alpha"\nserve = "r1"\nlevel = "low"\nhealth_period_s = 0.3\nhold_s = 20.0\n{where}{more}'
+    text = f'[agents.{name}]\nhost = "alpha"\nserve = "r1"\nlevel = "low"\nhealth_period_s = 0.3\n'
+    text += f"hold_s = 20.0\n{where}{more}"
     for revision, lines in revisions.items():
         text += f"[agents.{name}.revisions.{revision}]\nstop_timeout_s = 2.0\n{lines}\n"
     return text
