@@ -30,8 +30,8 @@ from interlock.coordinator.options import (
     migrate_options,
     report_options,
     steer_options,
+    watch_options,
     wave_options,
-    whole_number,
 )
 from interlock.coordinator.terminal import EXIT_INTERRUPTED, Output, mute, note, on_bus, say_json
 
@@ -116,11 +116,7 @@ def parser() -> Parser:
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
     ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
-    watch = verb("watch", "follow what happens on the bus")
-    watch.add_argument("--events", action="store_true", help="only what happens")
-    watch.add_argument("--telemetry", action="store_true", help="only measurements")
-    watch.add_argument("--after", type=whole_number, metavar="N", help="events from number N of the log on (0: all)")
-    watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
+    watch_options(verb("watch", "follow what happens on the bus"))
     log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
     verb("asyncapi", "print the AsyncAPI 3 document of the bus, for programs in other languages")

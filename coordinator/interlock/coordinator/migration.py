@@ -508,14 +508,9 @@ class Migration:
         else:
             decided, reason = "coordinator", "unknown"
         ended = facts.MigrationEnded(
-            migration=self.id,
-            agent=self.started.agent,
-            epoch=self.started.epoch,
-            outcome=self.outcome or "failed",
-            decided_by=decided,
-            reason=reason,
-            evidence=self._evidence,
-        )
+            migration=self.id, agent=self.started.agent, epoch=self.started.epoch, outcome=self.outcome or "failed",
+            decided_by=decided, reason=reason, evidence=self._evidence,
+        )  # fmt: skip
         return Emit(topics.migration_fact(self.started.agent), ended, f"{self.id}/ended")
 
     def _command(self, step: PlannedStep, now: float) -> commands.HostCommand:

@@ -106,6 +106,13 @@ def wave_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
     act("list", "the waves that were")
 
 
+def watch_options(watch: argparse.ArgumentParser) -> None:
+    watch.add_argument("--events", action="store_true", help="only what happens")
+    watch.add_argument("--telemetry", action="store_true", help="only measurements")
+    watch.add_argument("--after", type=whole_number, metavar="N", help="events from number N of the log on (0: all)")
+    watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
+
+
 def log_options(log: argparse.ArgumentParser) -> None:
     log.add_argument(
         "act", nargs="?", choices=["list", "follow", "export", "verify"], default="list",

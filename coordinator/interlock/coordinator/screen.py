@@ -140,7 +140,7 @@ class Screen:
         self.line(f"risk {found.risk or 'unknown: nobody scored it'}; backup of {', '.join(found.backup)}")
         promised = found.promise
         self.line(
-            f"rollback within {promised.seconds:g} s: {promised.source}", "good" if promised.rehearsed else "warn"
+            f"rollback within {promised.seconds:.3g} s: {promised.source}", "good" if promised.rehearsed else "warn"
         )
         self._table(
             "Stages",
