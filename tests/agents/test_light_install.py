@@ -39,7 +39,17 @@ HELD = {
         "judging.py",
         "values.py",
     },
-    "interlock/broker": {"__init__.py", "py.typed", "errors.py", "sockets.py", "simgpu.py"},
+    "interlock/broker": {
+        "__init__.py",
+        "py.typed",
+        "errors.py",
+        "sockets.py",
+        "tuning.py",
+        "connections.py",
+        "lines.py",
+        "streams.py",
+        "simgpu.py",
+    },
 }
 
 
