@@ -42,9 +42,10 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_new_outbox_is_there_under_its_name_before_anything_is_kept_in_it(tmp_path: Path, done: list[str]) -> None:
     file = OutboxFile(tmp_path / "state" / "host" / "outbox")
-    assert done == ["sync state/", f"sync {tmp_path.name}/", "sync host/"]
+    with_its_head = ["sync outbox.new", "replace outbox", "sync host/"]
+    assert done == ["sync state/", f"sync {tmp_path.name}/", "sync host/", *with_its_head]
     file.save([Entry("1", [b"t/", b"h", b"b"])], [])
-    assert done[3:] == ["sync outbox"]
+    assert done[6:] == ["sync outbox"]
     file.close()
 
 
