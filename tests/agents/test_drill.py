@@ -50,6 +50,18 @@ async def test_what_does_not_fit_alone_is_refused_also_as_cold(hosted: Any) -> N
     assert "would not fit either" in failed.reason
 
 
+async def test_a_card_is_read_again_until_it_shows_what_the_old_one_took(hosted: Any, monkeypatch: Any) -> None:
+    shell = await hosted.add("tutor", r2={"needs": {"gpu_memory_mb": 16 * 1024}})
+    readings = iter([Card("GPU-1", total=24 * GB, free=14 * GB), Card("GPU-1", 24 * GB, 14 * GB, agent=10 * GB)])
+
+    async def read(agent: str) -> list[Card]:
+        return [next(readings)]
+
+    monkeypatch.setattr(shell.around, "cards", read)
+    done = await hosted.ask(shell, commands.Prepare(**hosted.at(shell, to="r2", baseline_s=0.0, accept="cold")))
+    assert done.evidence["rollback_class"] == "cold"
+
+
 # --- drills
 
 

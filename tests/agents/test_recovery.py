@@ -139,9 +139,10 @@ async def test_a_port_that_somebody_took_is_no_end_for_a_permanent_instance(
         taken = thief.bind_to_random_port("tcp://127.0.0.1")
         real, offered = launch.free_ports, iter([[taken, taken]])
         monkeypatch.setattr(launch, "free_ports", lambda count: next(offered, None) or real(count))
-        hosted.kill(shell, shell.slot.permanent)
+        killed = shell.slot.permanent
+        hosted.kill(shell, killed)
         await hosted.until(lambda: next(offered, "none left") == "none left")
-        await hosted.until(lambda: shell.slot.permanent_up)
+        await hosted.until(lambda: shell.slot.permanent != killed and shell.slot.permanent_up)
         assert (await hosted.answer(shell))["revision"] == "r1"
 
 
@@ -157,9 +158,10 @@ async def test_a_full_disk_stops_no_rollback_that_has_to_start_the_old_revision_
     with monkeypatch.context() as patched:
         patched.setattr(slot_shell, "JOURNAL_RETRY_S", 0.05)
         patched.setattr(hosted.around.journal, "save_slot", full)
-        hosted.kill(shell, shell.slot.permanent)
+        killed = shell.slot.permanent
+        hosted.kill(shell, killed)
         hosted.kill(shell, shell.slot.candidate)
-        await hosted.until(lambda: shell.slot.permanent_up)
+        await hosted.until(lambda: shell.slot.permanent != killed and shell.slot.permanent_up)
         assert (await hosted.answer(shell))["revision"] == "r1"
     assert (await hosted.fact(facts.RolledBack)).level == 2
 

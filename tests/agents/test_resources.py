@@ -60,6 +60,15 @@ def test_two_fit_or_not_and_the_reason_is_told(seen: Room, needs: Needs, togethe
     assert all(finding.ok for finding in found.findings) is (together == "yes")
 
 
+def test_a_share_that_nobody_has_seen_is_not_called_known() -> None:
+    unseen = Card("GPU-1", 24 * GB, 10 * GB)
+    assert not judge(room(cards=[unseen]), Needs(gpu_memory=16 * GB)).known
+    assert not judge(room(cards=[unseen]), Needs(gpu=True)).known
+    assert judge(room(cards=[CARD]), Needs(gpu_memory=16 * GB)).known
+    assert judge(room(cards=[unseen]), Needs(gpu_memory=4 * GB)).known  # it fits in any case
+    assert judge(room(cards=[]), Needs()).known
+
+
 def test_the_rest_of_the_machine_keeps_something() -> None:
     assert judge(room(GB + SPARE_BYTES - 1, old=0), Needs(memory=GB)).together == "no"
     assert judge(room(GB + SPARE_BYTES, old=0), Needs(memory=GB)).together == "yes"

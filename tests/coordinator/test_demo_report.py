@@ -57,10 +57,12 @@ def test_a_file_that_can_not_be_written_is_refused_before_the_start(
 
 def test_a_benchmark_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "bench_rollback.py"
-    bench = subprocess.Popen([sys.executable, str(script), "1"], env={"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE)
+    few = ["--rollbacks", "1", "--cold", "0", "--rivals", "0"]
+    bench = subprocess.Popen([sys.executable, str(script), *few], env={"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + PATIENCE_S
         while not list(tmp_path.glob("interlock-bench-*/log")):
+            assert bench.poll() is None, bench.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
         bench.send_signal(signal.SIGTERM)

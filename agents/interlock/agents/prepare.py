@@ -23,7 +23,7 @@ from interlock.agents.launch import Instance, Place
 from interlock.agents.levels import Whole, back_up
 from interlock.agents.measured import dependencies, folder_bytes, memory_available, tree_memory
 from interlock.agents.preflight import preflight
-from interlock.agents.resources import Card, Judgement, Needs, Room, judge
+from interlock.agents.resources import FRESH_S, Card, Judgement, Needs, Room, judge
 from interlock.agents.revisions import Revision, RevisionStore, check_name_free
 from interlock.agents.slot_io import PrepareEnded, Row
 from interlock.broker.commands import Prepare
@@ -31,6 +31,7 @@ from interlock.broker.config import AgentConfig, FleetConfig, RevisionConfig, so
 from interlock.broker.errors import ConfigError, InterlockError, Refused
 from interlock.broker.fields import Evidence
 
+READ_AGAIN_S = 0.25  # between looks at readings that lack the old one's share; a monitor reads a card once a second
 BACKUPS_KEPT = 5  # per agent, where the fleet file does not name the host; each holds the code of one revision
 
 Cards = Callable[[str], Awaitable[list[Card] | None]]  # the GPUs of the host, and what an agent has there
@@ -148,6 +149,8 @@ def _cold_hint(failed: Finding, judged: Judgement) -> str:
         return ""
     if judged.apart:
         return "; one after the other fits: --accept cold stops the old one first, and a rollback starts it again"
+    if not judged.known:
+        return "; what the old one has there is not known, so nor is whether it would fit without it"
     return "; without the old one it would not fit either"
 
 
@@ -162,7 +165,12 @@ async def _judge(given: Preparation, revision: RevisionConfig) -> Judgement:
         gpu_memory=int(revision.needs.gpu_memory_mb * (1 << 20)),
         gpu=given.config is not None and given.config.category == "gpu-model",
     )
-    return judge(Room(memory_available(), held, await given.cards(given.command.agent)), needs)
+    until = trio.current_time() + FRESH_S
+    while True:
+        judged = judge(Room(memory_available(), held, await given.cards(given.command.agent)), needs)
+        if judged.known or process is None or trio.current_time() > until:
+            return judged
+        await trio.sleep(READ_AGAIN_S)  # a monitor may not have read its card since the old one took its memory
 
 
 def _backup_bytes(given: Preparation) -> int:

@@ -51,12 +51,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Judgement:
-    """`together`: old and new fit at once. `apart`: the new one fits once the old one is gone."""
+    """`together`: old and new fit at once. `apart`: the new one fits once the old one is gone. `known`: what the old
+    one has on the GPU was seen, or makes no difference.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     together: Together = "yes"
     apart: bool = True
     gpu: bool = False
+    known: bool = True
 
 
 def judge(room: Room, needs: Needs) -> Judgement:
@@ -69,7 +72,8 @@ def judge(room: Room, needs: Needs) -> Judgement:
     both: Together = (
         "no" if "no" in (memory_together, together) else together if memory_together == "yes" else "unknown"
     )
-    return Judgement([memory, finding], both, memory_apart and apart, gpu=True)
+    known = finding.ok or any(card.agent for card in room.cards or ())
+    return Judgement([memory, finding], both, memory_apart and apart, gpu=True, known=known)
 
 
 def _memory(room: Room, needs: Needs) -> tuple[Finding, Together, bool]:
