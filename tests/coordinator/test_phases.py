@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from event_parts import topic_of
 from interlock.broker import commands, facts
 from interlock.broker.commands import Breach, SteerAction
 from interlock.coordinator.phases import EVENTS, ON_TRIAL, STANDING, STEERED, TRANSITIONS, Phase
@@ -143,7 +144,7 @@ def test_each_event_in_each_phase_leads_where_the_table_says(story: Any, phase: 
     migration = play.ended if phase is Phase.ENDED else play.migration
     assert migration.phase is phase
     body = body_of(event, migration, f"{migration.id}/{migration.index}")
-    play.say("fact/x/", body)  # folded only; the coordinator decides nothing upon it
+    play.say(topic_of(body), body)  # folded only; the coordinator decides nothing upon it
     if phase is Phase.ENDED:
         migration.apply(play.events[-1])
     assert migration.phase is (TRANSITIONS[phase, event] or phase)

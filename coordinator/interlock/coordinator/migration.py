@@ -244,7 +244,7 @@ class Migration:
 
     def _slot_changed(self, body: facts.SlotChanged, at: float) -> None:
         """A slot that has no candidate, and has seen this epoch, has settled it, whatever else was lost on the way."""
-        mine = body.agent == self.started.agent and body.epoch == self.started.epoch
+        mine = (body.host, body.agent, body.epoch) == (self.started.host, self.started.agent, self.started.epoch)
         if not mine or body.candidate is not None or body.migration is not None:
             return
         if body.permanent == self.started.to:
