@@ -195,7 +195,10 @@ class Migration:
             self._turn("checks-failed", self.judgement.breach(at), at)
 
     def _refused(self, breach: Breach, at: float) -> None:
-        if self.steps[self.index].step != "prepare":
+        if self._kept is not None:  # there is nothing to go back to, and a host listens to nobody but an operator
+            if self._turn("not-committed", breach, at):
+                self.outcome = "failed"
+        elif self.steps[self.index].step != "prepare":
             self._turn("refused", breach, at)
         elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
             self.outcome = "refused"
