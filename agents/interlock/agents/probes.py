@@ -126,7 +126,7 @@ def decode_answer(body: bytes) -> dict[str, Any]:
 async def _ask_zmq(config: ProbeConfig, endpoint: str, sockets: Sockets) -> None:
     if not endpoint.startswith(("tcp://", "ipc://")):
         raise ConfigError("a zmq probe needs a tcp:// or ipc:// endpoint", where=endpoint)
-    socket = sockets.open("req", connect=endpoint, label=f"probe {endpoint}")
+    socket = sockets.open("req", connect=endpoint, starting=True, label=f"probe {endpoint}")
     try:
         await socket.send([msgspec.json.encode(config.request)])
         judge(config, b"".join(await socket.receive()))

@@ -18,10 +18,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 
 from interlock.agents import guard
@@ -238,8 +238,7 @@ async def _open(argv: Sequence[str], cwd: Path, env: Mapping[str, str], log_path
 # --- commands that are run to their end
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """`returncode` is None if the deadline passed and it was killed. `output`: what it printed, both streams."""
 
     returncode: int | None

@@ -398,6 +398,7 @@ class Sockets:
         relaxed: bool = False,
         immediate: bool = False,
         watched: bool = False,
+        starting: bool = False,
         identity: bytes | None = None,
         max_message: int = MAX_MESSAGE,
         server: bytes = b"",
@@ -410,10 +411,10 @@ class Sockets:
         heartbeat: ping the peer; by default on connecting sockets only. manual: XPUB that grants each subscription by
         hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a REQ that may give up on an answer and
         ask again. immediate: take messages only while there is a connection. watched:
-        `happened` tells when it joins and ends.
+        `happened` tells when it joins and ends. starting: the peer is a program of this machine that is just starting.
         """
         raw = self._context.socket(KINDS[kind])
-        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
+        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None, starting=starting)
         apply(raw, tuning.of_kind(kind, manual=manual, mandatory=mandatory, relaxed=relaxed))
         limits: Options = {"RCVHWM": receive_limit, "SNDHWM": send_limit, "MAXMSGSIZE": max_message}
         apply(raw, limits | {"IPV6": int("[" in (bind or connect or "")), "IMMEDIATE": int(immediate)})
@@ -475,9 +476,9 @@ class Sockets:
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
 
 
-def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+def tune(raw: zmq.Socket[bytes], *, connects: bool, starting: bool = False) -> None:
     """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
-    apply(raw, tuning.link(pings=connects))
+    apply(raw, tuning.link(pings=connects, starting=starting))
 
 
 def apply(raw: zmq.Socket[bytes], options: Options) -> None:

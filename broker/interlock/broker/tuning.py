@@ -13,6 +13,7 @@ HEARTBEAT_TTL_MS = 1800  # they let libzmq on the server give it up so long afte
 HANDSHAKE_MS = 10_000  # a handshake ends within this, or begins anew: 5,000 at once take a broker so long, 1.1 ms each
 BACKLOG = 4096  # connections that wait to be accepted: the default of Linux; who finds no room asks after 1, 3, 7 s
 RECONNECT_MS, RECONNECT_MAX_MS = 50, 1000  # between attempts to connect, doubled until the second
+STARTING_MS = 10  # the same to a program of this machine that is just starting: so late it is found, and no later
 MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
 MAX_SUBSCRIPTION = 2048  # the same on a feed, where nothing but subscriptions and the greeting comes in
 LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
@@ -31,8 +32,11 @@ class Curve:
     server: bytes
 
 
-def link(*, pings: bool) -> Options:
-    """Of every socket. `pings`: this end finds out whether the other is still there, and lets it find out too."""
+def link(*, pings: bool, starting: bool = False) -> Options:
+    """Of every socket. `pings`: this end finds out whether the other is still there, and lets it find out too.
+
+    starting: the peer may not be there yet, and is waited for.
+    """
     options: Options = {
         "LINGER": LINGER_MS,
         "HANDSHAKE_IVL": HANDSHAKE_MS,
@@ -40,6 +44,8 @@ def link(*, pings: bool) -> Options:
         "RECONNECT_IVL": RECONNECT_MS,
         "RECONNECT_IVL_MAX": RECONNECT_MAX_MS,
     }
+    if starting:
+        options |= {"RECONNECT_IVL": STARTING_MS, "RECONNECT_IVL_MAX": 0}
     if pings:
         options |= {
             "HEARTBEAT_IVL": HEARTBEAT_MS,
