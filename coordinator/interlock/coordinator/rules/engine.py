@@ -11,10 +11,11 @@ staleness. A publisher's clock is brought to ours by the smallest difference see
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Container, Iterable, Sequence
 from typing import Literal
 
-from interlock.broker.samples import NAME, Labels
+from interlock.broker.samples import MAX_SOURCES, NAME, Labels
 from interlock.coordinator.rules.alerts import Alerts, Transition
 from interlock.coordinator.rules.cells import Cell, EvaluationError, absence, clashes, shown, unnamed, without
 from interlock.coordinator.rules.program import Program
@@ -92,7 +93,7 @@ class Engine:
         self.errors: dict[str, str] = {}
         self._store = SeriesStore(lookback_s)
         self._running = [_Running(rule, number, self._store) for number, rule in enumerate(rules)]
-        self._skews: dict[str, Skew] = {}
+        self._skews: OrderedDict[str, Skew] = OrderedDict()  # by publisher, MAX_SOURCES of them
         self._scan_period_s = min(SCAN_PERIOD_S, lookback_s / 4)
         self._untried = set(range(len(rules)))  # never evaluated: constants and absences need no sample
         self._touched: set[int] = set()  # timed rules that got a sample since their last evaluation
@@ -123,7 +124,7 @@ class Engine:
         if self._began is None:
             self._began = now
         self._watermark = max(self._watermark, now)
-        at = self._skews.setdefault(publisher, Skew()).to_ours(time, now)
+        at = self._skew(publisher).to_ours(time, now)
         for labels in ended:
             store.end(labels)
         count = 0
@@ -132,6 +133,15 @@ class Engine:
             count += 1
         self.samples += count
         return self._settle(self._store.take_touched(), at=now, now=now, sample_time=time, timed=False)
+
+    def _skew(self, publisher: str) -> Skew:
+        found = self._skews.get(publisher)
+        if found is None:
+            found = self._skews[publisher] = Skew()
+            if len(self._skews) > MAX_SOURCES:
+                self._skews.popitem(last=False)
+        self._skews.move_to_end(publisher)
+        return found
 
     def tick(self, now: float) -> list[Transition]:
         """What the passing of time alone brings about: deadlines, silence, windows that move on."""
