@@ -14,22 +14,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.comparer import Bench, Comparer, functions_of
 from interlock.agents.figures import InstanceView, samples, slow_threshold
 from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
-from interlock.agents.prepare import Preparation, prepare
-from interlock.agents.recovering import rehearse, restore_backup, restore_host
-from interlock.agents.resources import Card
 from interlock.agents.revisions import RevisionStore
-from interlock.agents.shadow import ShadowRun
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import (
     Action,
@@ -64,6 +61,11 @@ from interlock.broker.facts import Fact
 from interlock.broker.fields import Evidence
 from interlock.broker.samples import Labels
 from interlock.broker.wire import encode
+
+if TYPE_CHECKING:  # no part of a start: a rollback may wait for it
+    from interlock.agents.comparer import Comparer
+    from interlock.agents.resources import Card
+    from interlock.agents.shadow import ShadowRun
 
 log = logging.getLogger(__name__)
 
@@ -198,11 +200,11 @@ class SlotShell:
                 self._begin_shadow(command, candidate)
             case BeginDrill(command):
                 self._drill = trio.CancelScope()
-                self.around.nursery.start_soon(rehearse, self, command, self._drill)
+                self.around.nursery.start_soon(_recovering().rehearse, self, command, self._drill)
             case RestoreHost():
-                self.around.nursery.start_soon(restore_host, self, action)
+                self.around.nursery.start_soon(_recovering().restore_host, self, action)
             case Restore():
-                self.around.nursery.start_soon(restore_backup, self, action)
+                self.around.nursery.start_soon(_recovering().restore_backup, self, action)
             case _:
                 self._do_now(action)
 
@@ -259,6 +261,8 @@ class SlotShell:
     # --- preparing
 
     async def _prepare(self, command: commands.Prepare) -> None:
+        from interlock.agents.prepare import Preparation, prepare
+
         around = self.around
         permanent = self.instances.get(self.slot.permanent or "")
         preparation = Preparation(
@@ -371,6 +375,9 @@ class SlotShell:
             reason = "there are no requests to mirror: this agent has connections of a protocol of its own, or no port"
             self.give(ShadowEnded(command.migration, False, reason, {"verdict": "error"}))
             return
+        from interlock.agents.comparer import Bench, Comparer, functions_of
+        from interlock.agents.shadow import ShadowRun
+
         run = ShadowRun(command, time.time(), self.config.compare.errors)
         self._shadow = run
         functions = functions_of(self.config.compare)
@@ -467,3 +474,14 @@ class SlotShell:
 
 def moment() -> Moment:
     return Moment(trio.current_time(), time.time())
+
+
+def _recovering() -> ModuleType:
+    from interlock.agents import recovering
+
+    return recovering
+
+
+def import_rest() -> None:
+    """What a migration needs and a start does not. In a thread, once the host serves: then no request waits for it."""
+    from interlock.agents import comparer, prepare, recovering, shadow  # noqa: F401
