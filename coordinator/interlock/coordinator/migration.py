@@ -195,13 +195,11 @@ class Migration:
             self._turn("checks-failed", self.judgement.breach(at), at)
 
     def _refused(self, breach: Breach, at: float) -> None:
-        if self._kept is not None:  # there is nothing to go back to, and a host listens to nobody but an operator
-            if self._turn("not-committed", breach, at):
-                self.outcome = "failed"
-        elif self.steps[self.index].step != "prepare":
+        kept = self._kept is not None
+        if not kept and self.steps[self.index].step != "prepare":
             self._turn("refused", breach, at)
-        elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
-            self.outcome = "refused"
+        elif self._turn("not-committed" if kept else "not-prepared", breach, at):  # the host will report no rollback
+            self.outcome = "failed" if kept else "refused"
 
     def _going_back(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
         match body:
