@@ -79,7 +79,8 @@ class Socket:
         """Before it binds, with CURVE: have ZAP ask under this name, and know each connection."""
         self._raw.setsockopt(zmq.ZAP_DOMAIN, name.encode())
         self.watch(context, name, (Happening.ACCEPTED, Happening.ENDED))
-        self.connections = Connections(name.encode(), self.happened, _property)
+        handshake_s = int(self._raw.getsockopt(zmq.HANDSHAKE_IVL)) / 1000
+        self.connections = Connections(name.encode(), self.happened, _property, handshake_s)
         self._max_frames = MAX_FRAMES
 
     def watch(self, context: zmq.Context[zmq.Socket[bytes]], name: str, whats: Sequence[Happening]) -> None:
@@ -372,8 +373,11 @@ class Socket:
 class Sockets:
     """All sockets of one component, with their context. Made by `open_sockets`, closed with it."""
 
-    def __init__(self, nursery: trio.Nursery, curve: Curve | None = None) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, curve: Curve | None = None, heartbeat_s: float = tuning.HEARTBEAT_S
+    ) -> None:
         self.curve = curve
+        self._heartbeat_s = heartbeat_s
         self._guarded = False
         self._names = itertools.count(1)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -413,7 +417,8 @@ class Sockets:
         `happened` tells when it joins and ends.
         """
         raw = self._context.socket(KINDS[kind])
-        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
+        pings = heartbeat if heartbeat is not None else connect is not None
+        tune(raw, connects=pings, heartbeat_s=self._heartbeat_s)
         apply(raw, tuning.of_kind(kind, manual=manual, mandatory=mandatory, relaxed=relaxed))
         limits: Options = {"RCVHWM": receive_limit, "SNDHWM": send_limit, "MAXMSGSIZE": max_message}
         apply(raw, limits | {"IPV6": int("[" in (bind or connect or "")), "IMMEDIATE": int(immediate)})
@@ -475,9 +480,9 @@ class Sockets:
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
 
 
-def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+def tune(raw: zmq.Socket[bytes], *, connects: bool, heartbeat_s: float = tuning.HEARTBEAT_S) -> None:
     """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
-    apply(raw, tuning.link(pings=connects))
+    apply(raw, tuning.link(pings=connects, heartbeat_s=heartbeat_s))
 
 
 def apply(raw: zmq.Socket[bytes], options: Options) -> None:
@@ -495,13 +500,15 @@ def _property(message: zmq.Frame, name: str) -> str:
 
 
 @asynccontextmanager
-async def open_sockets(curve: Curve | None = None) -> AsyncIterator[Sockets]:
+async def open_sockets(
+    curve: Curve | None = None, *, heartbeat_s: float = tuning.HEARTBEAT_S
+) -> AsyncIterator[Sockets]:
     """A place to open sockets in; on leaving, all are closed (each may still deliver for `LINGER_MS`).
 
-    curve: every socket encrypts and proves itself with these keys.
+    curve: every socket encrypts and proves itself with these keys. heartbeat_s: between pings of a link.
     """
     async with trio.open_nursery() as nursery:
-        sockets = Sockets(nursery, curve)
+        sockets = Sockets(nursery, curve, heartbeat_s)
         try:
             yield sockets
         finally:
