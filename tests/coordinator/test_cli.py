@@ -13,9 +13,10 @@ from typing import get_args
 
 import pytest
 
+from event_parts import logged
 from interlock.broker import commands, facts
 from interlock.broker.config import load_fleet
-from interlock.broker.wire import Body, Event, Header, encode
+from interlock.broker.wire import Body
 from interlock.coordinator import cli
 from interlock.coordinator.catalogue import example
 from interlock.coordinator.fleet import Fleet
@@ -216,8 +217,7 @@ def test_text_from_the_fleet_is_not_taken_for_markup(tmp_path: Path) -> None:
 def test_the_status_screen_shows_what_the_fold_knows(every_body: list[Body], tmp_path: Path) -> None:
     view = Fleet()
     for number, body in enumerate(every_body, start=1):
-        header = Header(id=str(number), source="test", time=1.0 * number, seq=number)
-        view.apply(Event("fact/x/", header, body, encode(body)))
+        view.apply(logged(body, number))
     with open(tmp_path / "out", "w") as stream:
         Screen(stream).status(Status(view, {}, 0.0))
     assert "Hosts" in (tmp_path / "out").read_text()

@@ -195,7 +195,10 @@ class Migration:
             self._turn("checks-failed", self.judgement.breach(at), at)
 
     def _refused(self, breach: Breach, at: float) -> None:
-        if self.steps[self.index].step != "prepare":
+        if self._kept is not None:  # there is nothing to go back to, and a host listens to nobody but an operator
+            if self._turn("not-committed", breach, at):
+                self.outcome = "failed"
+        elif self.steps[self.index].step != "prepare":
             self._turn("refused", breach, at)
         elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
             self.outcome = "refused"
@@ -244,7 +247,7 @@ class Migration:
 
     def _slot_changed(self, body: facts.SlotChanged, at: float) -> None:
         """A slot that has no candidate, and has seen this epoch, has settled it, whatever else was lost on the way."""
-        mine = body.agent == self.started.agent and body.epoch == self.started.epoch
+        mine = (body.host, body.agent, body.epoch) == (self.started.host, self.started.agent, self.started.epoch)
         if not mine or body.candidate is not None or body.migration is not None:
             return
         if body.permanent == self.started.to:
