@@ -20,6 +20,7 @@ class State(StrEnum):
     STARTING = "starting"  # the candidate's process runs, it is not healthy yet
     STANDBY = "standby"  # the candidate is healthy, without live requests
     SHADOWING = "shadowing"
+    HANDING_OVER = "handing-over"  # requests wait, while the state goes from the old instance to the candidate
     LIVE = "live"  # the candidate has a share of the live requests
     ROLLING_BACK = "rolling-back"  # live requests go to the permanent revision; it is not verified yet
     KEPT = (
@@ -75,6 +76,7 @@ class Healthy:
 
     instance: str
     evidence: Evidence = field(default_factory=dict)
+    keeps_state: bool = False  # in memory, and it can be handed over
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,27 @@ class ShadowEnded:
     migration: str
     ok: bool
     reason: str
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """The candidate says that it has the old one's state; or not, and the old one has it still, as it was."""
+
+    migration: str
+    ok: bool
+    reason: str = ""
+    evidence: Evidence = field(default_factory=dict)
+    limit_s: float = 0.0  # what the hand-over was given
+
+
+@dataclass(frozen=True)
+class HandedBack:
+    """In a rollback: the old one has the candidate's newer state; or not, and goes on with what it had."""
+
+    migration: str
+    ok: bool
+    reason: str = ""
     evidence: Evidence = field(default_factory=dict)
 
 
@@ -156,8 +179,8 @@ class Tick:
 
 
 Input = (
-    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | Verified | DrillEnded | AskHostLevel
-    | HostRestored | Restored | Tick
+    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | HandedOver | HandedBack | Verified
+    | DrillEnded | AskHostLevel | HostRestored | Restored | Tick
 )  # fmt: skip
 
 # --- what comes out
@@ -224,6 +247,37 @@ class EndShadow:
 
 
 @dataclass(frozen=True)
+class BeginHandOver:
+    """Requests wait already: move the state from one instance to the other; the shell answers HandedOver."""
+
+    command: commands.HandOver
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class BeginHandBack:
+    """The same in a rollback, within `limit_s`; the shell answers HandedBack."""
+
+    migration: str
+    candidate: str
+    permanent: str
+    limit_s: float
+
+
+@dataclass(frozen=True)
+class EndHandOver:
+    """Call off what is under way of a hand-over, or of handing back."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """This instance is the one that works, of those that have state: the others stop, as far as they can be told."""
+
+    instance: str
+
+
+@dataclass(frozen=True)
 class Rescue:
     """Send again, to where live requests go now, what the instance has in flight."""
 
@@ -272,7 +326,7 @@ class Publish:
 
 Action = (
     Persist | Route | BeginTrial | BeginPrepare | BeginDrill | EndDrill | Start | Stop | BeginShadow | EndShadow
-    | Rescue | Verify | RestoreHost | Restore | Publish
+    | BeginHandOver | BeginHandBack | EndHandOver | Resume | Rescue | Verify | RestoreHost | Restore | Publish
 )  # fmt: skip
 
 

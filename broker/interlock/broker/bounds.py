@@ -50,6 +50,7 @@ RANGES: dict[str, Range] = {
     "AgentConfig.window": Range(0, 10_000),
     "AgentConfig.request_timeout_s": DEADLINE,
     "AgentConfig.hold_s": Range(0, DAY_S),
+    "AgentConfig.hand_over_s": DEADLINE,
     "AgentConfig.health_period_s": PERIOD,
     "AgentConfig.health_failures": Range(1, 1000),
     "CompareConfig.tolerance": Range(0, 1),
