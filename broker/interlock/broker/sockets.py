@@ -31,7 +31,6 @@ ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect (RFC 27)
 # As plain numbers: arithmetic with the enumerations of pyzmq costs some 10 us a message.
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
-_numbers = itertools.count(1)
 OPTIONS = {tuning.METADATA: 95}  # those that pyzmq has no name for
 HAPPENINGS = {
     int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED,
@@ -68,7 +67,6 @@ class Socket:
         self.label = label
         self.endpoint = ""
         self._file: tuple[str, os.stat_result] | None = None
-        self._breaks: Socket | None = None
         self._max_frames = 1 << 30
         self._monitor: zmq.Socket[bytes] | None = None
         self.connections: Connections[zmq.Frame] | None = None  # of a server that knows its users
@@ -100,7 +98,7 @@ class Socket:
             yield HAPPENINGS[int.from_bytes(told[:2], sys.byteorder)], int.from_bytes(told[2:6], sys.byteorder)
 
     async def until_happened(self) -> None:
-        """Wait until `happened` has something to tell. `happened` must have been asked before."""
+        """Wait until `happened` has something to tell. It must have been asked before. trio.ClosedResourceError."""
         if self._monitor is not None:
             await trio.lowlevel.wait_readable(int(self._monitor.getsockopt(zmq.FD)))
 
@@ -141,14 +139,11 @@ class Socket:
             return
         self._scope.cancel()
         if self._monitor is not None:
-            self._raw.disable_monitor()
+            self._raw.disable_monitor()  # or its end would take so long that what it holds may still be delivered
+            trio.lowlevel.notify_closing(int(self._monitor.getsockopt(zmq.FD)))
             self._monitor.close(linger=0)
             self._monitor = None
-        if self._breaks is not None:
-            self._raw.disable_monitor()  # or its end would take so long that what it holds may still be delivered
         self._raw.close(linger=linger_ms)
-        if self._breaks is not None:
-            self._breaks.close(linger_ms=0)
         self._remove_file()
         # whoever still waits on it learns that it is gone
         self._readable.unpark_all()
@@ -447,13 +442,6 @@ class Sockets:
             socket.close(linger_ms=0)
             raise
         return self._keep(socket)
-
-    def watch_breaks(self, socket: Socket) -> Socket:
-        """Receives a message whenever a connection of `socket` has broken. It is closed with that one."""
-        place = f"inproc://breaks-{next(_numbers)}"
-        socket._raw.monitor(place, int(zmq.EVENT_DISCONNECTED))
-        socket._breaks = self.open("pair", connect=place, receive_limit=0, label=f"breaks of {socket.label}")
-        return socket._breaks
 
     def open_guard(self) -> Socket:
         """The socket on which libzmq asks, for each connection, whether it may. Must be answered from then on."""
