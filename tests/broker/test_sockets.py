@@ -13,7 +13,7 @@ import zmq
 
 from interlock.broker.errors import ConfigError, InUse
 from interlock.broker.sockets import Socket, open_sockets
-from interlock.broker.tuning import HEARTBEAT_MS, HEARTBEAT_TTL_MS
+from interlock.broker.tuning import HEARTBEAT_S, HEARTBEAT_TTL
 
 
 @pytest.fixture
@@ -150,8 +150,8 @@ async def test_who_connects_pings_and_says_so() -> None:
         client = sockets.open("dealer", connect=server.endpoint)
         careless = sockets.open("dealer", connect=server.endpoint, heartbeat=False)
         pings = [one._raw.getsockopt(zmq.HEARTBEAT_IVL) for one in (client, careless, server)]
-        assert pings == [HEARTBEAT_MS, 0, 0]
-        assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == HEARTBEAT_TTL_MS
+        assert pings == [HEARTBEAT_S * 1000, 0, 0]
+        assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == HEARTBEAT_TTL * 1000
 
 
 async def test_who_waits_for_a_program_that_is_starting_finds_it_before_who_does_not(short: Path) -> None:

@@ -73,6 +73,9 @@ KINDS: dict[str, Callable[[str, str], str]] = {
     "calc": lambda trigger, revision: (
         f'source = "calc"\nentry = "calc:Calc"\nconfig = {{ trigger = "{trigger}", number = "{revision}" }}'
     ),
+    "keep": lambda trigger, revision: (
+        f'source = "keep"\nentry = "keep:Keep"\nconfig = {{ trigger = "{trigger}", number = "{revision}" }}'
+    ),
     "rep": lambda trigger, revision: (
         f'source = "rep"\ncommand = ["{{python}}", "rep.py", "{{port}}", "{trigger}", "{revision}"]\n'
         'probe = { kind = "zmq", port = "request", expect = { status = "ok" }, timeout_s = 0.5 }'
@@ -82,7 +85,7 @@ KINDS: dict[str, Callable[[str, str], str]] = {
         'probe = { kind = "http", port = "request", expect = { ok = true }, timeout_s = 0.5 }'
     ),
 }
-EXTRA = {"calc": "", "rep": 'idempotent = ["double"]\n', "web": "window = 8\n"}
+EXTRA = {"calc": "", "keep": "", "rep": 'idempotent = ["double"]\n', "web": "window = 8\n"}
 
 
 # --- the fleet

@@ -65,6 +65,7 @@ class Contract(msgspec.Struct, frozen=True):
     backgrounds: list[str]
     threads: list[str]
     turns: list[str] = []  # tasks and threads that run while the instance is active
+    state: bool = False  # it has state in memory that can be handed to another instance
 
     def describe(self) -> dict[str, Any]:
         return {name: action.describe() for name, action in sorted(self.actions.items())}
@@ -115,7 +116,16 @@ def contract_of(kind: type[Agent]) -> Contract:
                     method, f"@while_active {name} should take no argument as async def, stop (an Event) as plain def"
                 )
             turns.append(name)
-    return Contract(actions, backgrounds, threads, turns)
+    return Contract(actions, backgrounds, threads, turns, _keeps_state(kind))
+
+
+def _keeps_state(kind: type[Agent]) -> bool:
+    """Whether the class can give its state away, and take it; one of both is a mistake."""
+    gives, takes = kind.snapshot is not Agent.snapshot, kind.restore is not Agent.restore
+    if gives != takes:
+        have, lack = ("snapshot", "restore") if gives else ("restore", "snapshot")
+        raise _fault(getattr(kind, have), f"{kind.__name__} has {have}() and no {lack}(): state needs both")
+    return gives
 
 
 def _action(name: str, method: Callable[..., Any], mark: HandlerMark) -> Action:

@@ -230,10 +230,11 @@ async def _route(stage: Stage, instance: Instance | None, found: _Findings) -> N
 def _harmless(stage: Stage) -> bool:
     """Asking another process of the same revision can't be told from asking this one.
 
-    Not so of connections, which stay with whom they began with, and of a worker, of which only one may work.
+    Not so of connections, which stay with whom they began with, of a worker, of which only one may work, and of
+    state in memory, which the other one does not have.
     """
     config, permanent = stage.config, stage.permanent
-    if config.serves != "requests":
+    if config.serves != "requests" or permanent.state_port is not None:
         return False
     if permanent.revision.kind == "class":
         twice = bool(permanent.handlers) and all(handler.idempotent for handler in permanent.handlers.values())

@@ -127,6 +127,7 @@ class Host:
                 | commands.Drill()
                 | commands.StartCandidate()
                 | commands.Shadow()
+                | commands.HandOver()
                 | commands.CutOver()
                 | commands.Commit()
             ):

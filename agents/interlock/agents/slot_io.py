@@ -21,6 +21,7 @@ class State(StrEnum):
     STARTING = "starting"  # the candidate's process runs, it is not healthy yet
     STANDBY = "standby"  # the candidate is healthy, without live requests
     SHADOWING = "shadowing"
+    HANDING_OVER = "handing-over"  # requests wait, while the state goes from the old instance to the candidate
     LIVE = "live"  # the candidate has a share of the live requests
     ROLLING_BACK = "rolling-back"  # live requests go to the permanent revision; it is not verified yet
     KEPT = (
@@ -71,6 +72,7 @@ class Healthy(msgspec.Struct, frozen=True):
 
     instance: str
     evidence: Evidence = {}
+    keeps_state: bool = False  # in memory, and it can be handed over
 
 
 class Gone(msgspec.Struct, frozen=True):
@@ -87,6 +89,25 @@ class ShadowEnded(msgspec.Struct, frozen=True):
     migration: str
     ok: bool
     reason: str
+    evidence: Evidence = {}
+
+
+class HandedOver(msgspec.Struct, frozen=True):
+    """The candidate says that it has the old one's state; or not, and the old one has it still, as it was."""
+
+    migration: str
+    ok: bool
+    reason: str = ""
+    evidence: Evidence = {}
+    limit_s: float = 0.0  # what the hand-over was given
+
+
+class HandedBack(msgspec.Struct, frozen=True):
+    """In a rollback: the old one has the candidate's newer state; or not, and goes on with what it had."""
+
+    migration: str
+    ok: bool
+    reason: str = ""
     evidence: Evidence = {}
 
 
@@ -144,8 +165,8 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Input = (
-    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | Verified | DrillEnded | AskHostLevel
-    | HostRestored | Restored | Tick
+    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | HandedOver | HandedBack | Verified
+    | DrillEnded | AskHostLevel | HostRestored | Restored | Tick
 )  # fmt: skip
 
 # --- what comes out
@@ -203,6 +224,33 @@ class EndShadow(msgspec.Struct, frozen=True):
     pass
 
 
+class BeginHandOver(msgspec.Struct, frozen=True):
+    """Requests wait already: move the state from one instance to the other; the shell answers HandedOver."""
+
+    command: commands.HandOver
+    old: str
+    new: str
+
+
+class BeginHandBack(msgspec.Struct, frozen=True):
+    """The same in a rollback, within `limit_s`; the shell answers HandedBack."""
+
+    migration: str
+    candidate: str
+    permanent: str
+    limit_s: float
+
+
+class EndHandOver(msgspec.Struct, frozen=True):
+    """Call off what is under way of a hand-over, or of handing back."""
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """This instance is the one that works, of those that have state: the others stop, as far as they can be told."""
+
+    instance: str
+
+
 class Rescue(msgspec.Struct, frozen=True):
     """Send again, to where live requests go now, what the instance has in flight."""
 
@@ -245,7 +293,7 @@ class Publish(msgspec.Struct, frozen=True):
 
 Action = (
     Persist | Route | BeginTrial | BeginPrepare | BeginDrill | EndDrill | Start | Stop | BeginShadow | EndShadow
-    | Rescue | Verify | RestoreHost | Restore | Publish
+    | BeginHandOver | BeginHandBack | EndHandOver | Resume | Rescue | Verify | RestoreHost | Restore | Publish
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from interlock.agents.compare import Pair
 from interlock.agents.figures import InstanceView, samples, slow_threshold
 from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
+from interlock.agents.handing_over import hand_back, hand_over, resume
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
@@ -31,10 +32,13 @@ from interlock.agents.slot import Slot
 from interlock.agents.slot_io import (
     Action,
     BeginDrill,
+    BeginHandBack,
+    BeginHandOver,
     BeginPrepare,
     BeginShadow,
     BeginTrial,
     EndDrill,
+    EndHandOver,
     EndShadow,
     Gone,
     Healthy,
@@ -45,6 +49,7 @@ from interlock.agents.slot_io import (
     Rescue,
     Restore,
     RestoreHost,
+    Resume,
     Route,
     ShadowEnded,
     Start,
@@ -72,6 +77,9 @@ log = logging.getLogger(__name__)
 VERIFY_S = 2.0  # an old revision that was warm and has not answered by then is not warm
 VERIFY_POLL_S = 0.002  # between probes of it: the promise is measured with this grain where no client asks
 SHADOW_POLL_S = 0.05
+AT_ONCE = (  # of a rollback
+    Route, BeginHandBack, EndShadow, EndDrill, EndHandOver, Resume, Rescue, Verify, Start, Stop,
+)  # fmt: skip
 JOURNAL_RETRY_S = 1.0  # between attempts to write to a disk that is full
 
 
@@ -135,6 +143,7 @@ class SlotShell:
     _settled: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _shadow: ShadowRun | None = None
     _drill: trio.CancelScope | None = None
+    _handing: trio.CancelScope | None = None
     _ended: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
@@ -161,7 +170,7 @@ class SlotShell:
         if urgent:
             self._generation += 1
         for action in actions:
-            if urgent and isinstance(action, Route | EndShadow | EndDrill | Rescue | Verify | Start | Stop):
+            if urgent and isinstance(action, AT_ONCE):
                 self._do_now(action)
             else:
                 urgent = False
@@ -175,7 +184,7 @@ class SlotShell:
         while True:
             while self._queue:
                 generation, action = self._queue.popleft()
-                if generation < self._generation and isinstance(action, Route | BeginShadow):
+                if generation < self._generation and isinstance(action, Route | BeginShadow | BeginHandOver | Resume):
                     continue  # a rollback has overtaken it
                 self._busy = True
                 await self._do(action)
@@ -201,6 +210,9 @@ class SlotShell:
             case BeginDrill(command):
                 self._drill = trio.CancelScope()
                 self.around.nursery.start_soon(_recovering().rehearse, self, command, self._drill)
+            case BeginHandOver():
+                self._handing = trio.CancelScope()
+                self.around.nursery.start_soon(hand_over, self, action, self._handing)
             case RestoreHost():
                 self.around.nursery.start_soon(_recovering().restore_host, self, action)
             case Restore():
@@ -248,15 +260,25 @@ class SlotShell:
                 self.around.nursery.start_soon(self.stop, instance)
             case Rescue(instance):
                 self.gateway.rescue(instance)
-            case EndShadow():
-                self._end_shadow()
-            case EndDrill():
-                if self._drill is not None:
-                    self._drill.cancel()
+            case BeginHandBack():
+                self._handing = trio.CancelScope()
+                self.around.nursery.start_soon(hand_back, self, action, self._handing)
+            case Resume(instance):
+                self.around.nursery.start_soon(resume, self, instance)
+            case EndShadow() | EndDrill() | EndHandOver():
+                self._call_off(action)
             case Verify(migration, instance):
                 answer = FirstAnswer()
                 self.gateway.on_answer(instance, lambda _: answer.note("a client's request"))
                 self.around.nursery.start_soon(self._verify, migration, instance, self.routed_at, answer)
+
+    def _call_off(self, action: EndShadow | EndDrill | EndHandOver) -> None:
+        if isinstance(action, EndShadow):
+            self._end_shadow()
+            return
+        scope = self._drill if isinstance(action, EndDrill) else self._handing
+        if scope is not None:
+            scope.cancel()
 
     # --- preparing
 
@@ -274,6 +296,7 @@ class SlotShell:
         self.baseline = preparation.baseline
         if ended.ok and preparation.config is not None:
             self.config = preparation.config
+            self.slot.hand_back = self.config.hand_back
         self.give(ended)
 
     # --- instances

@@ -96,6 +96,11 @@ def direct(grant: Grant, event: Event) -> None:
     _only(grant, event.topic, may, True)
 
 
+def link(grant: Grant) -> None:
+    """May this one ask a host to run an agent's candidate for it? What it may then ask for is the host's to judge."""
+    _only(grant, "a host's link", grant.role == "host", True)
+
+
 def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
     """May this one send measurements under the topic?"""
     match grant.role:

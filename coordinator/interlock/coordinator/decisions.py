@@ -119,7 +119,7 @@ class Coordinator:
             steps=plan(settings.strategy, start_timeout_s=settings.start_timeout_s),
             config=self._config.coordinator,
             strategy=settings.strategy,
-            terms=Terms(accept=settings.accept, sick_ok=settings.sick_ok),
+            terms=Terms(accept=settings.accept, sick_ok=settings.sick_ok, hand_over_s=settings.hand_over_s),
         )
 
     def _hold(self, body: facts.AlertFiring, at: float) -> None:

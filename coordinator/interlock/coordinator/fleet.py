@@ -77,6 +77,7 @@ class Agent:
     migration: str | None = None
     instances: dict[str, Instance] = field(default_factory=dict)
     drill: Drill | None = None
+    hands_over: bool = False  # it keeps state in memory
 
 
 @dataclass
@@ -375,6 +376,7 @@ class Fleet:
         agent.state, agent.permanent, agent.candidate = body.state, body.permanent, body.candidate
         agent.share, agent.epoch = body.share, max(agent.epoch, body.epoch)
         agent.endpoint = body.endpoint or agent.endpoint
+        agent.hands_over = body.hands_over or (agent.hands_over and body.state == "starting")
         if body.migration is not None:
             self._migration(body.migration, body.agent).host = body.host
         if committed and body.candidate is None:

@@ -20,7 +20,7 @@ from interlock.broker.wire import Body, Event
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
 from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
-from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of
+from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of, handing_over
 
 ROLLBACK_ANSWER_S = 90.0  # a host that reports no rollback for so long has failed it: the slowest level takes 60 s
 LEASE_RENEWALS = 3  # per lease: two may be lost
@@ -168,6 +168,8 @@ class Migration:
             self.baseline = Baseline.from_evidence(body.evidence)
             if body.evidence.get("rollback_class") == "cold":
                 self._terms, self.steps = replace(self._terms, cold=True), cold(self.steps)
+            if body.evidence.get("hands_over") is True:
+                self.steps = handing_over(self.steps, self._terms.hand_over_s)
         if body.step == "commit":
             if self._turn("committed", None, at):
                 self.outcome = "committed"
