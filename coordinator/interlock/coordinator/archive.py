@@ -16,7 +16,7 @@ from interlock.broker.samples import SeriesReader
 from interlock.broker.wire import Event
 from interlock.coordinator import records
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import Emit
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.recorder import Recorder
 
 log = logging.getLogger("interlock.coordinator")

@@ -16,8 +16,9 @@ from interlock.broker.strategies import Level
 from interlock.broker.wire import Event
 from interlock.coordinator import steering
 from interlock.coordinator.admission import Case, Settings, busy, consider, near
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Fleet
-from interlock.coordinator.migration import Emit, Migration
+from interlock.coordinator.migration import Migration
 from interlock.coordinator.ownership import places
 from interlock.coordinator.steps import DRILL_S, Terms, plan
 from interlock.coordinator.waves import Waves

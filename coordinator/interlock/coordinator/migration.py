@@ -6,7 +6,7 @@ it sends a second time carries the same id, so it is logged and done once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 
@@ -16,7 +16,8 @@ from interlock.broker.config import CoordinatorConfig
 from interlock.broker.facts import Outcome
 from interlock.broker.fields import Evidence
 from interlock.broker.strategies import StrategyConfig
-from interlock.broker.wire import Body, Event
+from interlock.broker.wire import Event
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
 from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
@@ -24,17 +25,6 @@ from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command
 
 ROLLBACK_ANSWER_S = 90.0  # a host that reports no rollback for so long has failed it: the slowest level takes 60 s
 LEASE_RENEWALS = 3  # per lease: two may be lost
-
-
-@dataclass(frozen=True)
-class Emit:
-    """Publish `body` under `id`. `direct`: only to the host's control endpoint, not through the log."""
-
-    topic: str
-    body: Body
-    id: str
-    direct: bool = False
-    also_direct: bool = False
 
 
 class Migration:

@@ -20,7 +20,7 @@ from interlock.broker.security import Security, load_security
 from interlock.broker.wire import Event
 from interlock.coordinator.archive import Archive
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import Emit
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.observers import observe
 
 log = logging.getLogger("interlock.coordinator")
