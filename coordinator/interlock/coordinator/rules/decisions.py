@@ -19,7 +19,8 @@ from interlock.broker.samples import Labels
 from interlock.broker.wire import Event
 from interlock.coordinator.rules.alerts import RESTORE_GRACE_S, Transition
 from interlock.coordinator.rules.blame import twin, whose
-from interlock.coordinator.rules.engine import Engine, Skew
+from interlock.coordinator.rules.clocks import Skew
+from interlock.coordinator.rules.engine import Engine
 from interlock.coordinator.rules.inflight import AlertKey, InFlight, Migration, alert_key
 from interlock.coordinator.rules.rule import Rule
 
