@@ -62,22 +62,25 @@ class Rings:
         self._free_rings.append(ring)
         self.head[ring] = self.tail[ring] = 0
 
-    def append(self, rings: Ints, times: Floats, values: Floats) -> None:
+    def append(self, rings: Ints, time: float, values: Floats) -> None:
         """One sample for each of these rings, all of them different; newer than what they hold, or just as old."""
-        newest = (self.head[rings] - 1) & self.mask[rings]
-        again = (self.head[rings] > self.tail[rings]) & (self.times[self.base[rings] + newest] == times)
+        base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
+        again = (head > self.tail[rings]) & (self.times[base + ((head - 1) & mask)] == time)
         if again.any():
-            self.values[self.base[rings] + newest] = np.where(again, values, self.values[self.base[rings] + newest])
+            place = base[again] + ((head[again] - 1) & mask[again])
+            self.values[place] = values[again]
             self.revised[rings[again]] += 1
-            rings, times, values = rings[~again], times[~again], values[~again]
-        full = self.head[rings] - self.tail[rings] > self.mask[rings]
+            rings, values = rings[~again], values[~again]
+            base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
+        full = head - self.tail[rings] > mask
         if full.any():
-            for ring, now in zip(rings[full].tolist(), times[full].tolist(), strict=True):
-                self._make_room(ring, now)
-        place = self.base[rings] + (self.head[rings] & self.mask[rings])
-        self.times[place] = times
+            for ring in rings[full].tolist():
+                self._make_room(ring, time)
+            base, mask = self.base[rings], self.mask[rings]
+        place = base + (head & mask)
+        self.times[place] = time
         self.values[place] = values
-        self.head[rings] += 1
+        self.head[rings] = head + 1
 
     def at(self, rings: Ints, index: Ints) -> Ints:
         """Where sample number `index` of each ring lies."""

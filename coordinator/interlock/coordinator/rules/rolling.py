@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from interlock.coordinator.rules.columns import Columns
-from interlock.coordinator.rules.nodes import Cells, Leaf, Passing
+from interlock.coordinator.rules.nodes import Cells, Leaf, Passing, Planned
 from interlock.coordinator.rules.rings import Rings
 from interlock.coordinator.rules.series import ENDED, MISSING, PRESENT
 from interlock.coordinator.rules.values import Flags, Floats, Ints, Matrix, Runs
@@ -83,6 +83,10 @@ class Windowed(Passing):
     def touched(self, port: int, slots: Ints) -> None:
         self._update(slots)
         self.emit(slots)
+
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        plan.ops.append(lambda: self._update(slots))
+        self.pass_on(slots, plan)
 
     def scan(self, at: float) -> None:
         """Windows that move on where no sample comes."""
