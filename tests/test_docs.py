@@ -26,6 +26,7 @@ from interlock.agents.slot import ON_TRIAL, STEPS, Slot
 from interlock.agents.slot_io import (
     DrillEnded,
     Gone,
+    HandedOver,
     Healthy,
     Input,
     Moment,
@@ -80,6 +81,7 @@ TABLES = {
     "[agents.NAME.revisions.NAME]": "RevisionConfig",
     "[agents.NAME.revisions.NAME.probe]": "ProbeConfig",
     "[agents.NAME.revisions.NAME.needs]": "NeedsConfig",
+    "[agents.NAME.revisions.NAME.state]": "StateConfig",
 }
 NOT_KEYS = {("FleetConfig", "path")}
 NESTED = {name: heading for heading, name in TABLES.items()}
@@ -214,12 +216,19 @@ FOUND: list[tuple[State, str, Input]] = [
     (State.DRILLING, "not within the promise", DrillEnded(False)),
     (State.STARTING, "healthy, and its contract covers the old one's", Healthy("i")),
     (State.SHADOWING, "enough compared, or the time is over", ShadowEnded("m", True, "")),
+    (State.HANDING_OVER, "the candidate has it, and the requests", HandedOver("m", True)),
+    (State.HANDING_OVER, "it has not, or it was a copy", HandedOver("m", False)),
     (State.ROLLING_BACK, "the old revision answered", Verified("m", True, 2.0, 1.0)),
     (State.ROLLING_BACK, "it did not, and is started again", Verified("m", False, 2.0, 1.0, "r")),
     (State.ROLLING_BACK, "level 2 failed, and the candidate is healthy", Tick()),
     (State.KEPT, "the old revision answered", Verified("m", True, 2.0, 1.0)),
     (State.KEPT, "the candidate ended, or an operator asks again", Gone("i", "process-died", "r", 1.0)),
 ]
+
+
+HAND_OVER = commands.HandOver(
+    migration="m", agent="a", epoch=1, deadline=1.0, route=True, promise_s=5.0, lease_s=6.0
+)  # fmt: skip
 
 
 def slot_diagram() -> str:
@@ -230,6 +239,7 @@ def slot_diagram() -> str:
     for before, what, given in FOUND:
         slot = Slot("h", Row("a", "p", "d", candidate="c", state=before, migration="m", epoch=1))
         slot.candidate, slot.permanent, slot.permanent_up = "i", "o", True
+        slot._hand_over_asked = HAND_OVER
         slot.candidate_up = before in (State.ROLLING_BACK, State.KEPT)
         if before in (State.ROLLING_BACK, State.KEPT):
             rung = Rung.KEPT if before is State.KEPT else Rung.CODE

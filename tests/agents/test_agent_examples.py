@@ -144,6 +144,7 @@ def test_every_toml_file_and_block_is_a_fleet() -> None:
     shown = tables()
     assert [next(iter(table)) for table in shown] == [
         "tutor",
+        "counter",
         "tutor",
         "adder",
         "page",
@@ -212,6 +213,17 @@ async def test_the_guides_worker_works_in_its_turn_and_stops(launch_agent: Launc
             assert agent.process.poll() is None, agent.log
     assert (await agent.control.deactivate(20.0)).ok
     assert await agent.terminated() == 0
+
+
+def test_the_guides_state_leaves_one_instance_and_enters_another() -> None:
+    [source] = [block for block in blocks("python") if "class Sessions" in block]
+    module: dict[str, Any] = {}
+    exec(compile(source, "sessions.py", "exec"), module)
+    old, new = module["Sessions"](), module["Sessions"]()
+    old.setup()
+    old.sessions = {"a": ["one", "two"], "b": []}
+    new.restore(old.snapshot())
+    assert new.sessions == old.sessions
 
 
 def test_the_guides_comparison_function_says_what_it_should() -> None:

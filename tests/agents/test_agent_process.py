@@ -385,7 +385,7 @@ async def test_garbage_on_both_sockets_does_nothing(launch_agent: LaunchAgent) -
     with trio.fail_after(20):
         id, body = await agent.raw_control.receive()
     assert id == b"q"
-    assert "known: activate, deactivate, describe, health, metrics, stop" in msgpack.unpackb(body)["error"]
+    assert "known: activate, deactivate, describe, export, health, import" in msgpack.unpackb(body)["error"]
     assert (await agent.ask("echo", text="x"))["status"] == "ok"
     assert (await agent.control.health()).ok
     assert "dropped a message of frame sizes" in agent.log

@@ -36,6 +36,8 @@ HELD = {
         "agent.py",
         "contract.py",
         "serving.py",
+        "state_door.py",
+        "transfer.py",
         "run.py",
         "judging.py",
         "values.py",

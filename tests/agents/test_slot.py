@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
 
 from interlock.agents.slot import ON_TRIAL, STANDBY_LEASE_S, STEPS, Slot
 from interlock.agents.slot_io import (
@@ -19,6 +19,8 @@ from interlock.agents.slot_io import (
     AskRollBack,
     DrillEnded,
     Gone,
+    HandedBack,
+    HandedOver,
     Healthy,
     HostRestored,
     Input,
@@ -77,7 +79,11 @@ class Play:
             lambda: self.ask(start()),
             lambda: self(Healthy(self.slot.candidate or "")),
         ]
-        after = {State.SHADOWING: [lambda: self.ask(shadow())], State.LIVE: [lambda: self.ask(cut_over(0.5))]}
+        after = {
+            State.SHADOWING: [lambda: self.ask(shadow())],
+            State.HANDING_OVER: [lambda: self.ask(hand_over())],
+            State.LIVE: [lambda: self.ask(cut_over(0.5))],
+        }
         played = [*steps[:2], lambda: self.ask(drill())] if state is State.DRILLING else []
         for step in played or (steps[: walk.index(state)] if state in walk else steps + after[state]):
             step()
@@ -103,6 +109,10 @@ def drill(**rest: Any) -> commands.Drill:
 
 def shadow() -> commands.Shadow:
     return commands.Shadow(**at(requests=10, seconds=5.0, min_requests=1, max_mismatches=0))
+
+
+def hand_over(**rest: Any) -> commands.HandOver:
+    return commands.HandOver(**{**at(route=True, promise_s=5.0, lease_s=6.0), **rest})
 
 
 def cut_over(share: float) -> commands.CutOver:
@@ -337,7 +347,9 @@ class AnyOrder(RuleBasedStateMachine):
     def command(self, command: commands.HostCommand) -> None:
         self.take(self.play.ask(command))
 
-    @rule(which=st.sampled_from(["prepare", "drill", "start", "cold", "shadow", "cut", "all", "commit", "next"]))
+    @rule(which=st.sampled_from(
+        ["prepare", "drill", "start", "cold", "shadow", "copy", "hand-over", "cut", "all", "commit", "next"]
+    ))  # fmt: skip
     def ask(self, which: str) -> None:
         if which == "next":
             self.epoch += 1
@@ -350,6 +362,8 @@ class AnyOrder(RuleBasedStateMachine):
             "shadow": lambda: commands.Shadow(
                 **{**at(requests=1, seconds=1.0, min_requests=1, max_mismatches=0), **rest}
             ),
+            "copy": lambda: hand_over(route=False, **rest),
+            "hand-over": lambda: hand_over(**rest),
             "cut": lambda: commands.CutOver(**{**at(share=0.5, lease_s=6.0), **rest}),
             "all": lambda: commands.CutOver(**{**at(share=1.0, lease_s=6.0), **rest}),
             "commit": lambda: commands.Commit(**{**at(), **rest}),
@@ -396,6 +410,11 @@ class AnyOrder(RuleBasedStateMachine):
     def shadow_ended(self, ok: bool) -> None:
         self.take(self.play(ShadowEnded(f"tutor-{self.epoch}", ok, "")))
 
+    @rule(ok=st.booleans(), data=st.data())
+    def handed(self, ok: bool, data: st.DataObject) -> None:
+        kind = data.draw(st.sampled_from([HandedOver, HandedBack]))
+        self.take(self.play(kind(f"tutor-{self.epoch}", ok, "cut off")))
+
     @rule(ok=st.booleans())
     def verified(self, ok: bool) -> None:
         self.take(self.play(Verified(self.play.slot.row.migration or "", ok, 0.0, 0.0)))
@@ -424,7 +443,10 @@ class AnyOrder(RuleBasedStateMachine):
             assert instance in self.up
             assert 0 < share <= 1
         assert not self.routed or sum(share for _, share in self.routed) == pytest.approx(1.0)
-        if slot.permanent in self.up:
+        moving = slot.row.state is State.HANDING_OVER or slot.handed.returning
+        assert not (moving and self.routed), "somebody may change the state while it is moved"
+        assert not moving or slot.next_deadline() is not None, "requests would wait for ever"
+        if slot.permanent in self.up and not moving:
             assert self.routed, "somebody is up and nobody serves"
 
 

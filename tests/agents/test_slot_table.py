@@ -17,6 +17,8 @@ from interlock.agents.slot_io import (
     DrillEnded,
     EndDrill,
     Gone,
+    HandedBack,
+    HandedOver,
     Healthy,
     HostRestored,
     Input,
@@ -66,7 +68,7 @@ class Play:
         self.slot = Slot("alpha", row)
         self.slot.permanent, self.slot.permanent_up = "old", True
         self.slot.exclusive = exclusive
-        if state in (State.STARTING, State.STANDBY, State.SHADOWING, State.LIVE):
+        if state in (State.STARTING, State.STANDBY, State.SHADOWING, State.HANDING_OVER, State.LIVE):
             self.slot.candidate, self.slot.candidate_up = "new", state is not State.STARTING
         self.slot.share = 0.5 if state is State.LIVE else 0.0
         self.clock = 100.0
@@ -128,6 +130,7 @@ EVENTS: dict[str, Callable[[], Input]] = {
             "start-candidate": commands.StartCandidate(**at()),
             "start-candidate, cold": commands.StartCandidate(**at(), cold=True),
             "shadow": commands.Shadow(**at(requests=1, seconds=1.0, min_requests=1, max_mismatches=0)),
+            "hand-over": commands.HandOver(**at(route=True, promise_s=5.0, lease_s=6.0)),
             "cut-over": commands.CutOver(**at(share=1.0, lease_s=6.0)),
             "commit": commands.Commit(**at()),
         }.items()
@@ -147,6 +150,10 @@ EVENTS: dict[str, Callable[[], Input]] = {
     "stranger gone": lambda: Gone("stranger", "process-died", "SIGKILL", WALL),
     "shadow passed": lambda: ShadowEnded(M, True, ""),
     "shadow failed": lambda: ShadowEnded(M, False, "3 differ"),
+    "handed over": lambda: HandedOver(M, True, limit_s=4.0),
+    "not handed over": lambda: HandedOver(M, False, "cut off"),
+    "handed back": lambda: HandedBack(M, True),
+    "not handed back": lambda: HandedBack(M, False, "cut off"),
     "verified": lambda: Verified(M, True, WALL, WALL),
     "not verified": lambda: Verified(M, False, WALL, WALL, "silent"),
     "verified, of a former instance": lambda: Verified(M, False, WALL, WALL, "silent", instance="former"),
@@ -220,7 +227,7 @@ def test_every_level_does_with_every_sign_what_the_table_says(rung: Rung, sign: 
 
 def test_the_steps_of_the_table_begin_and_end_in_states() -> None:
     assert {state for state, _ in STEPS} | set(STEPS.values()) <= set(State)
-    assert set(commands.Step.__args__) - {"hand-over"} == {step for _, step in STEPS}
+    assert set(commands.Step.__args__) == {step for _, step in STEPS}
 
 
 # --- transcripts of bad rollbacks

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interlock.broker import commands, facts, wire
+from event_parts import logged
+from interlock.broker import commands, facts
 from interlock.broker.commands import Breach
-from interlock.broker.wire import Body, Event, Header
+from interlock.broker.wire import Body
 from interlock.coordinator import fleet
 from interlock.coordinator.fleet import Fleet
 
@@ -62,8 +63,7 @@ def play(*bodies: Body) -> Fleet:
 
 def play_into(view: Fleet, bodies: Sequence[Body]) -> Fleet:
     for number, body in enumerate(bodies, start=view.position + 1):
-        header = Header(id=str(number), source="test", time=float(number), seq=number)
-        view.apply(Event("fact/test/", header, body, wire.encode(body)))
+        view.apply(logged(body, number))
     return view
 
 
@@ -189,22 +189,17 @@ def test_a_snapshot_and_what_follows_give_the_same_fleet_as_the_whole_log(
     snapshot = early.snapshot(start)
     assert (snapshot.through, snapshot.start) == (through, start)
     late = Fleet()
-    late.apply(event_of(snapshot, 1000))
+    late.apply(logged(snapshot, 1000))
     for number, body in enumerate(said[start:], start + 1):
-        late.apply(event_of(body, number))
+        late.apply(logged(body, number))
     assert late.to_json() == whole.to_json()
-
-
-def event_of(body: Body, seq: int) -> Event:
-    header = Header(id=str(seq), source="test", time=float(seq), seq=seq)
-    return Event("t/", header, wire.decode_body(wire.encode(body)), b"")
 
 
 def test_a_snapshot_changes_nothing_where_the_events_were_seen_and_a_broken_one_nothing_at_all() -> None:
     whole = play(*SAID)
     before = whole.to_json()
-    whole.apply(event_of(play(UP).snapshot(1), 50))
-    whole.apply(event_of(facts.FleetSnapshot(through=900, start=900, state=b"broken"), 901))
+    whole.apply(logged(play(UP).snapshot(1), 50))
+    whole.apply(logged(facts.FleetSnapshot(through=900, start=900, state=b"broken"), 901))
     assert whole.to_json() == before
 
 
@@ -215,11 +210,11 @@ def test_a_snapshot_that_would_be_too_large_leaves_out_the_oldest_that_ended() -
             migration=f"echo-{number}", agent="echo", epoch=number, outcome="committed", decided_by="x",
             reason=os.urandom(25_000).hex(),
         )  # fmt: skip
-        view.apply(event_of(body, number + 1))
+        view.apply(logged(body, number + 1))
     snapshot = view.snapshot(40)
     assert len(snapshot.state) <= fleet.SNAPSHOT_BYTES
     late = Fleet()
-    late.apply(event_of(snapshot, 50))
+    late.apply(logged(snapshot, 50))
     assert list(late.migrations)[-1] == "echo-39"
     assert 0 < len(late.migrations) < 40
 

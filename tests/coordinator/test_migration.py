@@ -12,7 +12,8 @@ from interlock.broker.config import FleetConfig, parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator import decisions
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import ROLLBACK_ANSWER_S, Emit
+from interlock.coordinator.emit import Emit
+from interlock.coordinator.migration import ROLLBACK_ANSWER_S
 from interlock.coordinator.observation import Measurement
 from interlock.coordinator.phases import Phase
 from interlock.coordinator.steps import PlannedStep
@@ -115,6 +116,7 @@ class Log:
             commands.Prepare: "prepare",
             commands.Drill: "drill",
             commands.StartCandidate: "start-candidate",
+            commands.HandOver: "hand-over",
             commands.Shadow: "shadow",
             commands.CutOver: "cut-over",
             commands.Commit: "commit",
@@ -518,3 +520,21 @@ def test_a_snapshot_of_a_quiet_fleet_stands_for_everything(monkeypatch: pytest.M
     assert emit is not None
     assert isinstance(emit.body, facts.FleetSnapshot)
     assert emit.body.start == emit.body.through == 2
+
+
+def test_a_state_in_memory_is_copied_before_the_shadow_and_handed_over_with_all_requests() -> None:
+    log = Log().up()
+    body = commands.Migrate(agent="tutor", to="r2", deadline=log.now + 9, strategy="staged", accept="hand-over")
+    log.say(topics.COORDINATOR, body)
+    log.run()
+    log.host_done(hands_over=True)
+    (migration,) = log.core.migrations.values()
+    assert [(step.step, step.share) for step in migration.steps[1:]] == [
+        ("start-candidate", 0.0), ("hand-over", 0.0), ("shadow", 0.0), ("hand-over", 1.0), ("cut-over", 1.0),
+        ("commit", 0.0),
+    ]  # fmt: skip
+    copied = next(body for body in log.host_done() if isinstance(body, commands.HandOver))
+    assert (copied.route, copied.accept) == (False, "hand-over")
+    assert any(isinstance(body, commands.Shadow) for body in log.host_done())
+    moved = next(body for body in log.host_done() if isinstance(body, commands.HandOver))
+    assert moved.route

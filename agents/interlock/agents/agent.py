@@ -13,8 +13,7 @@ import logging
 import re
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 MAX_METRICS = 200  # names per instance: each becomes a series of its own, and dashboards list them all
 MARK = "__interlock__"  # the attribute that a decorator leaves on a method
@@ -34,24 +33,20 @@ class RequestError(Exception):
         self.message = message or code
 
 
-@dataclass(frozen=True)
-class HandlerMark:
+class HandlerMark(NamedTuple):
     action: str
     idempotent: bool
     side_effects: bool = False
 
 
-@dataclass(frozen=True)
 class BackgroundMark:
     pass
 
 
-@dataclass(frozen=True)
 class ThreadMark:
     pass
 
 
-@dataclass(frozen=True)
 class ActiveMark:
     pass
 
@@ -184,11 +179,11 @@ class Agent:
         self.config: dict[str, Any] = config if config is not None else {}
         self.log = logging.getLogger(f"agent.{name}")
         self.metrics = Metrics(self.log)
-        self.active = True  # this instance is the one that works; only an agent without an endpoint ever waits
+        self.active = True  # this instance is the one that works: of several, the others wait
         self._wait_active: Callable[[], Awaitable[None]] | None = None
 
     async def until_active(self) -> None:
-        """Returns once this instance is the active one: at once for an agent that has an endpoint."""
+        """Returns once this instance is the active one: at once, if it has an endpoint and no state to hand over."""
         if self._wait_active is not None:
             await self._wait_active()
 
@@ -203,6 +198,22 @@ class Agent:
     def health(self) -> Awaitable[dict[str, Any] | bool | None] | dict[str, Any] | bool | None:
         """None or True: well. False, {"ok": False, "detail": "why"} or an exception: not well."""
         return None
+
+    def snapshot(self) -> Any:
+        """The state in memory that another process is to go on with: bytes, or an iterable (async too) of bytes.
+
+        Called while no request is in hand and nothing marked `@while_active` runs. Changing nothing is part of the
+        bargain: where the hand-over fails, this instance goes on with what it has. Override `restore` too.
+        """
+        raise NotImplementedError
+
+    def restore(self, state: Any) -> Awaitable[None] | None:
+        """Take over what `snapshot` of another instance gave: bytes if it gave bytes, else an iterator of bytes.
+
+        A plain `def` gets an ordinary iterator, and runs in a thread; an `async def` an async one. Raising means that
+        the state was not taken, and leaves this instance as it was before.
+        """
+        raise NotImplementedError
 
     def activated(self) -> Awaitable[None] | None:
         """A turn at work begins: take what only one instance may have. Raising means that there is no turn."""

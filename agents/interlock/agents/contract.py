@@ -11,7 +11,6 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -37,8 +36,7 @@ class ContractError(InterlockError):
         self.line = line
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(msgspec.Struct, frozen=True):
     """One handler: `parameters` are types to convert to, those in `optional` have a default."""
 
     name: str
@@ -60,14 +58,14 @@ class Action:
         return {"idempotent": self.idempotent, "side_effects": self.side_effects, "parameters": parameters}
 
 
-@dataclass(frozen=True)
-class Contract:
+class Contract(msgspec.Struct, frozen=True):
     """All that is marked in an agent's class: actions by name, and the methods to run while it serves."""
 
     actions: dict[str, Action]
     backgrounds: list[str]
     threads: list[str]
-    turns: list[str] = field(default_factory=list)  # tasks and threads that run while the instance is active
+    turns: list[str] = []  # tasks and threads that run while the instance is active
+    state: bool = False  # it has state in memory that can be handed to another instance
 
     def describe(self) -> dict[str, Any]:
         return {name: action.describe() for name, action in sorted(self.actions.items())}
@@ -118,7 +116,16 @@ def contract_of(kind: type[Agent]) -> Contract:
                     method, f"@while_active {name} should take no argument as async def, stop (an Event) as plain def"
                 )
             turns.append(name)
-    return Contract(actions, backgrounds, threads, turns)
+    return Contract(actions, backgrounds, threads, turns, _keeps_state(kind))
+
+
+def _keeps_state(kind: type[Agent]) -> bool:
+    """Whether the class can give its state away, and take it; one of both is a mistake."""
+    gives, takes = kind.snapshot is not Agent.snapshot, kind.restore is not Agent.restore
+    if gives != takes:
+        have, lack = ("snapshot", "restore") if gives else ("restore", "snapshot")
+        raise _fault(getattr(kind, have), f"{kind.__name__} has {have}() and no {lack}(): state needs both")
+    return gives
 
 
 def _action(name: str, method: Callable[..., Any], mark: HandlerMark) -> Action:

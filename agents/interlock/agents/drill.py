@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 
 from interlock.agents.backup import About, copy_live, verify_backup
@@ -229,10 +230,11 @@ async def _route(stage: Stage, instance: Instance | None, found: _Findings) -> N
 def _harmless(stage: Stage) -> bool:
     """Asking another process of the same revision can't be told from asking this one.
 
-    Not so of connections, which stay with whom they began with, and of a worker, of which only one may work.
+    Not so of connections, which stay with whom they began with, of a worker, of which only one may work, and of
+    state in memory, which the other one does not have.
     """
     config, permanent = stage.config, stage.permanent
-    if config.serves != "requests":
+    if config.serves != "requests" or permanent.state_port is not None:
         return False
     if permanent.revision.kind == "class":
         twice = bool(permanent.handlers) and all(handler.idempotent for handler in permanent.handlers.values())
@@ -351,7 +353,7 @@ async def _room(stages: Sequence[Stage]) -> Judgement:
             held += mine or 0
         for card in await each.cards(each.row.agent) or ():
             before = cards[card.uuid].agent if card.uuid in cards else 0
-            cards[card.uuid] = replace(card, agent=before + card.agent)
+            cards[card.uuid] = msgspec.structs.replace(card, agent=before + card.agent)
     gpu = any(each.config.category == "gpu-model" for each in stages)
     return judge(Room(memory_available(), held, list(cards.values())), Needs(gpu=gpu))
 

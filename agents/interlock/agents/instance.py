@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
+from interlock.agents.transfer import End, Piece, TransferError
 from interlock.broker.errors import Unreachable, WireError
 from interlock.broker.sockets import Socket, Sockets
 from interlock.broker.wire import decode, encode
@@ -42,6 +43,7 @@ class Description(msgspec.Struct, frozen=True):
     pid: int
     version: str
     handlers: dict[str, HandlerContract]
+    state: bool = False  # it has state in memory that can be handed to another instance
 
 
 class _HealthAnswer(msgspec.Struct, frozen=True):
@@ -49,6 +51,31 @@ class _HealthAnswer(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class _Gave(msgspec.Struct, frozen=True):
+    """The answer to `export`: a piece, or (`end`) what all of them are."""
+
+    ok: bool
+    detail: str = ""
+    n: int = 0
+    data: bytes = b""
+    sha256: bytes = b""
+    end: bool = False
+    pieces: int = 0
+    size: int = 0
+    whole: bool = False
+
+
+class _Took(msgspec.Struct, frozen=True):
+    """The answer to `import` and `imported`."""
+
+    ok: bool
+    detail: str = ""
+    size: int = 0
+    sha256: bytes = b""
+
+
+_gave = msgspec.msgpack.Decoder(_Gave)
+_took = msgspec.msgpack.Decoder(_Took)
 _description = msgspec.msgpack.Decoder(Description)
 _health = msgspec.msgpack.Decoder(_HealthAnswer)
 _metrics = msgspec.msgpack.Decoder(dict[str, float])
@@ -61,7 +88,7 @@ class InstanceControl:
     def __init__(self, sockets: Sockets, endpoint: str) -> None:
         self.endpoint = endpoint
         self.undecodable = 0  # answers that were none
-        self._socket: Socket = sockets.open("dealer", connect=endpoint, label=f"control {endpoint}")
+        self._socket: Socket = sockets.open("dealer", connect=endpoint, starting=True, label=f"control {endpoint}")
         self._last_id = 0
         self._waiting: dict[bytes, bytes | None] = {}
         self._reading = False
@@ -92,6 +119,35 @@ class InstanceControl:
         answer = await self._ask("deactivate", _health, timeout)
         return Health(answer.ok, answer.detail)
 
+    async def give_state(self, transfer: str, number: int, timeout: float) -> Piece | End:
+        """A piece of its state, or the end. TransferError with what the agent said; errors as for `describe`."""
+        gave = await self._ask("export", _gave, timeout, transfer=transfer, n=number)
+        if not gave.ok:
+            raise TransferError(gave.detail, where=f"export of {transfer}")
+        if gave.end:
+            return End(pieces=gave.pieces, size=gave.size, sha256=gave.sha256, whole=gave.whole)
+        return Piece(number=gave.n, data=gave.data, sha256=gave.sha256, whole=gave.whole)
+
+    async def take_state(self, transfer: str, piece: Piece, timeout: float) -> None:
+        """Hand over a piece; it may come twice. Errors as for `give_state`."""
+        took = await self._ask(
+            "import", _took, timeout, transfer=transfer, n=piece.number, data=piece.data, sha256=piece.sha256,
+            whole=piece.whole,
+        )  # fmt: skip
+        if not took.ok:
+            raise TransferError(took.detail, where=f"import of {transfer}")
+
+    async def took_state(self, transfer: str, end: End, timeout: float) -> None:
+        """Returns once it has taken all of the state, and says what it took. Errors as for `give_state`."""
+        took = await self._ask(
+            "imported", _took, timeout, transfer=transfer, pieces=end.pieces, size=end.size, sha256=end.sha256,
+            whole=end.whole,
+        )  # fmt: skip
+        if not took.ok:
+            raise TransferError(took.detail, where=f"import of {transfer}")
+        if (took.size, took.sha256) != (end.size, end.sha256):
+            raise TransferError("what it says to have restored is not what was sent", where=f"import of {transfer}")
+
     async def health(self, timeout: float = ANSWER_TIMEOUT_S) -> Health:
         """Never raises for what the instance does: no answer, or a wrong one, is not well."""
         start = trio.current_time()
@@ -101,13 +157,13 @@ class InstanceControl:
             return Health(False, error.what, trio.current_time() - start)
         return Health(answer.ok, answer.detail, trio.current_time() - start)
 
-    async def _ask(self, op: str, decoder: msgspec.msgpack.Decoder[T], timeout: float) -> T:
+    async def _ask(self, op: str, decoder: msgspec.msgpack.Decoder[T], timeout: float, **more: Any) -> T:
         self._last_id += 1
         id = self._last_id.to_bytes(8, "big")
         self._waiting[id] = None
         try:
             with trio.fail_after(timeout):
-                await self._socket.send([id, encode({"op": op})])
+                await self._socket.send([id, encode({"op": op, **more})])
                 body = await self._answer_to(id)
         except trio.TooSlowError:
             raise Unreachable(f"no answer to {op} within {timeout:g} s", where=self.endpoint) from None

@@ -28,6 +28,7 @@ from interlock.agents.probes import probe
 from interlock.agents.revisions import Revision
 from interlock.agents.serving import Spec
 from interlock.agents.slot_io import Gone, Healthy, Start
+from interlock.agents.state_ports import CommandPort, ControlPort, StatePort
 from interlock.agents.token_file import TokenFile
 from interlock.broker.config import AgentConfig, RevisionConfig
 from interlock.broker.errors import InterlockError
@@ -75,6 +76,7 @@ class Instance:
     process: processes.Process | None = None
     control: InstanceControl | None = None
     handlers: dict[str, HandlerContract] = field(default_factory=dict)
+    state_port: StatePort | None = None  # where it keeps state in memory that can be handed over
     token: TokenFile | None = None  # of a program without an endpoint
     stopping: bool = False
     start_s: float | None = None  # seconds from its start until it was healthy
@@ -152,7 +154,7 @@ class Instance:
                 agent=self.agent, entry=self.revision.entry, source=str(self.recorded.folder),
                 revision=self.recorded.name, instance=self.name, config=self.revision.config, requests=self.requests,
                 control=self.health_endpoint, stop_timeout_s=self.revision.stop_timeout_s,
-                standby=not self.config.endpoint,
+                standby=not self.config.endpoint, candidate=self.view.role == "candidate",
             )  # fmt: skip
             path = self.place.run_dir / f"{number}.json"
             self._files = [path, *(self.place.run_dir / f"{number}.{kind}" for kind in ("req", "ctl"))]
@@ -169,6 +171,9 @@ class Instance:
         await trio.to_thread.run_sync(partial(data.mkdir, parents=True, exist_ok=True))
         env = environment(self.revision.env, values, where=where) | self.place.environment
         env |= {"INTERLOCK_DATA": str(data)}
+        if self.revision.state is not None:
+            folder = self.recorded.folder
+            self.state_port = CommandPort(self.revision.state, values, folder, env, self.place.marker, where)
         if not self.config.endpoint and self.revision.kind == "exec":
             self.token = await trio.to_thread.run_sync(TokenFile, self.place.run_dir / f"{number}.token")
             env |= {"INTERLOCK_TOKEN": str(self.token.path)}
@@ -227,7 +232,7 @@ class Instance:
                     return False
                 evidence["handlers"] = sorted(self.handlers)
             self.view.up = True
-            give(Healthy(self.name, evidence))
+            give(Healthy(self.name, evidence, self.state_port is not None))
             return True
         reason = f"not healthy after {self.revision.start_timeout_s:g} s: {detail}"
         give(Gone(self.name, "start-failed", self._with_tail(reason), time.time()))
@@ -243,6 +248,8 @@ class Instance:
         if (described.agent, described.revision, described.instance) != (self.agent, self.view.revision, self.name):
             return [f"it says that it is {described.agent} {described.revision} ({described.instance})"]
         self.handlers = described.handlers
+        if described.state:
+            self.state_port = ControlPort(self.control)
         return contract_gaps(needed, described.handlers)
 
     async def _stay_healthy(self, start: Start, give: Report) -> None:

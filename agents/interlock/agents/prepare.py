@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import trio
+from msgspec.structs import replace
 
 from interlock.agents.backup import Backup
 from interlock.agents.comparer import Bench, check_functions, functions_of
@@ -135,13 +136,30 @@ async def _check(given: Preparation, fleet: FleetConfig, recorded: Revision, evi
     evidence["rollback_class"] = "cold" if cold else "warm"
     if failed is not None:
         raise _Failed(failed.check, failed.reason + _cold_hint(failed, judged), failed.evidence)
+    _check_state(given, recorded, evidence, cold=cold)
     await _check_comparison(given, recorded, evidence)
     await _check_old(given, evidence)
 
 
+def _check_state(given: Preparation, recorded: Revision, evidence: Evidence, *, cold: bool) -> None:
+    """Whether state in memory is to be handed over, and whether it can be."""
+    old = given.permanent
+    if old is None or old.state_port is None:
+        return
+    evidence["hands_over"] = True
+    if cold:
+        reason = "it keeps state in memory, and to hand that over both must run at once: there is no room for both"
+        raise _Failed("state", reason, {})
+    if recorded.config.kind == "exec" and recorded.config.state is None:
+        reason = (
+            f"revision {given.row.permanent} keeps state in memory, and {recorded.name} has no table `state` to take it"
+        )
+        raise _Failed("state", reason, {})
+
+
 def _is_cold(judged: Judgement, accept: str) -> bool:
     """Old and new don't fit together, one after the other does, and the operator accepts what that means."""
-    return accept == "cold" and judged.together != "yes" and judged.apart
+    return accept in ("cold", "hand-over") and judged.together != "yes" and judged.apart
 
 
 def _cold_hint(failed: Finding, judged: Judgement) -> str:

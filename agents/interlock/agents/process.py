@@ -18,10 +18,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
+import msgspec
 import trio
 
 from interlock.agents import guard
@@ -36,6 +37,7 @@ LOG_CHECK_S = 0.5  # between looks at the size of a log: a program that floods i
 TAIL_BYTES = 64 << 10  # of a log, read for its last lines
 GUARD_PAUSE_S = 0.2  # before a guard that died is replaced, or replacing it is tried again
 GUARD_LEAVE_S = 15.0  # for the guard to end with its host; it waits guard.GONE_S for processes that hang
+PIPE_BYTES = 1 << 16  # read at once from a command
 OUTPUT_LIMIT = 1 << 20  # bytes of output kept of a command that is run to its end
 
 _killing = trio.CapacityLimiter(64)  # threads; of its own, so that a rollback waits for no file or database
@@ -211,22 +213,28 @@ def _host_of(marker: str) -> str:
 
 
 async def _open(argv: Sequence[str], cwd: Path, env: Mapping[str, str], log_path: Path) -> trio.Process:
+    try:
+        output = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StartFailed(f"its log can't be written: {error.strerror}", where=str(log_path)) from None
+    try:
+        return await _launch(argv, cwd, env, output)
+    finally:
+        os.close(output)
+
+
+async def _launch(
+    argv: Sequence[str], cwd: Path, env: Mapping[str, str], stderr: int, *,
+    stdin: int = subprocess.DEVNULL, stdout: int | None = None,
+) -> trio.Process:  # fmt: skip
+    """A program in a session of its own; `stdout` None: where `stderr` goes."""
     if not await trio.Path(cwd).is_dir():
         raise StartFailed("there is no such folder to run in", where=str(cwd))
     try:
-        output = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            return await trio.lowlevel.open_process(
-                list(argv),
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        finally:
-            os.close(output)
+        return await trio.lowlevel.open_process(
+            list(argv), cwd=cwd, env=env, stdin=stdin, stdout=stderr if stdout is None else stdout, stderr=stderr,
+            start_new_session=True,
+        )  # fmt: skip
     except (OSError, ValueError, IndexError) as error:  # the latter two: a zero byte in an argument, no arguments
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         program = argv[0] if argv else "an empty command"
@@ -238,8 +246,7 @@ async def _open(argv: Sequence[str], cwd: Path, env: Mapping[str, str], log_path
 # --- commands that are run to their end
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """`returncode` is None if the deadline passed and it was killed. `output`: what it printed, both streams."""
 
     returncode: int | None
@@ -266,6 +273,64 @@ async def run_to_end(
             raise failed
         text = _head(output)
     return Ended(None if scope.cancelled_caught else process.returncode, text)
+
+
+@asynccontextmanager
+async def piped(
+    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], host: str = "", given: bool = False
+) -> AsyncIterator[Piped]:
+    """A command that writes to us, or (`given`) reads from us; on leaving, it and all that it started is killed.
+
+    `host` is the host's marker. StartFailed.
+    """
+    marker = f"{host or uuid.uuid4().hex}:pipe-{uuid.uuid4().hex}"
+    whole = {**env, guard.HOST_VARIABLE: _host_of(marker), guard.INSTANCE_VARIABLE: marker}
+    with tempfile.TemporaryFile() as errors:
+        raw = await _launch(
+            argv, cwd, whole, errors.fileno(),
+            stdin=subprocess.PIPE if given else subprocess.DEVNULL,
+            stdout=errors.fileno() if given else subprocess.PIPE,
+        )  # fmt: skip
+        if (told := _guards.get(_host_of(marker))) is not None:
+            told.remember(raw.pid)
+        try:
+            yield Piped(raw, errors)
+        finally:
+            with trio.CancelScope(shield=True):
+                for stream in (raw.stdin, raw.stdout):
+                    if stream is not None:
+                        await stream.aclose()
+                await _kill_all(guard.INSTANCE_VARIABLE, marker, [raw.pid])
+                await raw.wait()
+                if told is not None:
+                    told.forget(raw.pid)
+
+
+class Piped:
+    """A command at the other end of a pipe."""
+
+    def __init__(self, raw: trio.Process, errors: IO[bytes]) -> None:
+        self._raw = raw
+        self._errors = errors
+
+    async def read(self) -> bytes:
+        """What it wrote, some of it; empty at the end."""
+        assert self._raw.stdout is not None
+        return bytes(await self._raw.stdout.receive_some(PIPE_BYTES))
+
+    async def write(self, data: bytes) -> None:
+        """trio.BrokenResourceError if it does not read any more."""
+        assert self._raw.stdin is not None
+        await self._raw.stdin.send_all(data)
+
+    async def ended(self) -> Ended:
+        """Nothing more is written; its exit code, and the last of what it said of errors."""
+        if self._raw.stdin is not None:
+            await self._raw.stdin.aclose()
+        code = await self._raw.wait()
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - TAIL_BYTES))
+        return Ended(code, self._errors.read().decode("utf-8", "replace"))
 
 
 # --- logs

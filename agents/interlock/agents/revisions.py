@@ -14,7 +14,6 @@ import stat
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -47,8 +46,7 @@ SPECIFICATION = "revision.json"
 SOURCE = "source"
 
 
-@dataclass(frozen=True)
-class Revision:
+class Revision(msgspec.Struct, frozen=True):
     """A recorded revision of an agent. `folder`: its code, read-only, where its instances run."""
 
     agent: str
@@ -286,6 +284,8 @@ def _compare(code: Path, recorded: _Recorded) -> list[str]:
 def _canonical(recorded: _Recorded) -> bytes:
     tree = msgspec.to_builtins(recorded)
     del tree["spec"]["needs"]
+    if tree["spec"]["state"] is None:
+        del tree["spec"]["state"]  # a revision that has none is what it was before there was such a key
     return msgspec.json.encode(tree, order="sorted")
 
 

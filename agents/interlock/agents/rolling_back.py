@@ -7,11 +7,14 @@ breach is about memory; and before the old revision is started again, if there m
 
 from __future__ import annotations
 
+from typing import Any
+
+from interlock.agents.handing import Handing
 from interlock.agents.ladder import LADDER, NEXT, SLOW_S, WITHIN_S, Ascent, Rung, Sign, Turn, is_hungry
-from interlock.agents.slot_base import SlotBase
 from interlock.agents.slot_io import (
     Action,
     EndDrill,
+    EndHandOver,
     EndShadow,
     Gone,
     HostRestored,
@@ -22,6 +25,7 @@ from interlock.agents.slot_io import (
     Restore,
     Restored,
     RestoreHost,
+    Resume,
     Route,
     State,
     Stop,
@@ -34,7 +38,7 @@ from interlock.broker.commands import Breach
 AWAY = {State.ROLLING_BACK, State.KEPT}  # states in which a rollback is under way, or stuck
 
 
-class RollingBack(SlotBase):
+class RollingBack(Handing):
     """The part of a slot that leads back to its permanent revision."""
 
     def _roll_back(self, breach: Breach, now: Moment) -> list[Action]:
@@ -47,14 +51,21 @@ class RollingBack(SlotBase):
         self.share = 0.0
         self.lease_until = None
         self._set(State.ROLLING_BACK)
-        actions: list[Action] = [Route(self.shares(), urgent=True)]
+        back = was is State.LIVE and self._may_hand_back()
+        actions: list[Action] = self._begin_hand_back(now) if back else [Route(self.shares(), urgent=True)]
+        if was is State.HANDING_OVER:
+            actions.append(EndHandOver())
         if was is State.SHADOWING:
             actions.append(EndShadow())
         if was is State.DRILLING:
             actions.append(EndDrill())
-        if warm and self.permanent is not None:
+        if not back:
+            self._note_lost(_why_lost(breach, warm=warm, candidate_up=self.candidate_up), now)
+        if warm and self.permanent is not None and not back:
+            resume = was is State.HANDING_OVER or self.handed.at > 0
+            actions += [Resume(self.permanent)] if resume else []
             actions.append(Verify(self.row.migration or "", self.permanent))
-        if candidate is not None:
+        if candidate is not None and not back:
             actions.append(Rescue(candidate))
         actions.append(Persist(self.row, f"roll back: {breach.by}: {breach.reason}"))
         if hungry or not self.candidate_up or (self.exclusive and not warm):
@@ -75,6 +86,9 @@ class RollingBack(SlotBase):
 
     def _old_gone(self, given: Gone, now: Moment) -> list[Action]:
         """The permanent instance ended, or did not start, while a rollback is under way."""
+        if self.handed.returning:  # the candidate has the state still: it is asked again once another one is there
+            self.handed.returning = self.handed.tried = False
+            return [EndHandOver(), *self._heard(self._unless_late(Sign.DIED, now), given.reason, now)]
         return self._heard(self._unless_late(Sign.DIED, now), given.reason, now)
 
     def _unless_late(self, sign: Sign, now: Moment) -> Sign:
@@ -84,6 +98,8 @@ class RollingBack(SlotBase):
 
     def _candidate_gone(self, given: Gone, now: Moment) -> list[Action]:
         """It was kept beside, and is no help any more."""
+        if self.handed.returning:
+            return [*self._hand_back_over(False, given.reason, {}, now), *self._drop_candidate()]
         dropped = self._drop_candidate()
         if self.ascent is not None:
             self.ascent.keepable = False
@@ -109,6 +125,8 @@ class RollingBack(SlotBase):
         ascent = self.ascent
         if ascent is None or now.mono < ascent.until:
             return []
+        if self.handed.returning:
+            return self._hand_back_over(False, "its time is over", {}, now)
         if ascent.rung is Rung.HOST and self.permanent is not None:
             ascent.overdue, ascent.until = True, float("inf")
             return []
@@ -124,7 +142,7 @@ class RollingBack(SlotBase):
             ascent.note(now, f"{sign}: {why}")
         match LADDER[ascent.rung, sign]:
             case Turn.FINISH if verified is not None:
-                return self._rolled_back(verified, ascent)
+                return self._rolled_back(verified, ascent, now)
             case Turn.START:
                 slow = ascent.rung in (Rung.KEPT, Rung.LOST) and sign is not Sign.RESTORED
                 return self._start_permanent(now, restart=True, pace=SLOW_S if slow else 0.0)
@@ -165,12 +183,13 @@ class RollingBack(SlotBase):
         self._set(State.KEPT)
         return [
             Route(self.shares(), urgent=True),
+            *([Resume(self.candidate)] if self.handed.at and self.candidate is not None else []),
             Persist(self.row, f"keep {self.row.candidate}: {why}"),
             self._page(why, self.row.candidate or ""),
             self._changed(),
         ]
 
-    def _rolled_back(self, given: Verified, ascent: Ascent) -> list[Action]:
+    def _rolled_back(self, given: Verified, ascent: Ascent, now: Moment) -> list[Action]:
         done = facts.RolledBack(
             host=self.host,
             agent=self.row.agent,
@@ -183,11 +202,16 @@ class RollingBack(SlotBase):
             routed=max(given.routed, ascent.received),
             restored=given.restored,
             verified=True,
-            evidence={**given.evidence, "levels": ascent.notes},
+            evidence={**given.evidence, **self._state_told(now), "levels": ascent.notes},
         )
         dropped = self._drop_candidate()
         self._forget_candidate()
         return [Persist(self.row, "rolled back"), Publish(done), *dropped, self._changed()]
+
+    def _state_told(self, now: Moment) -> dict[str, Any]:
+        """What became of the state in memory, where the candidate had it."""
+        self._note_lost("the old revision was started anew, without what the candidate had", now)
+        return {"state": self.handed.told} if self.handed.told else {}
 
     def _escalated(self, why: str) -> Publish:
         ascent = self.ascent
@@ -224,3 +248,12 @@ class RollingBack(SlotBase):
     def _drop_candidate(self) -> list[Action]:
         gone, self.candidate, self.candidate_up = self.candidate, None, False
         return [] if gone is None else [Stop(gone)]
+
+
+def _why_lost(breach: Breach, *, warm: bool, candidate_up: bool) -> str:
+    """Why the candidate's newer state is not handed back, or not at once."""
+    if not candidate_up:
+        return f"the candidate can't give it any more: {breach.by}: {breach.reason}"
+    if is_hungry(breach):
+        return f"the candidate was stopped at once: {breach.by}"
+    return "the agent's settings say hand_back = false" if warm else ""

@@ -38,6 +38,7 @@ from interlock.agents.contract import (
     reply_error,
     reply_ok,
 )
+from interlock.agents.state_door import StateDoor
 from interlock.broker import __version__
 from interlock.broker.sockets import Socket, open_sockets
 
@@ -66,6 +67,7 @@ class Spec(msgspec.Struct, kw_only=True):
     control: str = ""  # endpoint to bind for the host's questions
     stop_timeout_s: float = 5.0  # after which the host kills
     standby: bool = False  # an agent without an endpoint: the host says when its turn at work begins
+    candidate: bool = False  # so with state hooks: the turn begins once it has the state
 
 
 class Serving:
@@ -89,6 +91,7 @@ class Serving:
         self._taking_scope = trio.CancelScope()
         self._activity = Activity(agent, contract.turns, call=self._call, watched=self._watched, log=self._log)
         self._turns: trio.Nursery | None = None  # of what runs while this instance is active
+        self._state_door = StateDoor(agent, call=self._call, log=self._log)
 
     async def run(self) -> int:
         async with open_sockets() as sockets:
@@ -130,7 +133,7 @@ class Serving:
         try:
             async with trio.open_nursery() as threads, trio.open_nursery() as tasks:
                 self._turns = tasks
-                if not self._spec.standby:
+                if not (self._spec.standby or (self._spec.candidate and self._contract.state)):
                     await self._change_turn("activate")
                 for name in self._contract.threads:
                     threads.start_soon(
@@ -297,6 +300,8 @@ class Serving:
                         nursery.start_soon(self._tell_health, socket, peer, id)
                     elif question.get("op") in ("activate", "deactivate") and len(nursery.child_tasks) < MAX_TURNS:
                         nursery.start_soon(self._tell_turn, question["op"], socket, peer, id)
+                    elif question.get("op") in ("export", "import", "imported") and self._takes_state(nursery):
+                        nursery.start_soon(self._tell_state, question, nursery, socket, peer, id)
                     else:
                         socket.send_nowait([peer, id, msgspec.msgpack.encode(self._tell(question))])
 
@@ -324,6 +329,15 @@ class Serving:
         detail = await self._change_turn(op)
         socket.send_nowait([peer, id, msgspec.msgpack.encode({"ok": not detail, "detail": detail})])
 
+    def _takes_state(self, nursery: trio.Nursery) -> bool:
+        return self._contract.state and self._state == "serving" and len(nursery.child_tasks) < MAX_TURNS
+
+    async def _tell_state(
+        self, question: dict[str, Any], nursery: trio.Nursery, socket: Socket, peer: bytes, id: bytes
+    ) -> None:
+        answer = await self._state_door.answer(question, nursery)
+        socket.send_nowait([peer, id, msgspec.msgpack.encode(answer)])
+
     def _tell(self, question: dict[str, Any]) -> dict[str, Any]:
         op = question.get("op")
         if op == "describe":
@@ -334,6 +348,7 @@ class Serving:
                 "pid": os.getpid(),
                 "version": __version__,
                 "handlers": self._contract.describe(),
+                "state": self._contract.state,
             }
         if op == "metrics":
             return dict(self._agent.metrics.values())
@@ -342,4 +357,7 @@ class Serving:
             return {"ok": True}
         if op == "health":
             return {"ok": False, "detail": f"{MAX_HEALTH_CHECKS} health checks wait already"}
-        return {"error": f"no op {str(op)[:100]!r}; known: activate, deactivate, describe, health, metrics, stop"}
+        if op in ("activate", "deactivate", "export", "import", "imported"):
+            return {"ok": False, "detail": "it is busy, or keeps no state that can be handed over"}
+        known = "activate, deactivate, describe, export, health, import, imported, metrics, stop"
+        return {"error": f"no op {str(op)[:100]!r}; known: {known}"}

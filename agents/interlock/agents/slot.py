@@ -11,10 +11,11 @@ so a crash in between ends in the same place.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from interlock.agents.ladder import Ascent, Rung, Sign
 from interlock.agents.rolling_back import AWAY, RollingBack
+from interlock.agents.slot_base import Handed
 from interlock.agents.slot_io import (
     Action,
     Ask,
@@ -26,8 +27,11 @@ from interlock.agents.slot_io import (
     BeginTrial,
     DrillEnded,
     EndDrill,
+    EndHandOver,
     EndShadow,
     Gone,
+    HandedBack,
+    HandedOver,
     Healthy,
     HostRestored,
     Input,
@@ -37,6 +41,7 @@ from interlock.agents.slot_io import (
     Publish,
     Renew,
     Restored,
+    Resume,
     Route,
     ShadowEnded,
     Start,
@@ -61,13 +66,15 @@ STEPS: dict[tuple[State, str], State] = {
     (State.PREPARED, "drill"): State.DRILLING,
     (State.PREPARED, "start-candidate"): State.STARTING,
     (State.STANDBY, "shadow"): State.SHADOWING,
+    (State.STANDBY, "hand-over"): State.HANDING_OVER,
     (State.STANDBY, "cut-over"): State.LIVE,
     (State.LIVE, "cut-over"): State.LIVE,
     (State.LIVE, "commit"): State.SERVING,
     (State.KEPT, "commit"): State.SERVING,
 }
 ON_TRIAL = {
-    State.PREPARING, State.PREPARED, State.DRILLING, State.STARTING, State.STANDBY, State.SHADOWING, State.LIVE,
+    State.PREPARING, State.PREPARED, State.DRILLING, State.STARTING, State.STANDBY, State.SHADOWING,
+    State.HANDING_OVER, State.LIVE,
 }  # fmt: skip
 
 
@@ -111,10 +118,10 @@ class Slot(RollingBack):
                 return self._healthy(given, now)
             case Gone():
                 return self._gone(given, now)
-            case ShadowEnded():
-                return self._shadow_over(given)
-            case DrillEnded():
-                return self._drill_over(given)
+            case ShadowEnded() | DrillEnded():
+                return self._shadow_over(given) if isinstance(given, ShadowEnded) else self._drill_over(given)
+            case HandedOver() | HandedBack():
+                return self._of_the_state(given, now)
             case Verified():
                 return self._verified(given, now)
             case AskHostLevel() | HostRestored() | Restored():
@@ -149,6 +156,8 @@ class Slot(RollingBack):
             return f"migration {command.migration} is not in flight here"
         if (self.row.state, step) not in STEPS:
             return f"{step} is not possible while the slot is {self.row.state}"
+        if step == "hand-over" and not (self.permanent_up and self.candidate_up):
+            return "the old instance or the candidate is not up: there is nothing to hand over, or nobody to take it"
         if self._asked:
             return f"the slot is busy with {self._asked}"
         return None
@@ -189,6 +198,8 @@ class Slot(RollingBack):
                 assert self.candidate is not None
                 self.lease_until = now.mono + max(STANDBY_LEASE_S, command.seconds * 2)
                 return [Persist(self.row, "shadow"), BeginShadow(command, self.candidate), self._changed()]
+            case commands.HandOver():
+                return self._hand_over(command, target, STANDBY_LEASE_S, now)
             case commands.CutOver():
                 return self._cut_over(command, given.id, target, now)
             case commands.Commit():
@@ -197,6 +208,7 @@ class Slot(RollingBack):
     def _start_candidate(self, command: commands.StartCandidate, target: State, now: Moment) -> list[Action]:
         """Beside the old one; or, cold, in its place: requests wait while one is stopped and the other starts."""
         self._set(target)
+        self._counted = False
         self.lease_until = now.mono + STANDBY_LEASE_S
         self.candidate = self._name(self.row.candidate or "")
         old = self.permanent if command.cold else None
@@ -212,7 +224,8 @@ class Slot(RollingBack):
         return [*actions, *([] if old is None else [Stop(old)]), self._changed()]
 
     def _cut_over(self, command: commands.CutOver, asked: str, target: State, now: Moment) -> list[Action]:
-        first = self.row.state is not State.LIVE or self.permanent is None  # cold: live already, but not on trial
+        first, self._counted = not self._counted, True  # cold, and with its state, it may be live and not on trial yet
+        fresh = self.row.state is not State.LIVE
         self._set(target)
         self._asked = ""
         self.share = min(max(command.share, 0.0), 1.0)
@@ -222,6 +235,7 @@ class Slot(RollingBack):
             Persist(self.row, f"cut over {self.share:.0%}", (asked, done)),
             *([BeginTrial(command.migration, command.warm_up_s)] if first else []),
             Route(self.shares()),
+            *([Resume(self.candidate)] if fresh and self.candidate_keeps_state and self.candidate is not None else []),
             Publish(done),
             self._changed(),
         ]
@@ -242,6 +256,7 @@ class Slot(RollingBack):
         )
         self.permanent, self.permanent_up, self.candidate = new, True, None
         self.candidate_up, self.exclusive = False, False
+        self.keeps_state, self.handed = self.candidate_keeps_state, Handed()
         self.share = 0.0
         self.lease_until, self.ascent = None, None
         self._restarts = 0
@@ -274,19 +289,23 @@ class Slot(RollingBack):
         if given.instance == self.permanent:
             self.permanent_up = True
             self.permanent_since = now.mono
+            self.keeps_state = given.keeps_state
+            if self.row.state in AWAY and self._may_hand_back():
+                return [*self._begin_hand_back(now), self._changed()]
             actions: list[Action] = [Route(self.shares(), urgent=self.row.state in AWAY)]
             if self.row.state in AWAY:
                 actions.append(Verify(self.row.migration or "", given.instance))
             return [*actions, self._changed()]
         if given.instance == self.candidate and self.row.state is State.STARTING:
             asked, self._asked = self._asked, ""
-            self.candidate_up = True
+            self.candidate_up, self.candidate_keeps_state = True, given.keeps_state
             cold = self.permanent is None
             self._set(State.LIVE if cold else State.STANDBY)
             self.share = 1.0 if cold else 0.0
             done = self._done("start-candidate", asked, given.evidence | ({"cold": True} if cold else {}))
             written = Persist(self.row, "candidate healthy", (asked, done))
-            return [written, *([Route(self.shares())] if cold else []), Publish(done), self._changed()]
+            live: list[Action] = [Route(self.shares()), Resume(given.instance)] if cold else []
+            return [written, *live, Publish(done), self._changed()]
         return []
 
     def _gone(self, given: Gone, now: Moment) -> list[Action]:
@@ -303,7 +322,8 @@ class Slot(RollingBack):
             self.permanent_up = False
             return self._old_gone(given, now)
         again = self._start_permanent(now, restart=True)
-        return [again[0], EndDrill(), *again[1:]] if state is State.DRILLING else again
+        called_off: dict[State, Action] = {State.DRILLING: EndDrill(), State.HANDING_OVER: EndHandOver()}
+        return [again[0], called_off[state], *again[1:]] if state in called_off else again
 
     # --- shadow
 
@@ -388,6 +408,8 @@ def step_of(command: HostCommand) -> commands.Step:
             return "start-candidate"
         case commands.Shadow():
             return "shadow"
+        case commands.HandOver():
+            return "hand-over"
         case commands.CutOver():
             return "cut-over"
         case commands.Commit():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from interlock.agents.ladder import Ascent
 from interlock.agents.slot_io import Action, Moment, Publish, Rescue, Route, Row, Start, State, Stop
@@ -11,6 +13,20 @@ from interlock.broker.fields import Evidence
 
 RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th restart in a row of a permanent instance
 STEADY_S = 30.0  # a permanent instance that ran for so long begins a new row
+
+
+@dataclass
+class Handed:
+    """Where the state is that an agent keeps in memory. `at`: since when the candidate has it; 0: it has none.
+
+    back_s: seconds that handing it back may take. returning: it is on its way. told: for the report of a rollback.
+    """
+
+    at: float = 0.0  # seconds since 1970
+    back_s: float = 0.0
+    returning: bool = False
+    tried: bool = False  # to hand it back
+    told: Evidence = field(default_factory=dict)
 
 
 class SlotBase:
@@ -29,6 +45,12 @@ class SlotBase:
         self.lease_until: float | None = None  # monotonic
         self.exclusive = False  # no room for two: the candidate goes before the old revision is started again
         self.ascent: Ascent | None = None  # the rollback under way
+        self.keeps_state = False  # the permanent instance does, in memory, and can hand it over
+        self.candidate_keeps_state = False
+        self.hand_back = True  # whether the agent's settings want the newer state back in a rollback
+        self.handed = Handed()
+        self._hand_over_asked: commands.HandOver | None = None
+        self._counted = False  # the candidate's answers to live requests are
         self._asked = ""  # id of the command under way
         self._restarts = 0
         self._born = 0
@@ -36,6 +58,8 @@ class SlotBase:
     def shares(self) -> tuple[tuple[str, float], ...]:
         """Whoever is up gets what the other can't take; nobody up: the requests wait."""
         share = 0.0
+        if self.row.state is State.HANDING_OVER or self.handed.returning:
+            return ()  # requests wait: whoever answered one now would change what is being handed over
         if self.candidate is not None and self.row.state is State.LIVE:
             share = self.share
         elif self.candidate is not None and self.row.state is State.KEPT and not self.permanent_up:
@@ -74,6 +98,7 @@ class SlotBase:
         )  # the epoch stays: older ones are refused for good
         self.candidate, self.candidate_up, self.exclusive = None, False, False
         self.lease_until, self.share, self.ascent = None, 0.0, None
+        self.handed = Handed()
 
     def _is_current(self, migration: str, epoch: int) -> bool:
         return migration == self.row.migration and epoch == self.row.epoch
@@ -97,6 +122,7 @@ class SlotBase:
                 migration=self.row.migration,
                 epoch=self.row.epoch,
                 endpoint=self.endpoint,
+                hands_over=self.keeps_state,
             )
         )
 

@@ -14,30 +14,31 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.comparer import Bench, Comparer, functions_of
 from interlock.agents.figures import InstanceView, samples, slow_threshold
 from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
+from interlock.agents.handing_over import hand_back, hand_over, resume
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
-from interlock.agents.prepare import Preparation, prepare
-from interlock.agents.recovering import rehearse, restore_backup, restore_host
-from interlock.agents.resources import Card
 from interlock.agents.revisions import RevisionStore
-from interlock.agents.shadow import ShadowRun
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import (
     Action,
     BeginDrill,
+    BeginHandBack,
+    BeginHandOver,
     BeginPrepare,
     BeginShadow,
     BeginTrial,
     EndDrill,
+    EndHandOver,
     EndShadow,
     Gone,
     Healthy,
@@ -48,6 +49,7 @@ from interlock.agents.slot_io import (
     Rescue,
     Restore,
     RestoreHost,
+    Resume,
     Route,
     ShadowEnded,
     Start,
@@ -65,11 +67,19 @@ from interlock.broker.fields import Evidence
 from interlock.broker.samples import Labels
 from interlock.broker.wire import encode
 
+if TYPE_CHECKING:  # no part of a start: a rollback may wait for it
+    from interlock.agents.comparer import Comparer
+    from interlock.agents.resources import Card
+    from interlock.agents.shadow import ShadowRun
+
 log = logging.getLogger(__name__)
 
 VERIFY_S = 2.0  # an old revision that was warm and has not answered by then is not warm
 VERIFY_POLL_S = 0.002  # between probes of it: the promise is measured with this grain where no client asks
 SHADOW_POLL_S = 0.05
+AT_ONCE = (  # of a rollback
+    Route, BeginHandBack, EndShadow, EndDrill, EndHandOver, Resume, Rescue, Verify, Start, Stop,
+)  # fmt: skip
 JOURNAL_RETRY_S = 1.0  # between attempts to write to a disk that is full
 
 
@@ -133,6 +143,7 @@ class SlotShell:
     _settled: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _shadow: ShadowRun | None = None
     _drill: trio.CancelScope | None = None
+    _handing: trio.CancelScope | None = None
     _ended: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
@@ -159,7 +170,7 @@ class SlotShell:
         if urgent:
             self._generation += 1
         for action in actions:
-            if urgent and isinstance(action, Route | EndShadow | EndDrill | Rescue | Verify | Start | Stop):
+            if urgent and isinstance(action, AT_ONCE):
                 self._do_now(action)
             else:
                 urgent = False
@@ -173,7 +184,7 @@ class SlotShell:
         while True:
             while self._queue:
                 generation, action = self._queue.popleft()
-                if generation < self._generation and isinstance(action, Route | BeginShadow):
+                if generation < self._generation and isinstance(action, Route | BeginShadow | BeginHandOver | Resume):
                     continue  # a rollback has overtaken it
                 self._busy = True
                 await self._do(action)
@@ -198,11 +209,14 @@ class SlotShell:
                 self._begin_shadow(command, candidate)
             case BeginDrill(command):
                 self._drill = trio.CancelScope()
-                self.around.nursery.start_soon(rehearse, self, command, self._drill)
+                self.around.nursery.start_soon(_recovering().rehearse, self, command, self._drill)
+            case BeginHandOver():
+                self._handing = trio.CancelScope()
+                self.around.nursery.start_soon(hand_over, self, action, self._handing)
             case RestoreHost():
-                self.around.nursery.start_soon(restore_host, self, action)
+                self.around.nursery.start_soon(_recovering().restore_host, self, action)
             case Restore():
-                self.around.nursery.start_soon(restore_backup, self, action)
+                self.around.nursery.start_soon(_recovering().restore_backup, self, action)
             case _:
                 self._do_now(action)
 
@@ -246,19 +260,31 @@ class SlotShell:
                 self.around.nursery.start_soon(self.stop, instance)
             case Rescue(instance):
                 self.gateway.rescue(instance)
-            case EndShadow():
-                self._end_shadow()
-            case EndDrill():
-                if self._drill is not None:
-                    self._drill.cancel()
+            case BeginHandBack():
+                self._handing = trio.CancelScope()
+                self.around.nursery.start_soon(hand_back, self, action, self._handing)
+            case Resume(instance):
+                self.around.nursery.start_soon(resume, self, instance)
+            case EndShadow() | EndDrill() | EndHandOver():
+                self._call_off(action)
             case Verify(migration, instance):
                 answer = FirstAnswer()
                 self.gateway.on_answer(instance, lambda _: answer.note("a client's request"))
                 self.around.nursery.start_soon(self._verify, migration, instance, self.routed_at, answer)
 
+    def _call_off(self, action: EndShadow | EndDrill | EndHandOver) -> None:
+        if isinstance(action, EndShadow):
+            self._end_shadow()
+            return
+        scope = self._drill if isinstance(action, EndDrill) else self._handing
+        if scope is not None:
+            scope.cancel()
+
     # --- preparing
 
     async def _prepare(self, command: commands.Prepare) -> None:
+        from interlock.agents.prepare import Preparation, prepare
+
         around = self.around
         permanent = self.instances.get(self.slot.permanent or "")
         preparation = Preparation(
@@ -270,6 +296,7 @@ class SlotShell:
         self.baseline = preparation.baseline
         if ended.ok and preparation.config is not None:
             self.config = preparation.config
+            self.slot.hand_back = self.config.hand_back
         self.give(ended)
 
     # --- instances
@@ -371,6 +398,9 @@ class SlotShell:
             reason = "there are no requests to mirror: this agent has connections of a protocol of its own, or no port"
             self.give(ShadowEnded(command.migration, False, reason, {"verdict": "error"}))
             return
+        from interlock.agents.comparer import Bench, Comparer, functions_of
+        from interlock.agents.shadow import ShadowRun
+
         run = ShadowRun(command, time.time(), self.config.compare.errors)
         self._shadow = run
         functions = functions_of(self.config.compare)
@@ -467,3 +497,14 @@ class SlotShell:
 
 def moment() -> Moment:
     return Moment(trio.current_time(), time.time())
+
+
+def _recovering() -> ModuleType:
+    from interlock.agents import recovering
+
+    return recovering
+
+
+def import_rest() -> None:
+    """What a migration needs and a start does not. In a thread, once the host serves: then no request waits for it."""
+    from interlock.agents import comparer, prepare, recovering, shadow  # noqa: F401

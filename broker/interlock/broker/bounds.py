@@ -35,6 +35,7 @@ COUNT = Range(0, 1_000_000_000)  # whatever is counted
 
 # By class and key. A number that has no entry is a TIME if its key says so, else a COUNT.
 RANGES: dict[str, Range] = {
+    "BrokerConfig.heartbeat_s": Range(0.2, 60),  # more often costs more than the news is worth
     "LogConfig.keep_days": Range(0, 36_500),
     "LogConfig.keep_mb": Range(1, 100_000_000),
     "CoordinatorConfig.lease_s": Range(0.5, 3600),  # the coordinator renews it every third of that
@@ -49,6 +50,7 @@ RANGES: dict[str, Range] = {
     "AgentConfig.window": Range(0, 10_000),
     "AgentConfig.request_timeout_s": DEADLINE,
     "AgentConfig.hold_s": Range(0, DAY_S),
+    "AgentConfig.hand_over_s": DEADLINE,
     "AgentConfig.health_period_s": PERIOD,
     "AgentConfig.health_failures": Range(1, 1000),
     "CompareConfig.tolerance": Range(0, 1),

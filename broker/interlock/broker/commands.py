@@ -180,6 +180,21 @@ class Shadow(_Body, frozen=True, kw_only=True, tag="shadow"):
     max_mismatches: Annotated[Count, says("more answers that differ: it has failed")]
 
 
+class HandOver(_Body, frozen=True, kw_only=True, tag="hand-over"):
+    """Hand the state in memory from the serving instance to the candidate, while requests wait at the gateway."""
+
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    route: Annotated[
+        bool, says("all live requests go to the candidate then; else it is a copy, and the old one goes on")
+    ]
+    promise_s: Annotated[Span, says("seconds: a hand-over that takes longer has failed, unless that is accepted")]
+    lease_s: Annotated[Span, says("seconds: a lease that is not renewed for so long is rolled back")]
+    accept: Annotated[str, says('the slowest class of rollback that will do: "" (warm), "cold" or "hand-over"')] = ""
+
+
 class CutOver(_Body, frozen=True, kw_only=True, tag="cut-over"):
     """Give the candidate a share of the live requests; the host holds a lease from then on."""
 
@@ -249,9 +264,10 @@ Command = (
     | Drill
     | StartCandidate
     | Shadow
+    | HandOver
     | CutOver
     | Commit
     | RollBack
     | RenewLease
 )
-HostCommand = Prepare | Drill | StartCandidate | Shadow | CutOver | Commit
+HostCommand = Prepare | Drill | StartCandidate | Shadow | HandOver | CutOver | Commit

@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args
 
 import msgspec
+from msgspec.structs import replace
 
 from interlock.broker.bounds import check_command, check_environment, check_place, check_values
 from interlock.broker.errors import ConfigError
@@ -38,6 +39,9 @@ _ENDPOINT = re.compile(
 _HTTP_NAME = re.compile(r"[A-Z]+ /\S*")  # a method and a path
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+HOSTS_PER_S = (
+    400  # hosts for each second between the pings of a link: what they cost a broker stays below 5 % of a core
+)
 MAX_FILE = 16 << 20  # characters: 10,000 hosts with an agent each take 3 million
 
 
@@ -48,6 +52,10 @@ class BrokerConfig(_Config, frozen=True, kw_only=True):
     feed: str = "tcp://127.0.0.1:7172"  # subscribers of events (XPUB)
     telemetry_in: str = "tcp://127.0.0.1:7173"  # publishers of telemetry (ROUTER)
     telemetry_out: str = "tcp://127.0.0.1:7174"  # subscribers of telemetry (XPUB)
+    heartbeat_s: float = 1.0  # between pings of a link; by itself 1, and with more than 400 hosts a second for each 400
+
+
+PLACES = ("events", "feed", "telemetry_in", "telemetry_out")  # the keys of a BrokerConfig that are endpoints
 
 
 class SecurityConfig(_Config, frozen=True, kw_only=True):
@@ -147,6 +155,18 @@ class NeedsConfig(_Config, frozen=True, kw_only=True):
     gpu_memory_mb: float = 0.0  # MiB of GPU memory; 0: as the one before takes
 
 
+class StateConfig(_Config, frozen=True, kw_only=True):
+    """How a program hands its state in memory to the process that follows it: commands, run in the source folder.
+
+    Placeholders as in `command`; the environment is the program's own. One that does not exit with 0 has failed.
+    """
+
+    give: list[str]  # writes the state to its standard output
+    take: list[str]  # reads it from its standard input; when it exits with 0, the program has it
+    quiesce: list[str] = []  # before `give`: the program stops working by itself; none: it does nothing by itself
+    resume: list[str] = []  # undoes that: where the hand-over failed, and in the program that has the state
+
+
 class RevisionConfig(_Config, frozen=True, kw_only=True):
     """One revision of an agent: a class on our base class (`entry`), or any program (`command`).
 
@@ -162,6 +182,7 @@ class RevisionConfig(_Config, frozen=True, kw_only=True):
     probe: ProbeConfig | None = None  # of a program; a class answers for itself
     start_timeout_s: float = 30.0  # not healthy by then: it failed to start
     stop_timeout_s: float = 5.0  # after SIGTERM, before SIGKILL
+    state: StateConfig | None = None  # of a program that keeps state in memory; a class has hooks for it
     needs: NeedsConfig = NeedsConfig()  # checked before it is started; no part of what the revision is
 
     @property
@@ -207,6 +228,8 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     action_field: str = "action"  # exec: the key of a JSON or MessagePack request that names the action
     window: int = 0  # requests outstanding at an instance at once; 0: 1 for a REP program, 64 for a class or HTTP
     compare: CompareConfig = CompareConfig()  # of the answers in shadow
+    hand_over_s: float = 5.0  # requests wait this long for state in memory to be handed over; then the old one goes on
+    hand_back: bool = True  # at a rollback the candidate's newer state goes back, if it can still give it
     request_timeout_s: float = 30.0  # a request unanswered for so long is answered with an error
     hold_s: float = 10.0  # requests wait this long for an instance to come back, then get an error
     health_period_s: float = 1.0  # between health checks
@@ -296,7 +319,15 @@ def parse_fleet(tree: dict[str, Any], *, path: str = "") -> FleetConfig:
     except msgspec.ValidationError as error:
         raise _explain(str(error), tree, where) from None
     _check(fleet, where)
-    return fleet
+    broker = tree.get("broker", {})
+    if "heartbeat_s" in broker:
+        return fleet
+    return replace(fleet, broker=replace(fleet.broker, heartbeat_s=heartbeat_of(len(fleet.hosts))))
+
+
+def heartbeat_of(hosts: int) -> float:
+    """Seconds between the pings of a link, in a fleet of so many hosts that says nothing of it."""
+    return min(max(1.0, hosts / HOSTS_PER_S), 60.0)
 
 
 def _explain(message: str, tree: dict[str, Any], where: str) -> ConfigError:
@@ -364,7 +395,7 @@ def _check(fleet: FleetConfig, where: str) -> None:
             raise ConfigError(f"{value} is already used by {taken[place]}", where=f"{where}: {key}")
         taken[place] = key
 
-    for name in BrokerConfig.__struct_fields__:
+    for name in PLACES:
         endpoint(getattr(fleet.broker, name), f"broker.{name}")
     for name, host in fleet.hosts.items():
         check_name(name, where=f"{where}: hosts")
@@ -434,9 +465,29 @@ def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionCo
         raise ConfigError("a script probe needs a command", where=where)
     if revision.command:
         check_command(revision.command, where)
+    if revision.state is not None:
+        _check_state(agent, revision, f"{where}.state")
     if revision.probe is not None and revision.probe.command:
         check_command(revision.probe.command, f"{where}.probe")
     check_environment(revision.env, where)
+
+
+def _check_state(agent: AgentConfig, revision: RevisionConfig, where: str) -> None:
+    state = revision.state
+    assert state is not None
+    if revision.entry:
+        raise ConfigError("a class has snapshot() and restore() for it", where=where, hint="leave the table out")
+    if agent.endpoint.startswith("stream"):
+        raise ConfigError(
+            "connections of a protocol of its own can't be held while state is handed over", where=where,
+            hint="leave the table out, and keep what must last in the agent's data folder",
+        )  # fmt: skip
+    for key in ("give", "take", "quiesce", "resume"):
+        command = getattr(state, key)
+        if not command and key in ("give", "take"):
+            raise ConfigError("needs a command", where=f"{where}.{key}")
+        if command:
+            check_command(command, f"{where}.{key}")
 
 
 def _check_handlers(agent: AgentConfig, where: str) -> None:

@@ -77,13 +77,16 @@ class SlotChanged(_Body, frozen=True, kw_only=True, tag="slot-changed"):
 
     host: HostName
     agent: AgentName
-    state: Annotated[str, says("serving, preparing, prepared, starting, standby, shadowing, live or rolling-back")]
+    state: Annotated[
+        str, says("serving, preparing, prepared, starting, standby, shadowing, handing-over, live or rolling-back")
+    ]
     permanent: Annotated[str, says("the revision that serves by right")]
     candidate: Annotated[str | None, says("the revision on trial")] = None
     share: Annotated[float, says("of the live requests, 0 to 1, to the candidate")] = 0.0
     migration: Annotated[str | None, says("the id of the migration that it belongs to")] = None
     epoch: Epoch = 0
     endpoint: Annotated[str, says("the gateway's, where clients find the agent")] = ""
+    hands_over: Annotated[bool, says("it keeps state in memory, which is handed over in a migration")] = False
 
 
 class StepDone(_Body, frozen=True, kw_only=True, tag="step-done"):

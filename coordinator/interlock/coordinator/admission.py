@@ -32,6 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     start_timeout_s: float
     accept: str = ""  # the slowest class of rollback that will do
     sick_ok: bool = False  # the old revision may be sick
+    hand_over_s: float = 5.0  # for its state in memory
     left_out: list[str] = []  # what this agent can't go through, and why
 
 
@@ -104,10 +105,11 @@ def consider(
         if not asked.because:
             objections.append(ConfigError(what, hint="if it must be, say why: --because TEXT"))
     slot = fleet.agents.get(asked.agent)
-    possible, left_out = fitted(config.strategy(choice.strategy), agent)
+    hands_over = slot is not None and slot.hands_over
+    possible, left_out = fitted(config.strategy(choice.strategy), agent, hands_over=hands_over)
     settings = Settings(
         strategy=possible, start_timeout_s=revision.start_timeout_s, accept=asked.accept, sick_ok=bool(asked.because),
-        left_out=left_out,
+        left_out=left_out, hand_over_s=agent.hand_over_s,
     )  # fmt: skip
     return Case(agent, slot.permanent if slot else "", choice, settings, objections, deviations)
 

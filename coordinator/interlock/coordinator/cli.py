@@ -366,9 +366,10 @@ def _asyncapi(chosen: argparse.Namespace) -> int:
 
 
 def _shell(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.ids import read_ids
     from interlock.coordinator.shell import Shell
 
-    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, _run_line)
+    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, _run_line, read_ids)
     shell.cmdloop()
     return shell.exit_code
 

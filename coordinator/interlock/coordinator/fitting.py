@@ -8,8 +8,13 @@ from interlock.broker.config import AgentConfig
 from interlock.broker.strategies import StrategyConfig
 
 
-def fitted(strategy: StrategyConfig, agent: AgentConfig) -> tuple[StrategyConfig, list[str]]:
-    """The strategy without what is not possible for this agent, and a line of why for each stage that is left out."""
+def fitted(
+    strategy: StrategyConfig, agent: AgentConfig, *, hands_over: bool = False
+) -> tuple[StrategyConfig, list[str]]:
+    """The strategy without what is not possible for this agent, and a line of why for each stage that is left out.
+
+    hands_over: it keeps state in memory.
+    """
     left_out: list[str] = []
     if strategy.shadow_requests and agent.serves != "requests":
         why = "a TCP agent has connections, no requests to mirror"
@@ -19,6 +24,9 @@ def fitted(strategy: StrategyConfig, agent: AgentConfig) -> tuple[StrategyConfig
         strategy = msgspec.structs.replace(strategy, shadow_requests=0)
     if strategy.canary and agent.serves == "nothing":
         left_out.append("canary is not possible: an agent without a port has one active instance, nothing to share out")
+        strategy = msgspec.structs.replace(strategy, canary=[])
+    if strategy.canary and hands_over:
+        left_out.append("canary is not possible: it keeps state in memory, which only one instance can have")
         strategy = msgspec.structs.replace(strategy, canary=[])
     if strategy.observe.requests and agent.serves != "requests":
         left_out.append("the checks of latency and errors are not possible: it answers no requests of clients")

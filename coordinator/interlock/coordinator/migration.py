@@ -6,7 +6,7 @@ it sends a second time carries the same id, so it is logged and done once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 
@@ -16,25 +16,15 @@ from interlock.broker.config import CoordinatorConfig
 from interlock.broker.facts import Outcome
 from interlock.broker.fields import Evidence
 from interlock.broker.strategies import StrategyConfig
-from interlock.broker.wire import Body, Event
+from interlock.broker.wire import Event
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
 from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
-from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of
+from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of, handing_over
 
 ROLLBACK_ANSWER_S = 90.0  # a host that reports no rollback for so long has failed it: the slowest level takes 60 s
 LEASE_RENEWALS = 3  # per lease: two may be lost
-
-
-@dataclass(frozen=True)
-class Emit:
-    """Publish `body` under `id`. `direct`: only to the host's control endpoint, not through the log."""
-
-    topic: str
-    body: Body
-    id: str
-    direct: bool = False
-    also_direct: bool = False
 
 
 class Migration:
@@ -168,6 +158,8 @@ class Migration:
             self.baseline = Baseline.from_evidence(body.evidence)
             if body.evidence.get("rollback_class") == "cold":
                 self._terms, self.steps = replace(self._terms, cold=True), cold(self.steps)
+            if body.evidence.get("hands_over") is True:
+                self.steps = handing_over(self.steps, self._terms.hand_over_s)
         if body.step == "commit":
             if self._turn("committed", None, at):
                 self.outcome = "committed"
@@ -195,10 +187,11 @@ class Migration:
             self._turn("checks-failed", self.judgement.breach(at), at)
 
     def _refused(self, breach: Breach, at: float) -> None:
-        if self.steps[self.index].step != "prepare":
+        kept = self._kept is not None
+        if not kept and self.steps[self.index].step != "prepare":
             self._turn("refused", breach, at)
-        elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
-            self.outcome = "refused"
+        elif self._turn("not-committed" if kept else "not-prepared", breach, at):  # the host will report no rollback
+            self.outcome = "failed" if kept else "refused"
 
     def _going_back(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
         match body:
@@ -244,7 +237,7 @@ class Migration:
 
     def _slot_changed(self, body: facts.SlotChanged, at: float) -> None:
         """A slot that has no candidate, and has seen this epoch, has settled it, whatever else was lost on the way."""
-        mine = body.agent == self.started.agent and body.epoch == self.started.epoch
+        mine = (body.host, body.agent, body.epoch) == (self.started.host, self.started.agent, self.started.epoch)
         if not mine or body.candidate is not None or body.migration is not None:
             return
         if body.permanent == self.started.to:

@@ -15,7 +15,7 @@ from interlock.broker.errors import InterlockError
 from interlock.broker.strategies import Level, ObserveConfig, StrategyConfig
 from interlock.coordinator.admission import Case
 from interlock.coordinator.fleet import Agent
-from interlock.coordinator.steps import PlannedStep, Stage, plan
+from interlock.coordinator.steps import PlannedStep, Stage, handing_over, plan
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def forecast(
 ) -> Forecast:
     strategy = case.settings.strategy
     steps = plan(strategy, start_timeout_s=case.settings.start_timeout_s)
+    if slot is not None and slot.hands_over:
+        steps = handing_over(steps, case.settings.hand_over_s)
     stages = [_stage(stage, steps, strategy, config) for stage in Stage if any(step.stage is stage for step in steps)]
     return Forecast(
         agent=asked.agent,
@@ -138,6 +140,9 @@ def _least(step: PlannedStep, strategy: StrategyConfig) -> float:
 def _words(step: PlannedStep) -> str:
     if step.step == "cut-over":
         return f"{step.share:.0%} of the requests" + (f" for {step.dwell_s:g} s" if step.dwell_s else "")
+    if step.step == "hand-over":
+        what = "the state in memory" if step.share >= 1 else "a copy of the state in memory"
+        return f"hand over {what}: requests wait, for {step.time_s:g} s at most"
     return step.step
 
 

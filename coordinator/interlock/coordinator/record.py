@@ -16,6 +16,7 @@ from interlock.broker.facts import Check, Track
 from interlock.broker.fields import Evidence
 from interlock.broker.samples import NAME
 from interlock.broker.wire import Event
+from interlock.coordinator.state_words import handed_back, handed_over
 from interlock.coordinator.wording import Tone, concerns, sentence, tone
 
 FORMAT = 1  # of the file
@@ -125,6 +126,7 @@ class Restored(_Part, frozen=True, kw_only=True):
     routed: float
     restored: float
     verified: bool
+    state: str = ""  # what became of the agent's state in memory, where the candidate had it
 
     @property
     def routed_ms(self) -> float | None:
@@ -243,7 +245,8 @@ class Folding:
             case facts.StageEntered():
                 self._enter(body.stage, at)
             case facts.StepDone():
-                self._step(f"{body.step} done", at)
+                more = handed_over(body.evidence) if body.step == "hand-over" else ""
+                self._step(f"{body.step} done" + (f" ({more})" if more else ""), at)
             case facts.StepFailed():
                 self._step(f"{body.step} failed: check {body.check}", at)
             case facts.ChecksMeasured():
@@ -345,6 +348,7 @@ class Folding:
         self._found["rollback"] = Restored(
             revision=body.revision, level=body.level, first_sample=body.breach.sample_time, asked=asked,
             received=body.received, routed=body.routed, restored=body.restored, verified=body.verified,
+            state=handed_back(body.evidence),
         )  # fmt: skip
         self._found["decision"] = _decision(body.breach, event)
 

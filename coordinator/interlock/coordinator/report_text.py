@@ -122,6 +122,8 @@ def _rollback(record: Record) -> Iterator[str]:
             f"after the first sample that showed it: {back.routed_ms:.0f} ms until requests went to it, "
             f"{back.restored_ms:.0f} ms until it answered"
         )
+    if back.state:
+        yield back.state
 
 
 def _requests(record: Record) -> Iterator[str]:
@@ -149,7 +151,9 @@ def _middle(record: Record) -> list[str]:
     last = record.stages[-1]
     moment = next((m for m in record.timeline if m.type == "stage-entered" and m.time == last.begin), None)
     number = f" (event {moment.seq})" if moment is not None else ""
-    return [f"It reached the stage {last.stage} {last.begin - record.started:.1f} s after it had begun{number}."]
+    told = [f"It reached the stage {last.stage} {last.begin - record.started:.1f} s after it had begun{number}."]
+    moved = [step for span in record.stages for step in span.steps if step.startswith("hand-over done")]
+    return told + [f"The state in memory went to the candidate: {step}." for step in moved[-1:]]
 
 
 def _steering(one: Led) -> str:
@@ -205,6 +209,7 @@ def _ending(record: Record) -> list[str]:
         how = "which was still running" if back.level == 1 else "which had to be started again"
         after = f" {back.routed_ms:.0f} ms after the first sample that showed it" if back.routed_ms is not None else ""
         told.append(f"The host gave the requests back to {back.revision}, {how},{after or ' at once'}.")
+        told += [f"{back.state[0].upper()}{back.state[1:]}."] if back.state else []
     end = next((moment for moment in reversed(record.timeline) if moment.type == "migration-ended"), None)
     if record.outcome and end is not None:
         told.append(f"It ended as {record.outcome} (event {end.seq}), decided by {record.decided_by}: {record.reason}.")

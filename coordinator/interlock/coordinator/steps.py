@@ -60,17 +60,33 @@ def cold(steps: list[PlannedStep]) -> list[PlannedStep]:
     return [step for step in steps if step.step != "shadow" and (step.step != "cut-over" or step.share >= 1)]
 
 
+def handing_over(steps: list[PlannedStep], hand_over_s: float) -> list[PlannedStep]:
+    """The same for an agent that keeps state in memory: the candidate gets a copy before its answers are compared, and
+    the state itself with all requests. A share of them would change two states apart from each other.
+    """
+    found: list[PlannedStep] = []
+    for step in steps:
+        if step.step == "cut-over" and step.share < 1:
+            continue
+        if step.step in ("shadow", "cut-over"):
+            share = 1.0 if step.step == "cut-over" else 0.0
+            found.append(PlannedStep(step.stage, "hand-over", hand_over_s, share, gate=step.gate))
+        found.append(replace(step, gate=step.gate and step.step not in ("shadow", "cut-over")))
+    return found
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the operator accepts of this migration, and what prepare made of it.
 
     accept: the slowest class of rollback. sick_ok: the old revision may be sick. cold: it is stopped before the
-    candidate starts.
+    candidate starts. hand_over_s: seconds that the agent's state may take.
     """
 
     accept: str = ""
     sick_ok: bool = False
     cold: bool = False
+    hand_over_s: float = 5.0
 
 
 def command_of(
@@ -116,4 +132,7 @@ def command_of(
         case "commit":
             return commands.Commit(migration=migration, agent=agent, epoch=epoch, deadline=deadline)
         case "hand-over":
-            raise AssertionError("no plan has this step")
+            return commands.HandOver(
+                migration=migration, agent=agent, epoch=epoch, deadline=deadline, route=step.share >= 1,
+                promise_s=strategy.promise_s, lease_s=lease_s, accept=terms.accept,
+            )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Literal
 
 from interlock.broker import commands, facts
 from interlock.broker.wire import Body, Event
+from interlock.coordinator.state_words import handed_back, handed_over
 
 _STEERED = {
     "approve": "approved",
@@ -134,7 +135,8 @@ def _of_slot(
             trial = f", {body.candidate} on trial with {body.share:.0%} of the requests" if body.candidate else ""
             return f"{body.agent}: {body.state} ({body.permanent} is permanent{trial})"
         case facts.StepDone():
-            return f"{body.agent}: {body.step} done"
+            more = handed_over(body.evidence) if body.step == "hand-over" else ""
+            return f"{body.agent}: {body.step} done{_more(more)}"
         case facts.StepFailed():
             return f"{body.agent}: {body.step} FAILED, check {body.check}: {body.reason}"
         case facts.CommandRefused():
@@ -142,7 +144,9 @@ def _of_slot(
         case facts.RolledBack():
             took = reaction(body)
             since = f", {took:.2f} s after the sample that showed it" if took is not None else ""
-            return f"{body.agent}: {body.revision} serves again{since} ({body.breach.by}: {body.breach.reason})"
+            state = handed_back(body.evidence)
+            again = f"{body.agent}: {body.revision} serves again{since} ({body.breach.by}: {body.breach.reason})"
+            return f"{again}; {state}" if state else again
 
 
 def _of_safety(body: facts.RollBackEscalated | facts.RollBackFailed | facts.DrillDone) -> str:
@@ -177,6 +181,8 @@ def _of_command(body: Body) -> str:
             return "hosts are asked whether they are there"
         case commands.RollBack():
             return f"{agent}: roll back {body.migration} ({body.breach.by}: {body.breach.reason})"
+        case commands.HandOver():
+            return f"{agent}: hand over {'the state' if body.route else 'a copy of the state'}"
         case commands.CutOver():
             return f"{agent}: cut over {body.share:.0%} of the requests"
         case _:

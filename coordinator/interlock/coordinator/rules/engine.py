@@ -12,17 +12,18 @@ staleness. A publisher's clock is brought to ours by the smallest difference see
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
-from interlock.broker.samples import Labels
+from interlock.broker.samples import MAX_SOURCES, Labels
 from interlock.coordinator.rules.alerts import Transition
 from interlock.coordinator.rules.clocks import Skew
 from interlock.coordinator.rules.evaluate import LOOKBACK_S, Evaluation
 from interlock.coordinator.rules.expression import Expression
-from interlock.coordinator.rules.graph import Graph
+from interlock.coordinator.rules.graph import Graph, reachable
 from interlock.coordinator.rules.language import parse
 from interlock.coordinator.rules.nodes import Node
 from interlock.coordinator.rules.operators import quietly
@@ -62,7 +63,7 @@ class Engine:
         self._graph = Graph(self.store, lambda: self._now_ms)
         self.running = [Running(rule, self.store, self._graph) for rule in rules]
         self._gone: list[int] = []  # series that ended since the last batch
-        self._skews: dict[str, Skew] = {}
+        self._skews: OrderedDict[str, Skew] = OrderedDict()  # by publisher, MAX_SOURCES of them
         self._began: float | None = None
         self._watermark = -math.inf
         self._next_scan = self._next_batch = -math.inf
@@ -173,6 +174,15 @@ class Engine:
             made += self._release(now)
         return made
 
+    def refresh(self, ids: Ints, now: float) -> None:
+        """These series were filled in from elsewhere: whoever looks at them looks again."""
+        self._now_ms = milliseconds(now)
+        with quietly():
+            for running in self.running:
+                for node in reachable(running.root) if running.root is not None else ():
+                    node.renew()
+            self._tell(ids)
+
     def restore(
         self, rule: str, labels: dict[str, str], value: float, *, sample_time: float, since: float, now: float
     ) -> bool:
@@ -245,6 +255,15 @@ class Engine:
 
     # --- inside
 
+    def _skew(self, publisher: str) -> Skew:
+        found = self._skews.get(publisher)
+        if found is None:
+            found = self._skews[publisher] = Skew()
+            if len(self._skews) > MAX_SOURCES:
+                self._skews.popitem(last=False)
+        self._skews.move_to_end(publisher)
+        return found
+
     def _apply(self, batches: Sequence[Columns], now: float) -> list[Transition]:
         self._begin(now)
         changed = [np.array(self._gone, np.int64)] if self._gone else []
@@ -254,10 +273,7 @@ class Engine:
         latest = -math.inf
         for ids, values, time, publisher in batches:
             taken = time if math.isfinite(time) else now
-            skew = self._skews.get(publisher)
-            if skew is None:
-                skew = self._skews[publisher] = Skew()
-            at = milliseconds(skew.in_order(taken, now))
+            at = milliseconds(self._skew(publisher).in_order(taken, now))
             plan = self._plans.of(self.store, publisher, ids, self.store.version) if len(ids) else None
             if plan is None and len(ids) and ids.min() < 0:
                 self.store.refused += int((ids < 0).sum())

@@ -105,6 +105,9 @@ class Node:
     def scan(self, at: float) -> None:
         """Time passed; milliseconds."""
 
+    def renew(self) -> None:
+        """The samples below are others than they were told to be."""
+
 
 class Leaf(Node):
     """An instant selector: the newest sample of each of its series."""

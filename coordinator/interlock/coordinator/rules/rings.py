@@ -82,6 +82,25 @@ class Rings:
         self.values[place] = values
         self.head[rings] = head + 1
 
+    def fill(self, ring: int, times: Floats, values: Floats) -> None:
+        """Begin a ring anew with these samples, oldest first; the newest of them, if they are too many."""
+        times, values = times[-MAX_RING:], values[-MAX_RING:]
+        capacity = int(self.mask[ring]) + 1
+        while capacity < len(times):
+            capacity *= 2
+        if capacity > int(self.mask[ring]) + 1:
+            base = self._place(capacity)
+            if base < 0:
+                self.lost += len(times)
+                return
+            self._free_places.setdefault(int(self.mask[ring]) + 1, []).append(int(self.base[ring]))
+            self.base[ring], self.mask[ring] = base, capacity - 1
+        base = int(self.base[ring])
+        self.times[base : base + len(times)] = times
+        self.values[base : base + len(values)] = values
+        self.head[ring], self.tail[ring] = len(times), 0
+        self.revised[ring] += 1
+
     def at(self, rings: Ints, index: Ints) -> Ints:
         """Where sample number `index` of each ring lies."""
         place: Ints = self.base[rings] + (index & self.mask[rings])

@@ -99,6 +99,15 @@ class Windowed(Passing):
             self._update(due)
             self.emit(due)
 
+    def renew(self) -> None:
+        members, rings = self._leaf.members, self._leaf.store.rings
+        slots = np.flatnonzero(self.state.live[: members.count])
+        slots = slots[self._leaf.store.ring[members.ids[slots]] >= 0]
+        ring = self._leaf.store.ring[members.ids[slots]]
+        self.state.tail[slots], self.state.seen[slots] = rings.tail[ring], rings.head[ring]
+        self._anchor(slots, ring, rings)
+        self._update(slots)
+
     def _clear(self, slot: int) -> None:
         for name, (_, default) in Rolling.FIELDS.items():
             getattr(self.state, name)[slot] = default

@@ -8,7 +8,7 @@ computed as a whole too: only at a moment is it clear whether two of them are th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -200,6 +200,12 @@ class Running:
             if transition is not None:
                 made.append(transition)
         return made
+
+    def load(self, alerts: Iterable[dict[str, Any]]) -> None:
+        """Take up alerts of a snapshot."""
+        self.alerts.load(alerts)
+        for slot, key in self.keys.items():
+            self._rows[slot] = self.alerts.rows_of.get(key, -1)
 
     def take_orphans(self) -> set[Labels]:
         gone, self._orphans = self._orphans, set()

@@ -147,6 +147,9 @@ class SeriesStore(Columns):
                 self._ring(series, keep_ms)
         return made
 
+    def publisher_names(self) -> dict[int, str]:
+        return {number: name for name, number in self._publishers.items()}
+
     def watched(self) -> Iterable[Members]:
         return self._by_selector.values()
 
