@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,3 +162,25 @@ def test_what_publishers_bring_again_and_again_is_planned_and_gives_the_same(
     if not engine.running[0].conflicted:
         known = engine._plans._known["one"]
         assert known[2] is not None
+
+
+@pytest.mark.parametrize("text", POINTWISE + WINDOWED)
+@settings(max_examples=4, deadline=None)
+@given(found=st.lists(keys, min_size=3, max_size=8, unique=True), script=rounds)
+def test_planned_batches_that_wait_together_give_the_same(
+    text: str, found: list[Labels], script: list[list[float]]
+) -> None:
+    engine = made_of(text)
+    engine.ingest([], [], 0.0, 90.0)
+    now = 90.0 + STARTUP_S
+    engine.tick(now)
+    for each in script:
+        now += 0.5
+        batches = []
+        for number in range(3):
+            ids = np.array([engine.admit(key, f"p{number}") for key in found[number::3]])
+            batches.append((ids, np.array([*each, *each][: len(ids)]), now, f"p{number}"))
+        engine.apply(batches, now)
+        now += 0.26
+        engine.tick(now)
+        check(engine, now)

@@ -27,7 +27,7 @@ from interlock.coordinator.rules.graph import Graph, reachable
 from interlock.coordinator.rules.language import parse
 from interlock.coordinator.rules.nodes import Node
 from interlock.coordinator.rules.operators import quietly
-from interlock.coordinator.rules.plans import Plan, Plans
+from interlock.coordinator.rules.plans import Plan, Plans, together
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.running import Running, unnamed
 from interlock.coordinator.rules.series import BASELINE, ENDED, NOBODY, PRESENT, SeriesStore
@@ -41,6 +41,7 @@ STARTUP_S = 5.0  # absence is judged after so much ingest: every publisher has s
 WATERMARK_S = 5.0  # without any sample for so long, the bus stands still and not the series: staleness waits
 BIND_AT_ONCE = 250  # new series that are matched against all selectors in one go: some 10 ms
 MAX_PASSES = 16  # recorded series that feed each other settle within so many passes, or the rest waits for a sample
+TOGETHER = 3  # planned batches in one call: from so many on, joining them costs less than following each
 PARTITION_PUBLISHERS = 3  # so many publishers that fall silent together, and half of all, are a partition
 OVERDUE_INTERVALS = 3.0  # a publisher is silent when nothing came for so many of its series' intervals
 RECORDER = ""  # the publisher of what rules record
@@ -293,19 +294,32 @@ class Engine:
     def _follow(self, plans: Sequence[Plan], now: float, sample_time: float) -> list[Transition]:
         """Let nodes and rules look as planned; a rule that can't, by now, looks as it does without a plan."""
         made: list[Transition] = []
+        if len(plans) >= TOGETHER:
+            steps, looks = together(plans)
+            for step, slots in steps:
+                step(slots)
+            for running, slots in looks:
+                if self._as_planned(running, slots, now, sample_time):
+                    unique = np.unique(slots)
+                    made += running.see(unique, *running.at(unique), now)
+            return made
         for plan in plans:
-            for op in plan.ops:
-                op()
+            for _, _, _, bound in plan.steps:
+                bound()
         for plan in plans:
             for running, slots, fetch in plan.looks:
-                running.sample_time = sample_time
-                if running.error or running.marked or running.conflicted or self._too_early(running, now):
-                    running.mark(slots)
-                    continue
-                self.evaluations += 1
-                values, codes = fetch()
-                made += running.see(slots, values, codes, now)
+                if self._as_planned(running, slots, now, sample_time):
+                    values, codes = fetch()
+                    made += running.see(slots, values, codes, now)
         return made
+
+    def _as_planned(self, running: Running, slots: Ints, now: float, sample_time: float) -> bool:
+        running.sample_time = sample_time
+        if running.error or running.marked or running.conflicted or self._too_early(running, now):
+            running.mark(slots)
+            return False
+        self.evaluations += 1
+        return True
 
     def _begin(self, now: float) -> None:
         if self._began is None:

@@ -95,12 +95,12 @@ class Aggregated(Node):
     def plan(self, port: int, slots: Ints, plan: Planned) -> None:
         groups = np.unique(self._group[slots])
         if sum(self._size[group] for group in groups.tolist()) > MAX_AT_ONCE:
-            plan.ops.append(lambda: self._waiting.update(groups.tolist()))
+            plan.do(self, port, lambda groups: self._waiting.update(groups.tolist()), groups)
             return
         self._sort()
         members, starts = self._members(groups)
         fetch = self.children[0].bound(members, plan.fresh)
-        plan.ops.append(lambda: self._note(groups, starts, *fetch()))
+        plan.do(self, port, self._again, groups, lambda: self._note(groups, starts, *fetch()))
         self.pass_on(groups, plan)
 
     def scan(self, at: float) -> None:
@@ -138,6 +138,12 @@ class Aggregated(Node):
             self._order = members[np.argsort(self._group[members], kind="stable")]
             self._bounds = np.searchsorted(self._group[self._order], np.arange(len(self._labels) + 1)).astype(np.int64)
             self._sorted = True
+
+    def _again(self, groups: Ints) -> None:
+        """Compute these groups, of which some may be named twice; who listens knows already."""
+        groups = np.unique(groups)
+        members, starts = self._members(groups)
+        self._note(groups, starts, *self.children[0].at(members))
 
     def _compute(self, groups: Ints) -> None:
         if not len(groups):

@@ -25,11 +25,17 @@ Cells = tuple[Floats, Codes]
 Fetch = Callable[[], tuple[Floats, Codes | None]]  # values and codes of some slots; no codes: every value is there
 
 
+Step = Callable[[Ints], object]
+
+
 class Planned(Protocol):
     """What a batch of the same series does each time (plans.py)."""
 
-    ops: list[Callable[[], object]]
     fresh: Flags  # of each series: the batch brings a sample of it
+
+    def do(self, node: object, port: int, step: Step, slots: Ints, bound: Callable[[], object] | None = None) -> None:
+        """Each time, let the node take a step about these slots; `bound`: the same, with all worked out."""
+        ...
 
     def look(self, rule: object, slots: Ints) -> None: ...
 
@@ -60,6 +66,7 @@ class Node:
 
     def __init__(self, children: Iterable[Node]) -> None:
         self.children = tuple(children)
+        self.depth: int = 1 + max((child.depth for child in self.children), default=0)
         self.outs: list[tuple[Listener, int]] = []
 
     def at(self, slots: Ints) -> Cells:
@@ -283,7 +290,7 @@ class Silent(Passing):
 
     def plan(self, port: int, slots: Ints, plan: Planned) -> None:
         self._fit()
-        plan.ops.append(lambda: self._silent.__setitem__(slots, False))
+        plan.do(self, port, lambda slots: self._silent.__setitem__(slots, False), slots)
         self.pass_on(slots, plan)
 
     def removed(self, port: int, slot: int) -> None:
@@ -334,7 +341,7 @@ class Nothing(Node):
         self._set(found, self.children[0].at(found)[1] == PRESENT)
 
     def plan(self, port: int, slots: Ints, plan: Planned) -> None:
-        plan.ops.append(lambda: self.touched(port, slots))
+        plan.do(self, port, lambda slots: self.touched(port, slots), slots)
 
     def _set(self, slots: Ints, present: Flags) -> None:
         before = bool(self._count)

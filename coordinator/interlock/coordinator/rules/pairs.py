@@ -367,7 +367,10 @@ class Combined(Node):
         if port == self._watched:
             counted = np.unique(slots)
             fetch = self.children[port].bound(counted, plan.fresh)
-            plan.ops.append(lambda: self._recount(port, counted, fetch()[1]))
+            plan.do(
+                self, port, lambda slots: self._count(port, np.unique(slots)), counted,
+                lambda: self._recount(port, counted, fetch()[1]),
+            )  # fmt: skip
         outer = self._outer[port][slots]
         outer = outer[outer >= 0]
         if len(outer):
@@ -383,7 +386,7 @@ class Combined(Node):
             codes = np.zeros(len(slots), np.uint8)
         before = self._code[port][slots]
         changed = before != codes
-        if not changed.any():
+        if not np.count_nonzero(changed):
             return
         slots, before, codes = slots[changed], before[changed], codes[changed]
         self._code[port][slots] = codes

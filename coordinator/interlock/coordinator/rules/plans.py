@@ -8,23 +8,25 @@ only gather values and compute.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from interlock.coordinator.rules.nodes import Fetch, NoPlan
+from interlock.coordinator.rules.nodes import Fetch, NoPlan, Step
 from interlock.coordinator.rules.running import Running
 from interlock.coordinator.rules.series import SeriesStore
 from interlock.coordinator.rules.values import Flags, Ints
+
+Key = tuple[int, int, int]  # of a step: how far above the samples, the node, its side
 
 MAX_PLANS = 20_000  # publishers remembered: as many sources as a reader of telemetry knows
 
 
 class Plan:
-    """`ops`: what nodes do; `looks`: the rules that look, their slots, and how they get at the values."""
+    """`steps`: what nodes do; `looks`: the rules that look, their slots, and how they get at the values."""
 
     def __init__(self, store: SeriesStore, ids: Ints) -> None:
-        self.ops: list[Callable[[], object]] = []
+        self.steps: list[tuple[Key, Step, Ints, Callable[[], object]]] = []
         self.looks: list[tuple[Running, Ints, Fetch]] = []
         self.fresh: Flags = np.zeros(store.rows, bool)
         self.fresh[ids] = True
@@ -39,9 +41,26 @@ class Plan:
             self.looks.append((running, chosen, running.root.bound(chosen, self.fresh)))
         self.fresh = np.empty(0, bool)
 
+    def do(self, node: object, port: int, step: Step, slots: Ints, bound: Callable[[], object] | None = None) -> None:
+        key = getattr(node, "depth", 0), id(node), port
+        self.steps.append((key, step, slots, bound if bound is not None else lambda: step(slots)))
+
     def look(self, rule: object, slots: Ints) -> None:
         assert isinstance(rule, Running)
         self._slots.setdefault(id(rule), (rule, []))[1].append(slots)
+
+
+def together(plans: Sequence[Plan]) -> tuple[list[tuple[Step, Ints]], list[tuple[Running, Ints]]]:
+    """What several plans do, node by node from the samples upwards, and rule by rule."""
+    steps: dict[Key, tuple[Step, list[Ints]]] = {}
+    looks: dict[int, tuple[Running, list[Ints]]] = {}
+    for plan in plans:
+        for key, step, slots, _ in plan.steps:
+            steps.setdefault(key, (step, []))[1].append(slots)
+        for running, slots, _ in plan.looks:
+            looks.setdefault(running.place, (running, []))[1].append(slots)
+    ordered = [(step, np.concatenate(found)) for _, (step, found) in sorted(steps.items(), key=lambda pair: pair[0])]
+    return ordered, [(running, np.concatenate(found)) for _, (running, found) in sorted(looks.items())]
 
 
 class Plans:

@@ -66,14 +66,14 @@ class Rings:
         """One sample for each of these rings, all of them different; newer than what they hold, or just as old."""
         base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
         again = (head > self.tail[rings]) & (self.times[base + ((head - 1) & mask)] == time)
-        if again.any():
+        if np.count_nonzero(again):
             place = base[again] + ((head[again] - 1) & mask[again])
             self.values[place] = values[again]
             self.revised[rings[again]] += 1
             rings, values = rings[~again], values[~again]
             base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
         full = head - self.tail[rings] > mask
-        if full.any():
+        if np.count_nonzero(full):
             for ring in rings[full].tolist():
                 self._make_room(ring, time)
             base, mask = self.base[rings], self.mask[rings]
@@ -111,7 +111,7 @@ class Rings:
         low, high = self.tail[rings].copy(), self.head[rings].copy()
         while True:
             open_ = low < high
-            if not open_.any():
+            if not np.count_nonzero(open_):
                 return low
             middle = (low + high) >> 1
             later = self.times[self.at(rings, middle)] > moment

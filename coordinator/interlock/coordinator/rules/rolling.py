@@ -85,7 +85,7 @@ class Windowed(Passing):
         self.emit(slots)
 
     def plan(self, port: int, slots: Ints, plan: Planned) -> None:
-        plan.ops.append(lambda: self._update(slots))
+        plan.do(self, port, self._update, slots)
         self.pass_on(slots, plan)
 
     def scan(self, at: float) -> None:
@@ -151,7 +151,7 @@ class Windowed(Passing):
                 values, found = state.total[slots] + state.total_lost[slots], some
                 if self._name == "avg_over_time":
                     values = values / count
-        if wild.any() and self._name not in ("count_over_time", "present_over_time", "last_over_time"):
+        if np.count_nonzero(wild) and self._name not in ("count_over_time", "present_over_time", "last_over_time"):
             values = values.copy()
             values[wild], found[wild] = self._anew(store, safe[wild], tail[wild], head[wild])
         return values, found & some
@@ -200,17 +200,17 @@ class Windowed(Passing):
         """Take in what the rings got, and let go what the window has left behind."""
         state, store = self.state, self._leaf.store
         rings = store.ring[self._leaf.members.ids[slots]]
-        if (rings < 0).any():
+        if np.count_nonzero(rings < 0):
             slots, rings = slots[rings >= 0], rings[rings >= 0]
         arena = store.rings
         state.looked[slots] = self._clock()
         revised = arena.revised[rings] != state.revised[slots]
-        if revised.any():
+        if np.count_nonzero(revised):
             state.revised[slots[revised]] = arena.revised[rings[revised]]
             self._anchor(slots[revised], rings[revised], arena)
         while True:
             new = arena.head[rings] > state.seen[slots]
-            if not new.any():
+            if not np.count_nonzero(new):
                 break
             self._take(slots[new], rings[new], arena)
         start = self._clock() - self._window
@@ -218,7 +218,7 @@ class Windowed(Passing):
             tail = state.tail[slots]
             oldest = arena.times[arena.at(rings, tail)]
             out = (tail < state.seen[slots]) & ((oldest <= start) | (tail < arena.tail[rings]))
-            if not out.any():
+            if not np.count_nonzero(out):
                 break
             self._drop(slots[out], rings[out], arena)
 
@@ -226,7 +226,7 @@ class Windowed(Passing):
         state = self.state
         seen = state.seen[slots]
         lost = seen < arena.tail[rings]  # the ring let go what was never looked at
-        if lost.any():
+        if np.count_nonzero(lost):
             self._anchor(slots[lost], rings[lost], arena)
             slots, rings, seen = slots[~lost], rings[~lost], seen[~lost]
         value = arena.values[arena.at(rings, seen)]
@@ -236,14 +236,14 @@ class Windowed(Passing):
         self._pair(slots, before, value, inside, 1)
         state.seen[slots] = seen + 1
         wrapped = (seen & arena.mask[rings]) == arena.mask[rings]
-        if wrapped.any():
+        if np.count_nonzero(wrapped):
             self._anchor(slots[wrapped], rings[wrapped], arena)
 
     def _drop(self, slots: Ints, rings: Ints, arena: Rings) -> None:
         state = self.state
         tail = state.tail[slots]
         lost = tail < arena.tail[rings]
-        if lost.any():
+        if np.count_nonzero(lost):
             self._anchor(slots[lost], rings[lost], arena)
             slots, rings, tail = slots[~lost], rings[~lost], tail[~lost]
         value = arena.values[arena.at(rings, tail)]

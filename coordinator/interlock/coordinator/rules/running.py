@@ -85,7 +85,9 @@ class Running:
     @property
     def conflicted(self) -> bool:
         """It must be computed as a whole for now."""
-        return bool(self._rivals) or any(node.conflicts for node in self._pairs)
+        if self._rivals:
+            return True
+        return any(node.conflicts for node in self._pairs)
 
     @property
     def small(self) -> bool:
@@ -162,23 +164,27 @@ class Running:
             made = self.see(slots, *self.root.at(slots), now)
         return made + self._end_orphans(now) if self._orphans else made
 
+    def at(self, slots: Ints) -> tuple[Floats, Codes]:
+        assert self.root is not None
+        return self.root.at(slots)
+
     def see(self, slots: Ints, values: Floats, codes: Codes | None, now: float) -> list[Transition]:
         """What these cells say. Most say nothing: no breach, and no alert to end."""
         silence_fires = self.rule.no_data == "fire"
         if codes is None:
             codes = np.zeros(len(values), np.uint8)
-        elif not self.alerts.rows_of and not silence_fires and codes.min() > PRESENT:
+        elif not self.alerts.rows_of and not silence_fires and codes.tobytes().find(PRESENT) < 0:
             return []
         rows = self._rows[slots]
         odd = (codes == PRESENT) | (rows >= 0)
         if silence_fires:
             odd |= codes == MISSING
-        return self._observe(slots[odd], values[odd], codes[odd], rows[odd], now) if odd.any() else []
+        return self._observe(slots[odd], values[odd], codes[odd], rows[odd], now) if np.count_nonzero(odd) else []
 
     def _observe(self, slots: Ints, values: Floats, codes: Codes, rows: Ints, now: float) -> list[Transition]:
         made: list[Transition] = []
         going_on = (rows >= 0) & (codes == PRESENT)
-        if going_on.any():
+        if np.count_nonzero(going_on):
             rest = np.ones(len(slots), bool)
             rest[going_on] = self.alerts.refresh(rows[going_on], values[going_on], now)
             slots, values, codes = slots[rest], values[rest], codes[rest]
@@ -310,7 +316,7 @@ class _Mark:
         self.running.mark(None)
 
     def plan(self, slots: Ints, plan: Planned) -> None:
-        plan.ops.append(lambda: self.running.mark(None))
+        plan.do(self, 0, lambda slots: self.running.mark(None), slots)
 
 
 def unnamed(labels: Labels) -> Labels:

@@ -224,7 +224,7 @@ class SeriesStore(Columns):
             self.refused += int(ended.sum())
             self.disordered += int(late.sum()) - int(ended.sum())
             self.repeated += int((before == at).sum())
-            if late.any():
+            if np.count_nonzero(late):
                 ids, values = ids[~late], values[~late]
         self.times[ids] = at
         self.values[ids] = values
