@@ -73,7 +73,9 @@ class Windowed(Passing):
         self.state.fit(slot + 1)
         self._clear(slot)
         self.state.live[slot] = True
-        self._update(np.array([slot]))
+        ring = int(self._leaf.store.ring[self._leaf.members.ids[slot]])
+        if ring >= 0 and self._leaf.store.rings.head[ring]:
+            self._update(np.array([slot]))
         self.emit_added(slot)
 
     def removed(self, port: int, slot: int) -> None:
