@@ -22,6 +22,7 @@ from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
 from interlock.agents.measured import read_cards
+from interlock.agents.moves import Moves
 from interlock.agents.process import guarded, host_marker, kill_marked
 from interlock.agents.revisions import RevisionStore
 from interlock.agents.slot import Slot
@@ -64,6 +65,7 @@ class Host:
         self.security = security
         self.gate = None if security is None else Gate(security, f"host {name}")
         self.slots: dict[str, SlotShell] = {}
+        self.moves: Moves | None = None
         self._began = time.time()
         self._given: dict[str, None] = {}  # by id, the oldest first
         self._refusals: dict[str, facts.CommandRefused] = {}  # not in the journal yet
@@ -121,7 +123,8 @@ class Host:
             case commands.RollBack() if slot is not None:
                 slot.give(AskRollBack(body))
             case (
-                commands.Prepare()
+                commands.Receive()
+                | commands.Prepare()
                 | commands.Drill()
                 | commands.StartCandidate()
                 | commands.Shadow()
@@ -140,13 +143,22 @@ class Host:
         slot = self.slots.get(body.agent)
         if done is not None:
             self.bus.post(topics.host_fact(self.name), decode_body(done), id=f"{id}/done")
+        elif isinstance(body, commands.Receive) and self.moves is not None:
+            if self._is_new(id):
+                self.moves.begin_to_receive(body, id)
         elif slot is None:
             self._refuse(body, id, f"there is no agent {body.agent!r} on host {self.name}")
-        elif id not in self._given:
-            self._given[id] = None
-            if len(self._given) > GIVEN_KEPT:
-                del self._given[next(iter(self._given))]
+        elif self._is_new(id):
             slot.give(Ask(body, id))
+
+    def _is_new(self, id: str) -> bool:
+        """Whether this process has not been given the command yet."""
+        if id in self._given:
+            return False
+        self._given[id] = None
+        if len(self._given) > GIVEN_KEPT:
+            del self._given[next(iter(self._given))]
+        return True
 
     def _refuse(self, body: commands.HostCommand, asked: str, reason: str) -> None:
         refused = facts.CommandRefused(
@@ -220,6 +232,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
         living: trio.Nursery = await outer.start(_shielded)
         try:
             around = _surroundings(host, state, place, living)
+            host.moves = Moves(host, host.bus.sockets, around, has=lambda agent: agent in host.slots)
             await trio.to_thread.run_sync(_collect_revisions, host, around.store)
             for agent, config in sorted(host.fleet.agents_of(host.name).items()):
                 await _open_slot(host, around, agent, config)
@@ -230,6 +243,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 control = await nursery.start(
                     direct, host.bus.sockets, host.fleet.hosts[host.name].control, host.accept
                 )
+                await nursery.start(host.moves.run)
                 host.publish(
                     facts.HostUp(
                         host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=sorted(host.slots)
@@ -251,6 +265,8 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 async with trio.open_nursery() as ending:
                     for slot in host.slots.values():
                         ending.start_soon(slot.end)
+                    if host.moves is not None:
+                        ending.start_soon(host.moves.guests.end)
                 living.cancel_scope.cancel()
             host.publish(facts.HostDown(host=host.name))
 

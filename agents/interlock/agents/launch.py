@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import trio
@@ -79,6 +80,7 @@ class Instance:
     state_port: StatePort | None = None  # where it keeps state in memory that can be handed over
     token: TokenFile | None = None  # of a program without an endpoint
     stopping: bool = False
+    here: ClassVar[bool] = True  # it runs on this host
     start_s: float | None = None  # seconds from its start until it was healthy
     _files: list[Path] = field(default_factory=list)  # in the folder of the sockets
 

@@ -182,8 +182,9 @@ class Slot(RollingBack):
         match command:
             case commands.Prepare():
                 self.row = replace(
-                    self.row, state=target, candidate=command.to, migration=command.migration, epoch=command.epoch
-                )
+                    self.row, state=target, candidate=command.to, migration=command.migration, epoch=command.epoch,
+                    place=command.host,
+                )  # fmt: skip
                 self.lease_until = now.mono + STANDBY_LEASE_S + command.baseline_s
                 return [Persist(self.row, "prepare"), BeginPrepare(command), self._changed()]
             case commands.Drill():
@@ -204,13 +205,15 @@ class Slot(RollingBack):
                 return self._cut_over(command, given.id, target, now)
             case commands.Commit():
                 return self._commit(command, given.id)
+            case commands.Receive():
+                raise AssertionError("it concerns no slot")
 
     def _start_candidate(self, command: commands.StartCandidate, target: State, now: Moment) -> list[Action]:
         """Beside the old one; or, cold, in its place: requests wait while one is stopped and the other starts."""
         self._set(target)
         self._counted = False
         self.lease_until = now.mono + STANDBY_LEASE_S
-        self.candidate = self._name(self.row.candidate or "")
+        self.candidate = self._name(self.row.candidate or "", epoch=self.row.epoch if self.row.place else 0)
         old = self.permanent if command.cold else None
         start = Start(
             self.candidate, self.row.candidate or "", self.row.candidate_digest or "", "candidate",
@@ -253,6 +256,7 @@ class Slot(RollingBack):
             candidate_digest=None,
             state=State.SERVING,
             migration=None,
+            place="",
         )
         self.permanent, self.permanent_up, self.candidate = new, True, None
         self.candidate_up, self.exclusive = False, False
@@ -400,6 +404,8 @@ class Slot(RollingBack):
 
 def step_of(command: HostCommand) -> commands.Step:
     match command:
+        case commands.Receive():
+            return "receive"
         case commands.Prepare():
             return "prepare"
         case commands.Drill():

@@ -92,7 +92,7 @@ class SlotBase:
 
     def _forget_candidate(self) -> None:
         self.row = replace(
-            self.row, state=State.SERVING, candidate=None, candidate_digest=None, migration=None
+            self.row, state=State.SERVING, candidate=None, candidate_digest=None, migration=None, place=""
         )  # the epoch stays: older ones are refused for good
         self.candidate, self.candidate_up, self.exclusive = None, False, False
         self.lease_until, self.share, self.ascent = None, 0.0, None
@@ -104,9 +104,10 @@ class SlotBase:
     def _set(self, state: State) -> None:
         self.row = replace(self.row, state=state)
 
-    def _name(self, revision: str) -> str:
+    def _name(self, revision: str, *, epoch: int = 0) -> str:
+        """`epoch`: of one that runs on another host, where names of this host say nothing."""
         self._born += 1
-        return f"{self.row.agent}-{revision}-{self._born}"
+        return f"{self.row.agent}-{revision}-{f'{epoch}.' if epoch else ''}{self._born}"
 
     def _changed(self) -> Publish:
         return Publish(

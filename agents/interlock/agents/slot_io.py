@@ -342,3 +342,4 @@ class Row:
     state: State = State.SERVING
     migration: str | None = None
     epoch: int = 0  # the newest seen; older ones are refused
+    place: str = ""  # the other host that it moves to, or moved to

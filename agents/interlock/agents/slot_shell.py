@@ -19,13 +19,15 @@ import trio
 
 from interlock.agents.compare import Pair
 from interlock.agents.comparer import Bench, Comparer, functions_of
-from interlock.agents.figures import InstanceView, samples, slow_threshold
+from interlock.agents.figures import samples, slow_threshold
 from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.handing_over import hand_back, hand_over, resume
 from interlock.agents.instance import HandlerContract
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
+from interlock.agents.link import Link
+from interlock.agents.making import make_instance
 from interlock.agents.prepare import Preparation, prepare
 from interlock.agents.recovering import rehearse, restore_backup, restore_host
 from interlock.agents.resources import Card
@@ -96,6 +98,7 @@ class Surroundings:
     nursery: trio.Nursery  # owns the instances; lives as long as the host
     cards: Callable[[str], Awaitable[list[Card] | None]] = field(default=lambda agent: _no_cards())
     neighbours: Callable[[], list[SlotShell]] = field(default=list)  # all slots of the host
+    link_to: Callable[[str], Link] | None = None  # the way to another host; ConfigError if it has none
 
     def up(self, agent: str) -> bool | None:
         """Whether an agent of this host is healthy; None if it is not of this host."""
@@ -286,7 +289,7 @@ class SlotShell:
         preparation = Preparation(
             host=around.host, command=command, row=self.slot.row, permanent=permanent,
             gateway=self.gateway, store=around.store, journal=around.journal, backups=around.backups,
-            place=around.place, load=around.load, cards=around.cards, up=around.up,
+            place=around.place, load=around.load, cards=around.cards, up=around.up, link_to=around.link_to,
         )  # fmt: skip
         ended = await prepare(preparation)
         self.baseline = preparation.baseline
@@ -305,15 +308,7 @@ class SlotShell:
             return  # nobody wants it any more
         around = self.around
         try:
-            revision = await trio.to_thread.run_sync(around.store.get, self.agent, start.revision, start.digest)
-            instance = Instance(
-                name=start.instance,
-                agent=self.agent,
-                config=self.config,
-                recorded=revision,
-                place=around.place,
-                view=InstanceView(start.revision, start.role),
-            )
+            instance = await make_instance(self, start)
             await instance.start(around.nursery, around.next_number())
         except InterlockError as error:
             log.error("%s can't be started: %s", start.instance, error)
@@ -321,7 +316,8 @@ class SlotShell:
             return
         self.instances[start.instance] = instance
         assert instance.process is not None
-        self._publish_started(instance)
+        if instance.here:
+            self._publish_started(instance)
         if start.instance not in (self.slot.permanent, self.slot.candidate):  # it was called off while it started
             await self.stop(start.instance)
             return
@@ -370,6 +366,8 @@ class SlotShell:
         self.instances.pop(name, None)
         self._ended.unpark_all()
         view = instance.view
+        if not instance.here:
+            return
         self.around.publish(
             facts.InstanceStopped(
                 host=self.around.host, agent=self.agent, instance=name, revision=view.revision,

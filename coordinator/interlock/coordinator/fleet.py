@@ -76,6 +76,7 @@ class Agent:
     instances: dict[str, Instance] = field(default_factory=dict)
     drill: Drill | None = None
     hands_over: bool = False  # it keeps state in memory
+    moved: bool = False  # a migration has brought it to this host: where it is, the fleet file may not know
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Migration:
     evidence: Evidence = field(default_factory=dict)
     rollback: dict[str, Any] | None = None
     times: dict[str, float] = field(default_factory=dict)
+    target: str = ""  # the host that the agent moves to
     phase: str = "running"  # while it is in flight, as the coordinator says; see phases.py
     blame: str = ""  # of a held one: whose fault it is, if not the candidate's
     deviations: list[str] = field(default_factory=list)
@@ -268,7 +270,8 @@ class Fleet:
 
     def _agent(self, name: str, host: str = "") -> Agent:
         agent = self.agents.setdefault(name, Agent(name))
-        agent.host = host or agent.host
+        if not agent.moved:  # else only a migration takes it elsewhere
+            agent.host = host or agent.host
         return agent
 
     def _migration(self, number: str, agent: str) -> Migration:
@@ -307,6 +310,9 @@ class Fleet:
                 agent.instances.clear()
 
     def _instance_changed(self, body: facts.InstanceStarted | facts.InstanceStopped) -> None:
+        known = self.agents.get(body.agent)
+        if known is not None and known.host not in ("", body.host) and body.role == "candidate":
+            return  # a host that runs it for another one
         instances = self._agent(body.agent, body.host).instances
         if isinstance(body, facts.InstanceStarted):
             instances[body.instance] = Instance(body.instance, body.revision, body.role, body.pid, body.started)
@@ -315,6 +321,8 @@ class Fleet:
 
     def _slot_changed(self, body: facts.SlotChanged) -> None:
         agent = self._agent(body.agent, body.host)
+        if agent.host != body.host:
+            return  # it was moved away from there
         if body.epoch < agent.epoch and body.migration is not None:
             return  # of a migration that a newer one has followed
         committed = agent.permanent not in ("", body.permanent)
@@ -334,6 +342,7 @@ class Fleet:
         if isinstance(body, facts.MigrationStarted):
             migration.host, migration.epoch, migration.strategy = body.host, body.epoch, body.strategy
             migration.previous, migration.to, migration.request = body.previous, body.to, body.request
+            migration.target = body.target
             migration.times["started"] = time
             self._agent(body.agent, body.host)
             return
@@ -380,7 +389,15 @@ class Fleet:
             self._agent(body.agent, body.host).drill = drill
             return
         migration = self._migration(body.migration, body.agent)
-        migration.host = body.host
+        if body.step == "receive":
+            return
+        if body.step == "commit" and migration.target and body.host == migration.host:
+            agent = self._agent(body.agent)  # the coordinator ordered it, and the host that had it gave it away
+            agent.host, agent.moved, agent.endpoint = migration.target, True, ""
+            agent.permanent, agent.candidate, agent.share, agent.state = migration.to, None, 0.0, "serving"
+            agent.instances.clear()
+        elif not migration.target:
+            migration.host = body.host
         if body.step == "commit" and migration.in_flight:
             migration.outcome = "committed"
             migration.times["committed"] = time

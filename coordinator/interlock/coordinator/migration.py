@@ -19,6 +19,7 @@ from interlock.broker.strategies import StrategyConfig
 from interlock.broker.wire import Body, Event
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
+from interlock.coordinator.outcomes import is_committed, rollback_evidence
 from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
 from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of, handing_over
 
@@ -184,7 +185,7 @@ class Migration:
         breach = Breach(
             by=f"check {body.check}", reason=body.reason, sample_time=body.evidence.get("first_breach_time", at)
         )
-        if body.step in ("prepare", "drill"):  # nothing was started, nothing is to be undone
+        if body.step in ("receive", "prepare", "drill"):  # nothing was started, nothing is to be undone
             if self._turn("not-prepared", breach, at):
                 self.outcome = "refused"
         else:
@@ -197,7 +198,7 @@ class Migration:
             self._turn("checks-failed", self.judgement.breach(at), at)
 
     def _refused(self, breach: Breach, at: float) -> None:
-        if self.steps[self.index].step != "prepare":
+        if self.steps[self.index].step not in ("receive", "prepare"):
             self._turn("refused", breach, at)
         elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
             self.outcome = "refused"
@@ -218,17 +219,7 @@ class Migration:
         if self._turn("rolled-back", None, at):
             self._breach = body.breach
             self.outcome = self._undone()
-            first = body.breach.sample_time
-            self._evidence["rollback"] = {
-                "level": body.level,
-                "revision": body.revision,
-                "received": body.received,
-                "routed": body.routed,
-                "restored": body.restored,
-                "breach_to_routed_ms": None if first is None else (body.routed - first) * 1000,
-                "breach_to_restored_ms": None if first is None else (body.restored - first) * 1000,
-                **body.evidence,
-            }
+            self._evidence["rollback"] = rollback_evidence(body)
 
     def _roll_back_failed(self, body: facts.RollBackFailed, at: float) -> None:
         """Where the candidate is kept it has all requests: what is left is to commit it, or to try again."""
@@ -249,7 +240,7 @@ class Migration:
         mine = body.agent == self.started.agent and body.epoch == self.started.epoch
         if not mine or body.candidate is not None or body.migration is not None:
             return
-        if body.permanent == self.started.to:
+        if is_committed(self.started, body):
             if self._turn("committed", None, at):
                 self.outcome = "committed"
         elif self._turn("rolled-back", None, at):
@@ -458,6 +449,10 @@ class Migration:
         if self._sent_at is not None:
             if now < self._sent_at + self._limit_s():
                 return []
+            if step.step == "receive":
+                return self._not_received(
+                    f"host {self.started.target} did not look at it within {self._limit_s():.0f} s"
+                )
             return self._give_up("step-overdue", f"{step.step} was not done within {self._limit_s():.0f} s", now)
         if now < self._due():
             return []
@@ -472,9 +467,16 @@ class Migration:
         if not self.index or self.steps[self.index - 1].stage is not step.stage:
             entered = facts.StageEntered(migration=self.id, agent=self.started.agent, stage=step.stage)
             wanted.append(Emit(topic, entered, f"{self.id}/stage/{step.stage}"))
-        wanted.append(Emit(topics.command(self.started.host), self._command(step, now), self._command_id()))
+        host = self.started.target if step.step == "receive" else self.started.host
+        wanted.append(Emit(topics.command(host), self._command(step, now), self._command_id()))
         self._sent_at = now
         return wanted
+
+    def _not_received(self, reason: str) -> list[Emit]:
+        """Nothing was begun at the agent's own host."""
+        self.phase, self.outcome = Phase.ENDED, "refused"
+        self._breach = self._breach or Breach(by="coordinator", reason=reason)
+        return [self._end()]
 
     def _unjudged(self, now: float) -> list[Emit]:
         """The observation's time is over, and the candidate has not passed: an operator decides."""
@@ -485,6 +487,8 @@ class Migration:
 
     def _undo(self, now: float) -> list[Emit]:
         breach = self._breach or Breach(by="coordinator", reason="unknown")
+        if self.steps[self.index].step == "receive":  # its own host knows nothing of it yet
+            return self._not_received(breach.reason)
         if not self._asked_rollback:
             self._asked_rollback = True
             return self.roll_back(breach, now)

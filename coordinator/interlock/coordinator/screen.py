@@ -135,7 +135,8 @@ class Screen:
 
     def forecast(self, found: Forecast) -> None:
         """What `interlock plan` shows."""
-        self.line(f"{found.agent} on {found.host}: {found.previous or '?'} -> {found.to}")
+        there = f", to host {found.target}" if found.target else ""
+        self.line(f"{found.agent} on {found.host}: {found.previous or '?'} -> {found.to}{there}")
         self.line(f"strategy {found.strategy}; due is {found.due}: {found.why}")
         self.line(f"risk {found.risk or 'unknown: nobody scored it'}; backup of {', '.join(found.backup)}")
         promised = found.promise

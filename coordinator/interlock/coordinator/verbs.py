@@ -135,6 +135,7 @@ async def migrate(
     level: str | None = None,
     accept: str = "",
     because: str = "",
+    host: str = "",
     timeout: float,
     detach: bool = False,
     tell: Tell,
@@ -155,6 +156,7 @@ async def migrate(
             level=level,
             accept=accept,
             because=because,
+            host=host or None,
             deadline=time.time() + timeout,
         )
         await bus.publish(topics.COORDINATOR, asked, id=request, timeout=timeout)
