@@ -75,6 +75,7 @@ class Guests:
         self.host = host
         self.invitations: dict[str, Invitation] = {}  # by agent
         self.running: dict[str, Guested] = {}  # by instance
+        self.adopted: dict[str, Guested] = {}  # those that are this host's own now: the last one of each agent
         self._place = place
         self._store = store
         self._nursery = nursery
@@ -117,7 +118,11 @@ class Guests:
                 return {}
             case "start":
                 return await self._start(name, invitation, about)
+        if what == "renew" and name in self.adopted:
+            return {"code": None, "words": ""}  # what is on its way to it may still arrive
         guest = self._guest(host, name)
+        if guest.adopted:
+            raise Refused(f"{name} is this host's own now")
         match what:
             case "renew":
                 guest.lease_until = trio.current_time() + _lease(about)
@@ -146,8 +151,18 @@ class Guests:
             raise Refused(f"the coordinator named no such migration of {agent[:80]!r} from host {host}")
         return found
 
+    def adopt(self, guest: Guested) -> None:
+        """It is no guest any more."""
+        name = guest.instance.name
+        guest.adopted = True
+        self.running.pop(name, None)
+        agent = guest.invitation.agent
+        self.adopted = {
+            other: one for other, one in self.adopted.items() if one.invitation.agent != agent
+        } | {name: guest}  # fmt: skip
+
     def _guest(self, host: str, name: str) -> Guested:
-        found = self.running.get(name)
+        found = self.running.get(name) or self.adopted.get(name)
         if found is None or found.invitation.source != host:
             raise Refused(f"there is no instance {name[:80]!r} here")
         return found

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import trio
 
+from interlock.agents.arrivals import FROM, here
 from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
@@ -232,9 +233,9 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
         living: trio.Nursery = await outer.start(_shielded)
         try:
             around = _surroundings(host, state, place, living)
-            host.moves = Moves(host, host.bus.sockets, around, has=lambda agent: agent in host.slots)
+            host.moves = Moves(host, host.bus.sockets, around)
             await trio.to_thread.run_sync(_collect_revisions, host, around.store)
-            for agent, config in sorted(host.fleet.agents_of(host.name).items()):
+            for agent, config in sorted((await trio.to_thread.run_sync(agents_here, host)).items()):
                 await _open_slot(host, around, agent, config)
             async with trio.open_nursery() as nursery:
                 if host.gate is not None:
@@ -245,9 +246,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 )
                 await nursery.start(host.moves.run)
                 host.publish(
-                    facts.HostUp(
-                        host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=sorted(host.slots)
-                    )
+                    facts.HostUp(host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=_own(host))
                 )
                 for slot in host.slots.values():
                     nursery.start_soon(slot.run)
@@ -271,12 +270,36 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
             host.publish(facts.HostDown(host=host.name))
 
 
+def _own(host: Host) -> list[str]:
+    """The agents that are here, and not only on their way to or from here."""
+    elsewhere = (State.ARRIVING, State.FORWARDING)
+    return [name for name, slot in sorted(host.slots.items()) if slot.slot.row.state not in elsewhere]
+
+
+def agents_here(host: Host) -> dict[str, AgentConfig]:
+    """By the fleet file, and by the journal, which holds before it: who was moved here, or away and is forwarded to.
+
+    Forwarding ends once the fleet file says that the agent is elsewhere, and names no endpoint of it here any more.
+    """
+    found = host.fleet.agents_of(host.name)
+    for agent, row in host.journal.slots().items():
+        config = host.fleet.agents.get(agent)
+        if config is None or config.host == host.name:
+            continue
+        if row.state is State.FORWARDING and host.name not in config.endpoints:
+            host.journal.drop_slot(agent, f"the fleet file says that it is on {config.host}: no more forwarding")
+            log.info("%s: it is on host %s, and nothing is forwarded there any more", agent, config.host)
+        elif row.state is State.FORWARDING or host.journal.mark(f"{FROM}{agent}"):
+            found[agent] = here(config, host.name)
+    return found
+
+
 def _lacking(host: Host) -> dict[str, str]:
     """The agents that don't serve, and why."""
     return {
         name: f"revision {slot.slot.row.permanent}: {slot.trouble}"[:MAX_TROUBLE]
         for name, slot in sorted(host.slots.items())
-        if not slot.slot.permanent_up
+        if not slot.slot.permanent_up and name in _own(host)
     }
 
 
@@ -311,7 +334,9 @@ async def _open_slot(host: Host, around: Surroundings, agent: str, config: Agent
         row = await trio.to_thread.run_sync(_first_row, host, around.store, agent, config)
     gateway = open_gateway(agent, config, around.place.sockets)
     endpoint = await around.nursery.start(gateway.run)
-    host.slots[agent] = SlotShell(Slot(host.name, row, endpoint=endpoint), config, gateway, around)
+    host.slots[agent] = shell = SlotShell(Slot(host.name, row, endpoint=endpoint), config, gateway, around)
+    if row.state in (State.ARRIVING, State.FORWARDING):
+        shell.first_news.set()
 
 
 def _collect_revisions(host: Host, store: RevisionStore) -> None:

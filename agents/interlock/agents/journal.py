@@ -129,6 +129,12 @@ class Journal:
             if done is not None:
                 _write_done(db, *done)
 
+    def drop_slot(self, agent: str, entry: str) -> None:
+        """Forget a slot: its agent is another host's."""
+        with self._writing() as db:
+            db.execute("DELETE FROM slots WHERE agent = ?", (agent,))
+            _write_entry(db, agent, entry, None)
+
     def names(self, agent: str) -> dict[str, str]:
         """The digest of each revision name that was ever permanent."""
         with self._reading() as db:

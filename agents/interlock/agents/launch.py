@@ -228,7 +228,7 @@ class Instance:
             self.start_s = trio.current_time() - began
             evidence: dict[str, object] = {"start_s": self.start_s, "pid": self.process.pid}
             if self.control is not None:
-                gaps = await self._learn_contract(needed)
+                gaps = await self.learn_contract(needed)
                 if gaps:
                     give(Gone(self.name, "contract", "; ".join(gaps), time.time()))
                     return False
@@ -240,7 +240,7 @@ class Instance:
         give(Gone(self.name, "start-failed", self._with_tail(reason), time.time()))
         return False
 
-    async def _learn_contract(self, needed: dict[str, HandlerContract]) -> list[str]:
+    async def learn_contract(self, needed: dict[str, HandlerContract]) -> list[str]:
         """What the instance handles; returns what it should and does not."""
         assert self.control is not None
         try:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import trio
 
+from interlock.agents.arrivals import Arrivals
 from interlock.agents.guests import INVITED_S, Guests, Invitation
 from interlock.agents.link import Link, LinkDoor
 from interlock.agents.prepare import Preparation, receive
-from interlock.agents.slot_io import Row
-from interlock.agents.slot_shell import Surroundings
+from interlock.agents.session import Stream
+from interlock.agents.slot_io import Row, State
+from interlock.agents.slot_shell import SlotShell, Surroundings
 from interlock.broker import commands, facts
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError
@@ -33,21 +34,22 @@ class Others(Protocol):
     fleet: FleetConfig
     security: Security | None
     gate: Gate | None
+    slots: dict[str, SlotShell]
 
 
 class Moves:
-    """One host's. `around` is what its slots share; `has`: whether an agent serves here."""
+    """One host's. `around` is what its slots share."""
 
-    def __init__(self, host: Others, sockets: Sockets, around: Surroundings, *, has: Callable[[str], bool]) -> None:
+    def __init__(self, host: Others, sockets: Sockets, around: Surroundings) -> None:
         self._host = host
         self._sockets = sockets
         self._around = around
-        self._has = has
         self._links: dict[str, Link] = {}
         self.guests = Guests(
             host.name, around.place, around.store, around.nursery,
             publish=around.publish, next_number=around.next_number,
         )  # fmt: skip
+        self.arrivals = Arrivals(host, around, self.guests)
         around.link_to = self.link_to
 
     def link_to(self, there: str) -> Link:
@@ -71,10 +73,21 @@ class Moves:
         endpoint = self._host.fleet.hosts[self._host.name].link
         async with trio.open_nursery() as nursery:
             if endpoint:
-                door = LinkDoor(self._host.name, self.guests.answer, self.guests.serve, self._host.gate)
+                door = LinkDoor(self._host.name, self._answer, self._serve, self._host.gate)
                 await nursery.start(door.run, self._sockets, endpoint)
             nursery.start_soon(self.guests.run)
+            nursery.start_soon(self.arrivals.run)
             task_status.started()
+
+    async def _answer(self, host: str, what: str, about: dict[str, Any]) -> dict[str, Any]:
+        said = await self.arrivals.answer(host, what, about)
+        return await self.guests.answer(host, what, about) if said is None else said
+
+    async def _serve(self, host: str, stream: Stream, whom: str, port: str) -> None:
+        if port == "agent":
+            await self.arrivals.pass_on(host, stream, whom)
+        else:
+            await self.guests.serve(host, stream, whom, port)
 
     def begin_to_receive(self, command: commands.Receive, asked: str) -> None:
         self._around.nursery.start_soon(self.receive, command, asked)
@@ -95,8 +108,8 @@ class Moves:
         evidence: Evidence = {}
         if time.time() > command.deadline:
             reason = "its deadline has passed"
-        elif self._has(command.agent):
-            reason = f"{command.agent} serves on host {around.host} already"
+        elif (slot := self._host.slots.get(command.agent)) and slot.slot.row.state is not State.FORWARDING:
+            reason = f"{command.agent} is on host {around.host} already ({slot.slot.row.state})"
         else:
             ended = await receive(given)
             check, reason, evidence, digest = ended.check, ended.reason, ended.evidence, ended.digest

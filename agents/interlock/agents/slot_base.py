@@ -13,6 +13,11 @@ RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th restart in 
 STEADY_S = 30.0  # a permanent instance that ran for so long begins a new row
 
 
+def forwarder(agent: str, place: str) -> str:
+    """What a gateway calls an agent that is on another host."""
+    return f"{agent}@{place}"
+
+
 @dataclass
 class Handed:
     """Where the state is that an agent keeps in memory. `at`: since when the candidate has it; 0: it has none.
@@ -58,6 +63,10 @@ class SlotBase:
         share = 0.0
         if self.row.state is State.HANDING_OVER or self.handed.returning:
             return ()  # requests wait: whoever answered one now would change what is being handed over
+        if self.row.state is State.ARRIVING:
+            return ()
+        if self.row.state is State.FORWARDING:
+            return ((forwarder(self.row.agent, self.row.place), 1.0),)
         if self.candidate is not None and self.row.state is State.LIVE:
             share = self.share
         elif self.candidate is not None and self.row.state is State.KEPT and not self.permanent_up:

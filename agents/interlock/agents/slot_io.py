@@ -22,6 +22,8 @@ class State(StrEnum):
     SHADOWING = "shadowing"
     HANDING_OVER = "handing-over"  # requests wait, while the state goes from the old instance to the candidate
     LIVE = "live"  # the candidate has a share of the live requests
+    ARRIVING = "arriving"  # it comes from another host, which has not said yet that it moved: nobody serves here
+    FORWARDING = "forwarding"  # it moved to another host: requests that come here are passed on
     ROLLING_BACK = "rolling-back"  # live requests go to the permanent revision; it is not verified yet
     KEPT = (
         "kept"  # the permanent revision could not be brought back; the candidate, healthy, serves for a human to look
@@ -120,6 +122,23 @@ class HandedBack:
 
 
 @dataclass(frozen=True)
+class Arrived:
+    """The other host has written that it will serve, or it won't."""
+
+    migration: str
+    ok: bool
+    reason: str = ""
+    endpoint: str = ""
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Of an agent that is arriving: it is ours now. `instance` ran here as a guest, and still does."""
+
+    instance: str = ""
+
+
+@dataclass(frozen=True)
 class Verified:
     """The permanent revision answered (a live request or a probe) after the route went back to it, or did not.
 
@@ -179,8 +198,8 @@ class Tick:
 
 
 Input = (
-    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | HandedOver | HandedBack | Verified
-    | DrillEnded | AskHostLevel | HostRestored | Restored | Tick
+    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | HandedOver | HandedBack | Arrived | Owned
+    | Verified | DrillEnded | AskHostLevel | HostRestored | Restored | Tick
 )  # fmt: skip
 
 # --- what comes out
@@ -278,6 +297,22 @@ class Resume:
 
 
 @dataclass(frozen=True)
+class BeginCommit:
+    """Have the other host write that it will serve; the shell answers Arrived."""
+
+    command: commands.Commit
+    candidate: str
+
+
+@dataclass(frozen=True)
+class Forward:
+    """From now on what comes here goes to the other host; `candidate` is the guest that is that host's own now."""
+
+    place: str
+    candidate: str = ""
+
+
+@dataclass(frozen=True)
 class Rescue:
     """Send again, to where live requests go now, what the instance has in flight."""
 
@@ -326,7 +361,8 @@ class Publish:
 
 Action = (
     Persist | Route | BeginTrial | BeginPrepare | BeginDrill | EndDrill | Start | Stop | BeginShadow | EndShadow
-    | BeginHandOver | BeginHandBack | EndHandOver | Resume | Rescue | Verify | RestoreHost | Restore | Publish
+    | BeginHandOver | BeginHandBack | EndHandOver | Resume | BeginCommit | Forward | Rescue | Verify | RestoreHost
+    | Restore | Publish
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import trio
 from interlock.agents.compare import Pair
 from interlock.agents.comparer import Bench, Comparer, functions_of
 from interlock.agents.figures import samples, slow_threshold
+from interlock.agents.forwarding import forward, give_away
 from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.handing_over import hand_back, hand_over, resume
@@ -36,6 +37,7 @@ from interlock.agents.shadow import ShadowRun
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import (
     Action,
+    BeginCommit,
     BeginDrill,
     BeginHandBack,
     BeginHandOver,
@@ -45,6 +47,7 @@ from interlock.agents.slot_io import (
     EndDrill,
     EndHandOver,
     EndShadow,
+    Forward,
     Gone,
     Healthy,
     Input,
@@ -145,6 +148,8 @@ class SlotShell:
     _shadow: ShadowRun | None = None
     _drill: trio.CancelScope | None = None
     _handing: trio.CancelScope | None = None
+    forwards: trio.CancelScope | None = None  # the way to the host that the agent moved to
+    opened: trio.CancelScope | None = None  # of the gateway and of `run`, of an agent that arrived while the host ran
     _ended: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
@@ -214,6 +219,10 @@ class SlotShell:
             case BeginHandOver():
                 self._handing = trio.CancelScope()
                 self.around.nursery.start_soon(hand_over, self, action, self._handing)
+            case BeginCommit():
+                self.around.nursery.start_soon(give_away, self, action)
+            case Forward():
+                await forward(self, action)
             case RestoreHost():
                 self.around.nursery.start_soon(restore_host, self, action)
             case Restore():
@@ -333,6 +342,21 @@ class SlotShell:
 
         await instance.watch(start, self._needed(start), report)
         if not instance.stopping and instance.process.returncode is not None:
+            await self.stop(instance.name)
+
+    def adopt(self, instance: Instance) -> None:
+        """An instance that ran here for another host's slot is this one's own, as it is."""
+        self.instances[instance.name] = instance
+        instance.view.role = "permanent"
+        admit(self.gateway, instance)
+        self.around.nursery.start_soon(self._watch_end, instance)
+        self.around.nursery.start_soon(self._watch_adopted, instance)
+
+    async def _watch_adopted(self, instance: Instance) -> None:
+        row = self.slot.row
+        start = Start(instance.name, row.permanent, row.permanent_digest, "permanent")
+        await instance.watch(start, {}, lambda given: None if instance.stopping else self.give(given))
+        if not instance.stopping and instance.process is not None and instance.process.returncode is not None:
             await self.stop(instance.name)
 
     async def _watch_end(self, instance: Instance) -> None:
@@ -483,7 +507,7 @@ class SlotShell:
 
     @property
     def on_trial(self) -> bool:
-        return self.slot.row.state is not State.SERVING
+        return self.slot.row.state not in (State.SERVING, State.ARRIVING, State.FORWARDING)
 
 
 def moment() -> Moment:

@@ -270,7 +270,9 @@ class Fleet:
 
     def _agent(self, name: str, host: str = "") -> Agent:
         agent = self.agents.setdefault(name, Agent(name))
-        if not agent.moved:  # else only a migration takes it elsewhere
+        flying = self.migrations.get(agent.migration or "")
+        moving = flying is not None and flying.target != "" and not flying.ended
+        if not (agent.moved or moving):  # else only a commit that the coordinator ordered takes it elsewhere
             agent.host = host or agent.host
         return agent
 
@@ -393,7 +395,8 @@ class Fleet:
             return
         if body.step == "commit" and migration.target and body.host == migration.host:
             agent = self._agent(body.agent)  # the coordinator ordered it, and the host that had it gave it away
-            agent.host, agent.moved, agent.endpoint = migration.target, True, ""
+            agent.host, agent.moved = migration.target, True
+            agent.endpoint = str(body.evidence.get("endpoint", ""))
             agent.permanent, agent.candidate, agent.share, agent.state = migration.to, None, 0.0, "serving"
             agent.instances.clear()
         elif not migration.target:

@@ -68,6 +68,8 @@ class Screen:
         view = status.view
         self._hosts(status)
         self._agents(view)
+        for name, place in sorted(status.places.items()):
+            self.line(f"{name} deviates from the fleet file: {place}", "warn")
         flying = view.in_flight()
         if flying:
             self._table(
