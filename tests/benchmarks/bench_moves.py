@@ -1,5 +1,5 @@
-"""Kills (SIGKILL) of source, target, both, guest, old instance, coordinator and broker at every moment of a move between
-two hosts, under requests. One JSON object; exit code 1 if something did not hold.
+"""Kills (SIGKILL) of source, target, both, guest, old instance, coordinator and broker at every moment of a move
+between two hosts, under requests. One JSON object; exit code 1 if something did not hold.
 
     python tests/benchmarks/bench_moves.py [--cases N] [--seed N]
 """
@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from crash_parts import HEAD, LogFold
 from fleet.conftest import TestFleet

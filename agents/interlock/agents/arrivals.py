@@ -26,6 +26,7 @@ from interlock.broker.errors import InterlockError, Refused
 log = logging.getLogger(__name__)
 
 ASK_S = 2.0  # for a source to say whose an agent is
+SETTLE_S = 5.0  # for the journal to be written, before the source hears that it is
 AGAIN_S = 0.5  # between questions, while it can't be asked or has not decided
 FROM = "from/"  # mark in the journal: the host that an agent came from, which may forward to it
 BEFORE = "before/"  # mark: that this host forwarded to the source before the agent came (back)
@@ -50,11 +51,13 @@ class Arrivals:
         agent = str(about.get("agent", ""))
         match what:
             case "arrive":
-                async with self._turn:
-                    return {"endpoint": await self._arrive(host, agent, about)}
+                with trio.CancelScope(shield=True):  # half of it is not to be left, should the link break meanwhile
+                    async with self._turn:
+                        return {"endpoint": await self._arrive(host, agent, about)}
             case "serve":
-                async with self._turn:
-                    await self._serve(host, agent, about)
+                with trio.CancelScope(shield=True):
+                    async with self._turn:
+                        await self._serve(host, agent, about)
                 return {}
             case "whose":
                 row = await trio.to_thread.run_sync(self._around.journal.slot, agent)
@@ -158,7 +161,10 @@ class Arrivals:
             shell.slot.keeps_state = instance.state_port is not None
             shell.adopt(instance)
             shell.give(Owned(instance.name))
-        await shell.settled()
+        with trio.move_on_after(SETTLE_S) as waited:
+            await shell.settled()
+        if waited.cancelled_caught:
+            raise Refused(f"{shell.agent}: the journal can't be written")
         log.info("%s has arrived, and serves here", shell.agent)
 
     async def run(self) -> None:

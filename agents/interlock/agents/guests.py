@@ -81,6 +81,7 @@ class Guests:
         self._nursery = nursery
         self._publish = publish
         self._next_number = next_number
+        self._starting = trio.Lock()  # a start that is asked for twice is one
 
     def invite(self, invitation: Invitation) -> None:
         """From now on that host may have it run here; a newer migration of the agent takes its place."""
@@ -173,16 +174,19 @@ class Guests:
     async def _start(self, name: str, invitation: Invitation, about: dict[str, Any]) -> dict[str, Any]:
         if not self._is_name(name, invitation):
             raise Refused(f"{name[:80]!r} is no name of a candidate of {invitation.agent}")
-        found = self.running.get(name)
-        if found is None:
-            if any(guest.invitation.agent == invitation.agent for guest in self.running.values()):
-                raise Refused(f"another candidate of {invitation.agent} runs here already")
-            instance = await self._launched(name, invitation)
-            found = self.running[name] = Guested(invitation, instance, trio.current_time() + _lease(about))
-            self._nursery.start_soon(self._watch, name, found, instance)
+        async with self._starting:
+            found = self.running.get(name) or await self._begin(name, invitation, about)
         process = found.instance.process
         assert process is not None
         return {"pid": process.pid, "started": process.started}
+
+    async def _begin(self, name: str, invitation: Invitation, about: dict[str, Any]) -> Guested:
+        if any(guest.invitation.agent == invitation.agent for guest in self.running.values()):
+            raise Refused(f"another candidate of {invitation.agent} runs here already")
+        instance = await self._launched(name, invitation)
+        begun = self.running[name] = Guested(invitation, instance, trio.current_time() + _lease(about))
+        self._nursery.start_soon(self._watch, name, begun, instance)
+        return begun
 
     async def _launched(self, name: str, invitation: Invitation) -> Instance:
         revision = await trio.to_thread.run_sync(

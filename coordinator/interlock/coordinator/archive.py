@@ -17,6 +17,7 @@ from interlock.broker.wire import Event
 from interlock.coordinator import records
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.migration import Emit
+from interlock.coordinator.observers import hosts_of
 from interlock.coordinator.recorder import Recorder
 
 log = logging.getLogger("interlock.coordinator")
@@ -84,7 +85,7 @@ class Archive:
                     if number not in self._recorders and len(self._recorders) < RECORDED and not migration.said_end:
                         recorder, scope = Recorder(number, migration.started.agent), trio.CancelScope()
                         self._recorders[number] = (recorder, scope)
-                        nursery.start_soon(_listen, self._bus, migration.started.host, recorder, scope)
+                        nursery.start_soon(_listen, self._bus, hosts_of(migration), recorder, scope)
                 await trio.sleep(LOOK_S)
 
     async def _keep(self, folder: Path) -> None:
@@ -118,10 +119,11 @@ async def _in_thread(what: str, act: Callable[[], T]) -> T | None:
         return None
 
 
-async def _listen(bus: Bus, host: str, recorder: Recorder, scope: trio.CancelScope) -> None:
+async def _listen(bus: Bus, hosts: list[str], recorder: Recorder, scope: trio.CancelScope) -> None:
     reader = SeriesReader()
     with scope:
-        async with bus.samples([topics.telemetry(host, "host"), topics.telemetry(host, "monitor")]) as feed:
+        wanted = [topics.telemetry(host, publisher) for host in hosts for publisher in ("host", "monitor")]
+        async with bus.samples(wanted) as feed:
             async for batches in feed:
                 for batch in batches:
                     samples, _ = reader.read(batch)
