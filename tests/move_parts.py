@@ -102,10 +102,11 @@ class Move:
         row = slot(fleet, agent, source)
         assert row is not None
         old, to = row[0], {"r1": "r2", "r2": "r1"}[row[0]]
+        victims = self._victims(source, target)
         with Askers(fleet.endpoint(agent)) as askers:
             command = fleet.migrate(agent, to, "rapid", "--host", target)
             self._wait_for_the_moment(command)
-            self._kill(source, target, askers)
+            self._kill(victims, askers)
             done = command.done(150)
             result.outcome = OUTCOMES.get(done.code, f"exit code {done.code}: {done.err.strip()[-300:]}")
             if done.code not in (0, 10, 12):
@@ -125,24 +126,24 @@ class Move:
         seen = {"stage": ("stage-entered", {"stage": name}), "done": ("step-done", {"step": name})}[kind]
         wait(lambda: command.process.poll() is not None or self._find(seen[0], **seen[1]), 90, every=0.002)
 
-    def _kill(self, source: str, target: str, askers: Askers) -> None:
+    def _victims(self, source: str, target: str) -> list[int]:
+        """Looked for before the moment: to look at all processes takes longer than the moment lasts."""
         role, fleet = self.case.role, self.fleet
-        if role in ("source", "both", "old") or (role == "target" and self._find("step-done", step="commit")):
-            askers.killed_at = time.time()  # what is in flight in a host dies with it
-        pids: list[int] = []
-        if role in ("source", "target", "both"):
-            hosts = {"source": [source], "target": [target], "both": [source, target]}[role]
-            pids = [fleet.role("agents", host).pid for host in hosts]
-        elif role in ("guest", "old"):
+        hosts = {"source": [source], "target": [target], "both": [source, target]}.get(role, [])
+        words = {"broker": [("broker",)], "coordinator": [("coordinator", "coordinator")]}.get(role, [])
+        return [fleet.role(*each).pid for each in [*(("agents", host) for host in hosts), *words]]
+
+    def _kill(self, pids: list[int], askers: Askers) -> None:
+        role = self.case.role
+        if role in ("guest", "old"):
             wanted = "candidate" if role == "guest" else "permanent"
             started = [
-                event["body"] for event in fleet.events.events
+                event["body"] for event in self.fleet.events.events
                 if event["body"]["type"] == "instance-started" and event["body"]["agent"] == self.case.agent
             ]  # fmt: skip
             pids = [body["pid"] for body in started if body["role"] == wanted and psutil.pid_exists(body["pid"])][-1:]
-        else:
-            words = ("broker",) if role == "broker" else ("coordinator", "coordinator")
-            pids = [fleet.role(*words).pid]
+        if role in ("source", "target", "both"):
+            askers.killed_at = time.time()  # what is in flight in a host dies with it
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -16,6 +16,7 @@ from interlock.agents.guest import Guest
 from interlock.agents.launch import Instance
 from interlock.agents.slot_io import BeginHandBack, BeginHandOver, HandedBack, HandedOver
 from interlock.agents.state_ports import StatePort, carry
+from interlock.agents.token_gateway import TokenGateway
 from interlock.agents.transfer import TransferError
 from interlock.broker.config import AgentConfig
 from interlock.broker.errors import InterlockError
@@ -76,7 +77,7 @@ async def _moved(
                 step = f"{_owed(shell, giving)} were not answered"
                 await shell.gateway.drained(source)
                 step = f"{giving.view.revision} did not stop working"
-                if giving.state_port is not None:
+                if giving.state_port is not None and not isinstance(shell.gateway, TokenGateway):
                     await giving.state_port.quiesce(limit_s)
                 evidence["quiesced_s"] = round(trio.current_time() - began, 4)
                 step = "the state was not over"
@@ -128,7 +129,12 @@ def _port(instance: Instance) -> StatePort:
 
 
 async def resume(shell: SlotShell, name: str) -> None:
-    """This instance works, the others of the slot don't. What can't be told says so in its health check."""
+    """This instance works, the others of the slot don't. What can't be told says so in its health check.
+
+    Where there is a token, who has it works: it is not given by two.
+    """
+    if isinstance(shell.gateway, TokenGateway):
+        return
     async with trio.open_nursery() as nursery:
         for other in list(shell.instances.values()):
             nursery.start_soon(_tell, other, other.name == name)

@@ -237,6 +237,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
             await trio.to_thread.run_sync(_collect_revisions, host, around.store)
             for agent, config in sorted((await trio.to_thread.run_sync(agents_here, host)).items()):
                 await _open_slot(host, around, agent, config)
+            known = list(host.slots.values())  # others may arrive meanwhile, and run by themselves
             async with trio.open_nursery() as nursery:
                 if host.gate is not None:
                     await nursery.start(host.gate.serve, host.bus.sockets)
@@ -248,13 +249,13 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 host.publish(
                     facts.HostUp(host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=_own(host))
                 )
-                for slot in host.slots.values():
+                for slot in known:
                     nursery.start_soon(slot.run)
                     slot.begin()
                 nursery.start_soon(host.follow_commands)
                 nursery.start_soon(host.report)
                 with trio.move_on_after(FIRST_NEWS_S):
-                    for slot in host.slots.values():
+                    for slot in known:
                         await slot.first_news.wait()
                 ready(_lacking(host))
                 up = [name for name, slot in sorted(host.slots.items()) if slot.slot.permanent_up]

@@ -27,7 +27,7 @@ RECORDED = 64  # migrations whose series are recorded at once, at some 1 MB each
 GATHER_S = 60.0  # for reading one migration's events back: a broker that is slower has other worries
 
 T = TypeVar("T")
-_Ended = tuple[str, str, str, int]  # migration, agent, host, epoch
+_Ended = tuple[str, str, tuple[str, str], int]  # migration, agent, its host and where it was to move to, epoch
 
 
 class Archive:
@@ -41,7 +41,7 @@ class Archive:
         self._core = core
         self._folder = folder
         self._recorders: dict[str, tuple[Recorder, trio.CancelScope]] = {}
-        self._hosts: dict[str, str] = {}  # of migrations that have begun
+        self._hosts: dict[str, tuple[str, str]] = {}  # of migrations that have begun: where, and where to
         self._ended: dict[str, _Ended] = {}  # to be written, the oldest first
         self._changed = trio.Event()
 
@@ -49,11 +49,13 @@ class Archive:
         """An event of the log."""
         body = event.body
         if isinstance(body, facts.MigrationStarted):
-            self._hosts[body.migration] = body.host
+            self._hosts[body.migration] = (body.host, body.target)
         elif isinstance(body, facts.MigrationEnded) and self._folder is not None:
             known = self._core.fleet.migrations.get(body.migration)  # begun before the snapshot that was read
-            host = self._hosts.pop(body.migration, "") or (known.host if known is not None else "")
-            ended = (body.migration, body.agent, host, body.epoch)
+            places = self._hosts.pop(body.migration, None) or (
+                (known.host, known.target) if known is not None else ("", "")
+            )
+            ended = (body.migration, body.agent, places, body.epoch)
             self._ended[body.migration] = ended
             while len(self._ended) > records.KEPT:
                 del self._ended[next(iter(self._ended))]
@@ -95,16 +97,17 @@ class Archive:
         while True:
             self._changed = trio.Event()
             while self._ended:
-                migration, agent, host, epoch = self._ended.pop(next(iter(self._ended)))
-                await self._write(folder, migration, agent, host, epoch)
+                migration, agent, places, epoch = self._ended.pop(next(iter(self._ended)))
+                await self._write(folder, migration, agent, places, epoch)
             await self._changed.wait()
 
-    async def _write(self, folder: Path, migration: str, agent: str, host: str, epoch: int) -> None:
+    async def _write(self, folder: Path, migration: str, agent: str, places: tuple[str, str], epoch: int) -> None:
         if not records.is_name(migration):
             return
+        host, target = places
         try:
             with trio.fail_after(GATHER_S):
-                record = await records.gather(self._bus, migration, agent, host, epoch=epoch)
+                record = await records.gather(self._bus, migration, agent, host, target=target, epoch=epoch)
         except (InterlockError, trio.TooSlowError) as error:
             log.warning("no record of %s was written: its events could not be read: %s", migration, error)
             return
