@@ -155,9 +155,19 @@ class Mover:
 
 
 async def load(
-    fleet: Any, agents: list[str], migrations: int, *, every: int, tell: Callable[[Held], None] = lambda _: None
+    fleet: Any,
+    agents: list[str],
+    migrations: int,
+    *,
+    every: int,
+    tell: Callable[[Held], None] = lambda _: None,
+    seconds: float = float("inf"),
 ) -> tuple[Done, list[Held]]:
-    """`migrations` of these agents, which move side by side; after each `every` of them all wait, and it is looked."""
+    """`migrations` of these agents, which move side by side; after each `every` of them all wait, and it is looked.
+
+    After so many `seconds` the next look is the last.
+    """
+    until = time.monotonic() + seconds
     done, found = Done(), [held(fleet, 0)]
     movers = [Mover(agent, done) for agent in agents]
     config = load_fleet(fleet.path)
@@ -177,7 +187,7 @@ async def load(
             done.odd += [] if await trio.to_thread.run_sync(calm, fleet, agents) else ["an instance too many"]
             found.append(held(fleet, done.ended))
             tell(found[-1])
-            if len(done.odd) > MAX_ODD:
+            if len(done.odd) > MAX_ODD or time.monotonic() > until:
                 break
     return done, found
 

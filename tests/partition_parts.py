@@ -21,7 +21,8 @@ from typing import Any
 import zmq
 
 from crash_parts import PAUSE_S, SETTLE_S, STAGES, UNJUDGED, LogFold, journal, wait
-from fleet.conftest import INTERLOCK, TAG, Running, TestFleet, Watcher
+from fleet.conftest import TAG, TestFleet
+from fleet_parts import INTERLOCK, Running, Watcher
 from net_parts import WAYS, Net
 
 MACHINES = {

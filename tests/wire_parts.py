@@ -56,7 +56,7 @@ LIMITS: list[tuple[str, ModuleType, str]] = [
     ("an id, and a source", event_plane, "MAX_ID"),
     ("a handshake", tuning, "HANDSHAKE_MS"),
     ("silence after it", patrol, "SILENT_S"),
-    ("silence of a client that pings", patrol, "PING_S"),
+    ("silence of a client that pings", patrol, "SILENCE"),
     ("bytes of a key that were sent and not taken", patrol, "UNREAD"),
     ("connections of a key at one server", gate, "MAX_LINES"),
     ("new connections of a key a second", gate, "NEW_LINES_PER_S"),

@@ -7,11 +7,11 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from interlock.agents import journal as module
 from interlock.agents.journal import Journal
@@ -117,7 +117,7 @@ def test_a_snapshot_is_a_whole_journal(path: Path, tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from dataclasses import replace
+from msgspec.structs import replace
 from pathlib import Path
 from interlock.agents.journal import Journal
 from interlock.agents.slot_io import Row, State

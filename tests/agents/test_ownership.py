@@ -6,13 +6,13 @@ Both hosts are the real slot machines, each with a journal that survives; what i
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from interlock.agents.ownership import DECISIONS, Turn, Word, word_of
 from interlock.agents.slot import Slot

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from interlock.agents.ladder import LADDER, LEAST_S, NEXT, SLOW_S, WITHIN_S, Rung, Sign, Turn
 from interlock.agents.slot import ON_TRIAL, STEPS, Slot

@@ -1,6 +1,8 @@
 """The crash matrix: SIGKILL of every role and instance at every stage boundary and at random moments, under requests.
 
     python tests/benchmarks/bench_crash.py --kills 300 --seed 1
+    python tests/benchmarks/bench_crash.py --kills 300 --seed 1 --first 101 --minutes 20    # a piece of the same
+    python tests/benchmarks/bench_crash.py --kills 20 --roles host                          # of one role only
 
 A real fleet (`interlock up`, which starts again what is killed), plain REQ clients, one migration per kill. Afterwards
 exactly one revision serves, and status, log and the host's journal name the same one; a rollback that was due was done
@@ -42,14 +44,25 @@ def until_steady(fleet: TestFleet, case: Case) -> None:
         time.sleep(max(0.0, STEADY_S - age))
 
 
-def run(kills: int, seed: int, *, steady: bool) -> dict[str, Any]:
+def chosen(kills: int, seed: int, first: int, roles: list[str]) -> list[tuple[int, Case]]:
+    """The kills with their numbers; of some roles only: as many of those."""
+    if not roles:
+        return list(enumerate(cases(kills, seed), 1))[first - 1 :]
+    found = [case for case in cases(kills * len(ROLES), seed) if case.role in roles]
+    return list(enumerate(found[:kills], 1))[first - 1 :]
+
+
+def run(todo: list[tuple[int, Case]], seed: int, *, steady: bool, minutes: float) -> dict[str, Any]:
     results: list[Result] = []
     began = time.monotonic()
     fleet = TestFleet(Path(tempfile.mkdtemp(prefix="il-crash-")), {"calc": "alpha", "rep": "alpha"}, head=HEAD)
     try:
         fleet.start()
         fold = LogFold(fleet)
-        for number, case in enumerate(cases(kills, seed), 1):
+        for number, case in todo:
+            if time.monotonic() - began > 60 * minutes:
+                print(f"the time is over: go on with --first {number}", file=sys.stderr)
+                break
             fleet.calm()
             if steady:
                 until_steady(fleet, case)
@@ -57,7 +70,7 @@ def run(kills: int, seed: int, *, steady: bool) -> dict[str, Any]:
             results.append(result)
             took = "" if result.rollback_s is None else f", rolled back in {result.rollback_s:.2f} s"
             said = f"{result.outcome}{took} {result.why} {result.violations or ''}"
-            print(f"{number}/{kills} {case}: {said}", file=sys.stderr)
+            print(f"{number}/{todo[-1][0]} {case}: {said}", file=sys.stderr)
         ended = fleet.stop()
     finally:
         fleet.close()
@@ -68,6 +81,7 @@ def run(kills: int, seed: int, *, steady: bool) -> dict[str, Any]:
     return {
         "benchmark": "crash matrix",
         "seed": seed,
+        "numbers": [todo[0][0], todo[0][0] + len(results) - 1] if results else [],
         "seconds": round(time.monotonic() - began),
         "cpus": os.cpu_count(),
         "load1": os.getloadavg()[0],
@@ -113,9 +127,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=1, metavar="N", help="begin with the Nth kill of the seed")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further kill after so long")
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=[], help="kill only these")
     parser.add_argument("--hasty", action="store_true", help="kill a role again before it has run for 30 s")
     options = parser.parse_args()
-    report = run(options.kills, options.seed, steady=not options.hasty)
+    todo = chosen(options.kills, options.seed, max(1, options.first), options.roles)
+    if not todo:
+        parser.error("--first is after the last kill")
+    report = run(todo, options.seed, steady=not options.hasty, minutes=options.minutes)
     print(json.dumps(report, indent=2))
     return 1 if report["violations"] or report["defects_logged"] or report["exit_code_of_up"] else 0
 

@@ -27,7 +27,7 @@ import trio
 
 from interlock.agents.latency import quantile
 from interlock.broker import client, crypto, topics
-from interlock.broker.config import BrokerConfig, FleetConfig
+from interlock.broker.config import PLACES, BrokerConfig, FleetConfig
 from interlock.broker.errors import InterlockError
 from interlock.broker.facts import HostDown
 from interlock.broker.keyring import Keyring
@@ -37,7 +37,7 @@ from interlock.broker.security import load_security
 from interlock.broker.sockets import open_sockets
 from interlock.broker.tuning import Curve
 
-ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+ANY = BrokerConfig(**dict.fromkeys(PLACES, "tcp://127.0.0.1:*"))
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE"  # half of one
 OPENERS = 50  # tasks that open half-open connections: as fast as the broker accepts
 SPARE_FILES = 300
@@ -58,7 +58,7 @@ def serve(folder: Path) -> None:
         security = load_security(fleet_of(folder), "broker")
         async with trio.open_nursery() as nursery:
             config = await nursery.start(partial(serve_planes, security=security), ANY, folder / "log")
-            print(json.dumps({name: getattr(config, name) for name in BrokerConfig.__struct_fields__}), flush=True)
+            print(json.dumps({name: getattr(config, name) for name in PLACES}), flush=True)
 
     trio.run(run)
 
@@ -170,7 +170,7 @@ async def bench(folder: Path, config: BrokerConfig, pid: int, connections: int, 
         await row("alone")
         for kind in ATTACKS:
             options = ["--attack", kind, "--folder", str(folder), "--connections", str(connections)]
-            endpoints = json.dumps({name: getattr(config, name) for name in BrokerConfig.__struct_fields__})
+            endpoints = json.dumps({name: getattr(config, name) for name in PLACES})
             command = [sys.executable, __file__, *options, "--endpoints", endpoints]
             process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             try:

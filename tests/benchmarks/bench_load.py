@@ -37,7 +37,7 @@ FILE_GROWTH = 20.0  # files per 1,000 migrations
 FOLDER_GROWTH = 8 << 20  # bytes per 1,000 migrations of one folder: the journal keeps 10,000 results, 50,000 lines
 
 
-def run(migrations: int, count: int, every: int) -> dict[str, Any]:
+def run(migrations: int, count: int, every: int, minutes: float) -> dict[str, Any]:
     agents = [f"{'calc' if number % 2 else 'rep'}-{number}" for number in range(count)]
     fleet = TestFleet(Path(tempfile.mkdtemp(prefix="il-load-")), dict.fromkeys(agents, "alpha"), head=HEAD)
     began = time.monotonic()
@@ -53,7 +53,7 @@ def run(migrations: int, count: int, every: int) -> dict[str, Any]:
                 print(f"{look.migrations} of {migrations}, {time.monotonic() - began:.0f} s: {look}", file=sys.stderr)
 
             async def go() -> Any:
-                return await load(fleet, agents, migrations, every=every, tell=tell)
+                return await load(fleet, agents, migrations, every=every, tell=tell, seconds=60 * minutes)
 
             done, looks = trio.run(go)
         ended = fleet.stop()
@@ -116,8 +116,9 @@ def main() -> int:
     parser.add_argument("--migrations", type=int, default=1000)
     parser.add_argument("--agents", type=int, default=4, help="that are moved side by side")
     parser.add_argument("--every", type=int, default=50, help="migrations between looks")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end with the first look after so long")
     options = parser.parse_args()
-    report = run(options.migrations, options.agents, options.every)
+    report = run(options.migrations, options.agents, options.every, options.minutes)
     print(json.dumps(report, indent=2))
     return 1 if report["violations"] or report["requests_failed"] else 0
 

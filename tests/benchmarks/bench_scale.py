@@ -40,7 +40,7 @@ TELEMETRY_PER_S = 10_000
 IDLE_S = 20.0
 SETTLE_S = 8.0  # after so long without news the broker is at rest
 PATIENCE_S = 240.0
-PER_PROCESS = 500  # hosts at most: their pings are one thread's work, and late ones cost them their connections
+PER_PROCESS = 2_000  # hosts at most: what they send and receive is one thread's work
 
 
 class Unfinished(Exception):
@@ -56,7 +56,7 @@ class Crowd:
         self._processes = []
         for _ in range(processes):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=simulate, args=(config.events, config.feed, theirs), daemon=True)
+            process = spawn.Process(target=simulate, args=(config, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -191,7 +191,8 @@ async def measure(options: argparse.Namespace, limit: int) -> dict[str, Any]:
     report: dict[str, Any] = {"hosts": size, "descriptor_limit": limit}
     if size < options.connections:
         report["fewer_because"] = f"the broker has 2 descriptors for each host, and {limit} are the limit here"
-    with stand([*(f"host/{name}" for name in hosts), *(f"monitor/{name}" for name in monitors), "rules"]) as on:
+    identities = [*(f"host/{name}" for name in hosts), *(f"monitor/{name}" for name in monitors), "rules"]
+    with stand(identities, hosts=size) as on:
         broker = BrokerProcess(on.folder)
         crowd = Crowd(on.fleet.broker, max(-(-size // PER_PROCESS), -(-size * PER_HOST // (limit - SPARE))))
         try:

@@ -301,7 +301,7 @@ class Zap(Stage):
         self.line = Taker()
         self.gate.guard(self.line)  # type: ignore[arg-type]
         self.heard: Connections[dict[str, str]] = Connections(
-            b"fuzz", list, lambda message, name: message.get(name, "")
+            b"fuzz", list, lambda message, name: message.get(name, ""), 10.0
         )
         self.heard.judge = self.gate
 

@@ -21,7 +21,7 @@ from typing import Any
 import zmq
 
 from interlock.broker import crypto, keys
-from interlock.broker.config import FleetConfig, load_fleet
+from interlock.broker.config import FleetConfig, heartbeat_of, load_fleet
 from interlock.broker.keys import Authority, Grant, PrivateKeys, Roll
 from interlock.broker.role import READY_FD
 from interlock.broker.security import Security
@@ -51,13 +51,17 @@ class Stand:
 
 
 @contextmanager
-def stand(identities: Iterable[str]) -> Iterator[Stand]:
-    """Keys for all of these and the broker, four free ports, and a folder on the disk that /tmp is on."""
+def stand(identities: Iterable[str], *, hosts: int = 0) -> Iterator[Stand]:
+    """Keys for all of these and the broker, four free ports, and a folder on the disk that /tmp is on.
+
+    Links ping as seldom as in a fleet of so many hosts.
+    """
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="il-") as name:
         folder = Path(name)
         ports = _free_ports(4)
         names = ("events", "feed", "telemetry_in", "telemetry_out")
         lines = [f'{key} = "tcp://127.0.0.1:{port}"' for key, port in zip(names, ports, strict=True)]
+        lines.append(f"heartbeat_s = {heartbeat_of(hosts)}")
         (folder / "fleet.toml").write_text('name = "bench"\nstate = "state"\n[broker]\n' + "\n".join(lines) + "\n")
         fleet = load_fleet(str(folder / "fleet.toml"))
         grants, private = [], {}

@@ -46,8 +46,9 @@ class Host:
 class Hosts:
     """All hosts of one process, in one loop."""
 
-    def __init__(self, events: str, feed: str, orders: Connection) -> None:
-        self._endpoints = events, feed
+    def __init__(self, broker: BrokerConfig, orders: Connection) -> None:
+        self._endpoints = broker.events, broker.feed
+        self._heartbeat_s = broker.heartbeat_s
         self._orders = orders
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 32_000)
@@ -104,7 +105,7 @@ class Hosts:
         made = []
         for kind, endpoint in ((zmq.DEALER, self._endpoints[0]), (zmq.SUB, self._endpoints[1])):
             raw = self._context.socket(kind)
-            tune(raw, connects=True)
+            tune(raw, connects=True, heartbeat_s=self._heartbeat_s)
             raw.curve_publickey, raw.curve_secretkey, raw.curve_serverkey = curve
             if kind == zmq.DEALER:
                 raw.setsockopt(zmq.PROBE_ROUTER, 1)  # a server cuts who says nothing
@@ -157,8 +158,8 @@ class Hosts:
                 self._when["events"] = time.monotonic()
 
 
-def simulate(events: str, feed: str, orders: Connection) -> None:
-    Hosts(events, feed, orders).run()
+def simulate(broker: BrokerConfig, orders: Connection) -> None:
+    Hosts(broker, orders).run()
 
 
 def telemetry_load(

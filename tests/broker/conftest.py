@@ -18,7 +18,7 @@ import trio
 
 from interlock.broker import client, crypto, keys, topics
 from interlock.broker.bus import Bus, new_event
-from interlock.broker.config import BrokerConfig, FleetConfig, load_fleet
+from interlock.broker.config import PLACES, BrokerConfig, FleetConfig, load_fleet
 from interlock.broker.facts import HostDown
 from interlock.broker.keyring import Keyring
 from interlock.broker.planes import serve_planes
@@ -54,7 +54,7 @@ class BrokerRole:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "fleet.toml"
-        endpoints = "".join(f'{name} = "ipc://{folder}/{name}"\n' for name in BrokerConfig.__struct_fields__)
+        endpoints = "".join(f'{name} = "ipc://{folder}/{name}"\n' for name in PLACES)
         self.path.write_text(f'state = "{folder}/state"\nsecurity = {{ mode = "insecure" }}\n[broker]\n{endpoints}')
         self.process: trio.Process | None = None
 

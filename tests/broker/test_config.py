@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interlock.broker.bounds import check_values
-from interlock.broker.config import FleetConfig, load_fleet, parse_fleet, source_of
+from interlock.broker.config import FleetConfig, heartbeat_of, load_fleet, parse_fleet, source_of
 from interlock.broker.errors import ConfigError
 from interlock.broker.strategies import RAPID, STAGED
 
@@ -229,3 +229,16 @@ def test_an_agent_depends_on_others_or_on_endpoints(needed: str) -> None:
     with pytest.raises(ConfigError, match=r"agents\.tutor\.depends"):
         parse_fleet(changed("agents/tutor/depends", [needed]))
     assert parse_fleet(changed("agents/tutor/depends", ["tcp://10.0.0.1:5432", "http://models:80/health"]))
+
+
+@pytest.mark.parametrize(("hosts", "heartbeat_s"), [(1, 1.0), (400, 1.0), (4000, 10.0), (100_000, 60.0)])
+def test_a_large_fleet_pings_its_links_less_often(hosts: int, heartbeat_s: float) -> None:
+    assert heartbeat_of(hosts) == heartbeat_s
+
+
+def test_how_often_links_are_pinged_is_what_the_file_says_or_follows_from_the_number_of_hosts() -> None:
+    hosts = {f"h{n}": {"control": f"tcp://127.0.0.1:{10_000 + n}"} for n in range(800)}
+    many = changed("hosts", {**GOOD["hosts"], **hosts})
+    assert parse_fleet(many).broker.heartbeat_s == pytest.approx(2.0, abs=0.1)
+    said = {**many, "broker": {**many.get("broker", {}), "heartbeat_s": 5.0}}
+    assert parse_fleet(said).broker.heartbeat_s == 5.0

@@ -16,7 +16,7 @@ import trio.testing
 from interlock.broker import client, event_plane, topics
 from interlock.broker import log as event_log
 from interlock.broker.bus import Bus, EventFeed
-from interlock.broker.config import BrokerConfig
+from interlock.broker.config import PLACES, BrokerConfig
 from interlock.broker.errors import InUse, LogError, Refused, Unreachable, UnsureWrite
 from interlock.broker.facts import HostDown, HostUp
 from interlock.broker.link import Link
@@ -125,7 +125,7 @@ async def test_a_consumer_that_does_not_read_loses_nothing(bus: Bus, monkeypatch
 
 
 async def test_without_a_broker_publishing_is_unreachable_and_posts_wait(folder: Path, nursery: trio.Nursery) -> None:
-    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in BrokerConfig.__struct_fields__})
+    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in PLACES})
     async with client.open_bus(config, "host/a") as bus:
         bus.post(A, HostDown(host="1"))
         with pytest.raises(Unreachable, match="is the broker running"):
@@ -165,7 +165,7 @@ async def test_a_full_disk_refuses_events_and_serves_replays_until_there_is_room
         logs[0]._writer.execute(f"PRAGMA max_page_count = {count}")
 
     monkeypatch.setattr(event_log, "EventLog", Watched)
-    config = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+    config = BrokerConfig(**dict.fromkeys(PLACES, "tcp://127.0.0.1:*"))
     config = await nursery.start(serve_planes, config, folder / "log")
     async with client.open_bus(config, "host/a") as bus:
         await bus.publish(A, HostDown(host="1"))
@@ -221,7 +221,7 @@ async def test_too_many_events_at_once_are_held_back_and_all_arrive_in_order(
 ) -> None:
     monkeypatch.setattr(event_plane, "QUEUE", 6)
     monkeypatch.setattr("interlock.broker.outbox.LOG_PAUSE_S", 0.05)
-    config = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+    config = BrokerConfig(**dict.fromkeys(PLACES, "tcp://127.0.0.1:*"))
     config = await nursery.start(serve_planes, config, folder / "log")
     async with client.open_bus(config, "host/a") as bus, bus.events(["fact/"], after=0) as feed:
         for n in range(100):

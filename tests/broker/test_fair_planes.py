@@ -13,13 +13,13 @@ import pytest
 import trio
 
 from interlock.broker import event_plane, replays, topics
-from interlock.broker.config import BrokerConfig
+from interlock.broker.config import PLACES, BrokerConfig
 from interlock.broker.errors import LogError
 from interlock.broker.log import Draft, EventLog, Excerpt, Record
 from interlock.broker.planes import serve_planes
 from interlock.broker.sockets import Socket, open_sockets
 
-ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+ANY = BrokerConfig(**dict.fromkeys(PLACES, "tcp://127.0.0.1:*"))
 TOPIC = topics.host_fact("a").encode()
 BODY: bytes = msgpack.packb({"type": "host-down", "host": "a"})
 PATIENCE_S = 60.0

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interlock.broker import client, outbox_file, topics
-from interlock.broker.config import BrokerConfig
+from interlock.broker.config import PLACES, BrokerConfig
 from interlock.broker.errors import LogError
 from interlock.broker.facts import HostDown
 from interlock.broker.outbox import Entry
@@ -21,7 +21,7 @@ from interlock.broker.outbox_file import Keeper, OutboxFile
 from interlock.broker.planes import serve_planes
 
 A = topics.host_fact("a")
-NOWHERE = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "ipc:///tmp/interlock-nobody-listens-here"))
+NOWHERE = BrokerConfig(**dict.fromkeys(PLACES, "ipc:///tmp/interlock-nobody-listens-here"))
 
 
 def entry(n: int, size: int = 3) -> Entry:
@@ -131,7 +131,7 @@ async def test_a_disk_that_refuses_keeps_nobody_waiting_and_is_tried_again(
 
 
 async def test_posts_without_a_broker_wait_on_disk_for_the_next_process(folder: Path, nursery: trio.Nursery) -> None:
-    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in BrokerConfig.__struct_fields__})
+    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in PLACES})
     for first in (0, 5):
         async with client.open_bus(config, "host/a", outbox=folder / "outbox") as bus:
             for n in range(first, first + 5):
@@ -154,11 +154,11 @@ POSTER = """
 import sys, trio
 from pathlib import Path
 from interlock.broker import client, topics
-from interlock.broker.config import BrokerConfig
+from interlock.broker.config import PLACES, BrokerConfig
 from interlock.broker.facts import HostDown
 
 async def main(folder, first):
-    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in BrokerConfig.__struct_fields__})
+    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in PLACES})
     async with client.open_bus(config, "host/a", outbox=Path(folder) / "outbox") as bus:
         for n in range(first, first + 100_000):
             bus.post(topics.host_fact("a"), HostDown(host=str(n)), id=f"id-{n}")
@@ -172,7 +172,7 @@ trio.run(main, sys.argv[1], int(sys.argv[2]))
 async def test_a_publisher_killed_again_and_again_loses_nothing_it_had_taken(
     folder: Path, nursery: trio.Nursery
 ) -> None:
-    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in BrokerConfig.__struct_fields__})
+    config = BrokerConfig(**{name: f"ipc://{folder}/{name}" for name in PLACES})
     taken: list[int] = []
     with trio.fail_after(100):
         for life in range(4):

@@ -9,7 +9,7 @@ import msgpack
 import pytest
 import trio
 
-from interlock.broker.config import BrokerConfig
+from interlock.broker.config import PLACES, BrokerConfig
 from interlock.broker.event_plane import serve_events
 from interlock.broker.pace import AT_REST_PER_S, BUSY_PER_S, FRESH, Pace
 from interlock.broker.protocol import BEAT_MEMORY, BEAT_S, BEAT_TOPIC, decode_beat
@@ -17,7 +17,7 @@ from interlock.broker.sockets import open_sockets
 
 MANY = 5 * AT_REST_PER_S  # subscribers: 5 s between beats
 BUSY_S = MANY / BUSY_PER_S
-ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+ANY = BrokerConfig(**dict.fromkeys(PLACES, "tcp://127.0.0.1:*"))
 
 
 def at_rest() -> Pace:

@@ -40,7 +40,8 @@ async def main():
     held = keys.read_private(folder / "keys", "broker"), keys.Roll(keys.read_authority(folder / "keys"))
     serve = partial(serve_planes, security=Security(*held, folder / "keys"))
     config = BrokerConfig(events=f"tcp://{at}:7171", feed=f"tcp://{at}:7172",
-                          telemetry_in=f"tcp://{at}:7173", telemetry_out=f"tcp://{at}:7174")
+                          telemetry_in=f"tcp://{at}:7173", telemetry_out=f"tcp://{at}:7174",
+                          heartbeat_s=float(sys.argv[3]))
     async with trio.open_nursery() as nursery:
         await nursery.start(serve, config, folder / "log")
         print("ready", flush=True)
@@ -64,7 +65,8 @@ async def main():
         return Security(keys.read_private(folder, who), keys.Roll(keys.read_authority(folder)), folder)
 
     config = BrokerConfig(events=f"tcp://{at}:7171", feed=f"tcp://{at}:7172",
-                          telemetry_in=f"tcp://{at}:7173", telemetry_out=f"tcp://{at}:7174")
+                          telemetry_in=f"tcp://{at}:7173", telemetry_out=f"tcp://{at}:7174",
+                          heartbeat_s=float(sys.argv[3]))
     topic, key = topics.host_fact("a"), labels("number", host="a")
     posted, events, values, silences, seqs, late = 0, [], [], [], [], 0
     stop, got_last, got_value = trio.Event(), trio.Event(), trio.Event()
@@ -216,13 +218,16 @@ async def until_given_up(net: Net, before: set[str]) -> float:
     return time.time()
 
 
-async def run(net: Net, folder: Path, cuts: list[tuple[Callable[[], None], Callable[[], None]]]) -> dict[str, Any]:
+Cut = tuple[Callable[[], None], Callable[[], None]]
+
+
+async def run(net: Net, folder: Path, cuts: list[Cut], heartbeat_s: float) -> dict[str, Any]:
     """Publish during all cuts; what the host saw, and of each cut when it was and when the broker knew it."""
     Keyring(folder / "keys", "f").ensure(["broker", "host/a", "rules"], now=1.0)
-    processes = [await start(net.near, BROKER, NEAR, str(folder))]
+    processes = [await start(net.near, BROKER, NEAR, str(folder), str(heartbeat_s))]
     times: list[tuple[float, float]] = []
     try:
-        host = await start(net.far, HOST, NEAR, str(folder))
+        host = await start(net.far, HOST, NEAR, str(folder), str(heartbeat_s))
         processes.append(host)
         for cut, heal in cuts:
             await trio.sleep(0.2)
@@ -253,9 +258,11 @@ async def run(net: Net, folder: Path, cuts: list[tuple[Callable[[], None], Calla
                 await process.wait()
 
 
+@pytest.mark.parametrize("heartbeat_s", [1.0, 25.0])
 async def test_no_event_is_lost_repeated_or_reordered_by_a_cut_network_and_the_gap_in_telemetry_is_told(
-    net: Net, folder: Path
+    net: Net, folder: Path, heartbeat_s: float
 ) -> None:
+    """Who pings each second learns of a cut by that; where 10,000 hosts ping less often, TCP tells."""
     with trio.fail_after(110):
         seen = await run(
             net,
@@ -265,6 +272,7 @@ async def test_no_event_is_lost_repeated_or_reordered_by_a_cut_network_and_the_g
                 (lambda: net.deaf("add"), lambda: net.deaf("delete")),
                 (lambda: net.mute("add"), lambda: net.mute("delete")),
             ],
+            heartbeat_s,
         )
     print({key: value for key, value in seen.items() if key not in ("events", "seqs")}, len(seen["seqs"]))
     assert seen["events"] == [*map(str, range(seen["posted"])), "last"]

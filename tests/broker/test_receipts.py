@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from interlock.broker import client, keys, topics
 from interlock.broker.bus import Bus
 from interlock.broker.commands import Prepare, RollCall
-from interlock.broker.config import BrokerConfig, load_fleet
+from interlock.broker.config import PLACES, BrokerConfig, load_fleet
 from interlock.broker.errors import ConfigError, Refused
 from interlock.broker.keyring import Keyring
 from interlock.broker.keys import Grant
@@ -25,7 +25,7 @@ from interlock.broker.protocol import Receipt, Received, Watch
 from interlock.broker.receipts import KEEP_S, MAX_COMMANDS, MAX_EARLY, MAX_REASON, MAX_WATCHERS, PART, Receipts
 from interlock.broker.security import Security
 
-ANY = BrokerConfig(**dict.fromkeys(BrokerConfig.__struct_fields__, "tcp://127.0.0.1:*"))
+ANY = BrokerConfig(**dict.fromkeys(PLACES, "tcp://127.0.0.1:*"))
 HOSTS = ["alpha", "beta", "gamma"]
 
 

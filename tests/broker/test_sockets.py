@@ -13,7 +13,7 @@ import zmq
 
 from interlock.broker.errors import ConfigError, InUse
 from interlock.broker.sockets import Socket, open_sockets
-from interlock.broker.tuning import HEARTBEAT_MS, HEARTBEAT_TTL_MS
+from interlock.broker.tuning import HEARTBEAT_S, HEARTBEAT_TTL
 
 
 @pytest.fixture
@@ -150,5 +150,19 @@ async def test_who_connects_pings_and_says_so() -> None:
         client = sockets.open("dealer", connect=server.endpoint)
         careless = sockets.open("dealer", connect=server.endpoint, heartbeat=False)
         pings = [one._raw.getsockopt(zmq.HEARTBEAT_IVL) for one in (client, careless, server)]
-        assert pings == [HEARTBEAT_MS, 0, 0]
-        assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == HEARTBEAT_TTL_MS
+        assert pings == [HEARTBEAT_S * 1000, 0, 0]
+        assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == HEARTBEAT_TTL * 1000
+
+
+async def test_who_waits_for_a_program_that_is_starting_finds_it_before_who_does_not(short: Path) -> None:
+    """The pauses between attempts grow up to a second, unless a rollback may wait for the one that starts."""
+    endpoint = f"ipc://{short}/late"
+    with trio.fail_after(60):
+        async with open_sockets() as sockets:
+            patient = sockets.open("dealer", connect=endpoint)
+            waiting = sockets.open("dealer", connect=endpoint, starting=True)
+            await patient.send([b"patient"])
+            await waiting.send([b"waiting"])
+            await trio.sleep(2.0)  # by now the other tries once a second
+            router = sockets.open("router", bind=endpoint)
+            assert [(await router.receive())[-1] for _ in range(2)] == [b"waiting", b"patient"]

@@ -9,7 +9,8 @@ import pytest
 from interlock.broker import commands, facts, topics, wire
 from interlock.broker.config import FleetConfig, parse_fleet
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import Emit, Migration
+from interlock.coordinator.emit import Emit
+from interlock.coordinator.migration import Migration
 from interlock.coordinator.observation import Measurement
 
 STEPS = {

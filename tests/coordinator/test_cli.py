@@ -13,12 +13,14 @@ from typing import get_args
 
 import pytest
 
+from event_parts import logged
 from interlock.broker import commands, facts
 from interlock.broker.config import load_fleet
-from interlock.broker.wire import Body, Event, Header, encode
+from interlock.broker.wire import Body
 from interlock.coordinator import cli
 from interlock.coordinator.catalogue import example
 from interlock.coordinator.fleet import Fleet
+from interlock.coordinator.ids import Ids, ids_of, read_ids
 from interlock.coordinator.options import STEERING
 from interlock.coordinator.screen import Screen, clock, closing
 from interlock.coordinator.shell import Shell
@@ -216,8 +218,7 @@ def test_text_from_the_fleet_is_not_taken_for_markup(tmp_path: Path) -> None:
 def test_the_status_screen_shows_what_the_fold_knows(every_body: list[Body], tmp_path: Path) -> None:
     view = Fleet()
     for number, body in enumerate(every_body, start=1):
-        header = Header(id=str(number), source="test", time=1.0 * number, seq=number)
-        view.apply(Event("fact/x/", header, body, encode(body)))
+        view.apply(logged(body, number))
     with open(tmp_path / "out", "w") as stream:
         Screen(stream).status(Status(view, {}, 0.0))
     assert "Hosts" in (tmp_path / "out").read_text()
@@ -246,7 +247,8 @@ def shell_of(fleet_file: Path) -> tuple[Shell, list[list[str]]]:
         ran.append(argv)
         return 3
 
-    return Shell(load_fleet(fleet_file), fleet_file, run), ran
+    ids = Ids(["echo-9", "echo-7"], ["wave-8", "wave-3"], ["wave-8"])
+    return Shell(load_fleet(fleet_file), fleet_file, run, lambda path: ids), ran
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
@@ -317,14 +319,30 @@ def test_sigterm_ends_a_shell_also_while_a_verb_runs(fleet_file: Path) -> None:
         ("pause ", "", ["echo"]),
         ("plan echo --to v2 --level ", "", ["low", "medium", "high", "critical"]),
         ("migrate echo --strategy ", "", ["rapid", "staged", "framework", "custom"]),
+        ("report ", "", ["echo", "echo-9", "echo-7"]),
+        ("explain echo-", "echo-", ["echo-9", "echo-7"]),
+        ("history ", "", ["echo"]),
+        ("wave status ", "", ["wave-8", "wave-3"]),
+        ("wave stop wa", "wa", ["wave-8"]),
     ],
 )
-def test_the_shell_completes_agents_and_their_revisions(
+def test_the_shell_completes_agents_their_revisions_and_ids(
     fleet_file: Path, line: str, text: str, expected: list[str]
 ) -> None:
     prompt, _ = shell_of(fleet_file)
     assert prompt.completedefault(text, line, len(line) - len(text), len(line)) == expected
     assert prompt.completenames("mi") == ["migrate"]
+
+
+def test_ids_are_the_newest_of_the_log_and_none_where_nobody_answers(every_body: list[Body], fleet_file: Path) -> None:
+    view = Fleet()
+    for number, body in enumerate(every_body, start=1):
+        view.apply(logged(body, number))
+    found = ids_of(view)
+    assert found.migrations[0] == next(reversed(view.migrations))
+    assert found.waves == list(reversed(view.waves))
+    assert set(found.moving) <= set(found.waves)
+    assert read_ids(fleet_file) == Ids()
 
 
 def test_help_in_the_shell_names_the_verbs(fleet_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

@@ -12,14 +12,15 @@ import trio.testing
 from interlock.broker import commands, facts, topics
 from interlock.broker.bus import Bus
 from interlock.broker.commands import Breach
-from interlock.broker.config import FleetConfig
+from interlock.broker.config import AgentConfig, FleetConfig
 from interlock.broker.errors import Refused, Unreachable
 from interlock.broker.memory import MemoryBroker
+from interlock.broker.policy import BY_HOST
 from interlock.broker.samples import labels
 from interlock.broker.wire import Body, Event
 from interlock.coordinator import verbs
 
-FLEET = FleetConfig()
+FLEET = FleetConfig(agents={"echo": AgentConfig(host="alpha", serve="v1", revisions={})})
 NUMBER = "echo-1"
 BREACH = Breach(by="rule gpu-memory", reason="96 % used", sample_time=99.0)
 CONTROL = "tcp://127.0.0.1:1"
@@ -81,7 +82,8 @@ class Scene:
             async for event in feed:
                 self.requests.append(event)
                 for body in answer(event.header.id):
-                    bus.post(topics.migration_fact("echo"), body)
+                    by_host = isinstance(body, BY_HOST)
+                    bus.post(topics.host_fact("alpha") if by_host else topics.migration_fact("echo"), body)
 
     async def migrate(self, **options: object) -> verbs.Report:
         return await verbs.migrate(

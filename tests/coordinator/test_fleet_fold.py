@@ -10,9 +10,10 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interlock.broker import commands, facts, wire
+from event_parts import logged
+from interlock.broker import commands, facts
 from interlock.broker.commands import Breach
-from interlock.broker.wire import Body, Event, Header
+from interlock.broker.wire import Body
 from interlock.coordinator import fleet
 from interlock.coordinator.fleet import Fleet
 
@@ -63,8 +64,7 @@ def play(*bodies: Body) -> Fleet:
 
 def play_into(view: Fleet, bodies: Sequence[Body]) -> Fleet:
     for number, body in enumerate(bodies, start=view.position + 1):
-        header = Header(id=str(number), source="test", time=float(number), seq=number)
-        view.apply(Event("fact/test/", header, body, wire.encode(body)))
+        view.apply(logged(body, number))
     return view
 
 
@@ -190,22 +190,17 @@ def test_a_snapshot_and_what_follows_give_the_same_fleet_as_the_whole_log(
     snapshot = early.snapshot(start)
     assert (snapshot.through, snapshot.start) == (through, start)
     late = Fleet()
-    late.apply(event_of(snapshot, 1000))
+    late.apply(logged(snapshot, 1000))
     for number, body in enumerate(said[start:], start + 1):
-        late.apply(event_of(body, number))
+        late.apply(logged(body, number))
     assert late.to_json() == whole.to_json()
-
-
-def event_of(body: Body, seq: int) -> Event:
-    header = Header(id=str(seq), source="test", time=float(seq), seq=seq)
-    return Event("t/", header, wire.decode_body(wire.encode(body)), b"")
 
 
 def test_a_snapshot_changes_nothing_where_the_events_were_seen_and_a_broken_one_nothing_at_all() -> None:
     whole = play(*SAID)
     before = whole.to_json()
-    whole.apply(event_of(play(UP).snapshot(1), 50))
-    whole.apply(event_of(facts.FleetSnapshot(through=900, start=900, state=b"broken"), 901))
+    whole.apply(logged(play(UP).snapshot(1), 50))
+    whole.apply(logged(facts.FleetSnapshot(through=900, start=900, state=b"broken"), 901))
     assert whole.to_json() == before
 
 
@@ -216,11 +211,11 @@ def test_a_snapshot_that_would_be_too_large_leaves_out_the_oldest_that_ended() -
             migration=f"echo-{number}", agent="echo", epoch=number, outcome="committed", decided_by="x",
             reason=os.urandom(25_000).hex(),
         )  # fmt: skip
-        view.apply(event_of(body, number + 1))
+        view.apply(logged(body, number + 1))
     snapshot = view.snapshot(40)
     assert len(snapshot.state) <= fleet.SNAPSHOT_BYTES
     late = Fleet()
-    late.apply(event_of(snapshot, 50))
+    late.apply(logged(snapshot, 50))
     assert list(late.migrations)[-1] == "echo-39"
     assert 0 < len(late.migrations) < 40
 
@@ -309,6 +304,14 @@ def test_no_host_takes_an_agent_over_by_saying_so() -> None:
     assert place(not_ordered)[0] == "alpha"
     moved = play(UP, SERVING, MOVING, CANARY, MOVED, ended("committed"), UP, SERVING, FORWARDING)
     assert place(moved)[0] == "beta"
+
+
+def test_what_a_host_says_of_a_candidate_that_it_runs_is_no_claim_and_a_move_holds_before_the_file() -> None:
+    view = Fleet({"echo": "alpha"})
+    said = [UP, SERVING, MOVING, RECEIVED, GUEST, ARRIVING, CANARY, MOVED, FORWARDING, SERVES_THERE, UP]
+    play_into(view, said)
+    assert view.claims.total == 0
+    assert place(view) == ("beta", "v2", "serving", "tcp://b")
 
 
 def test_a_rolled_back_move_leaves_it_where_it_was() -> None:

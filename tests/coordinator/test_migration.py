@@ -12,7 +12,8 @@ from interlock.broker.config import FleetConfig, parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator import decisions
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import ROLLBACK_ANSWER_S, Emit
+from interlock.coordinator.emit import Emit
+from interlock.coordinator.migration import ROLLBACK_ANSWER_S
 from interlock.coordinator.observation import Measurement
 from interlock.coordinator.phases import Phase
 from interlock.coordinator.steps import PlannedStep

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from event_parts import topic_of
 from interlock.broker import commands, facts
 from interlock.broker.commands import Breach, SteerAction
 from interlock.coordinator.phases import EVENTS, ON_TRIAL, STANDING, STEERED, TRANSITIONS, Phase
@@ -112,7 +113,7 @@ def body_of(event: str, migration: Any, command: str) -> Any:
             return facts.ChecksMeasured(
                 **common, epoch=migration.started.epoch, verdict="failed", reason="r", checkpoint=0.5, final=True
             )
-        case "refused":
+        case "refused" | "not-committed":
             return facts.CommandRefused(**common, host="alpha", command=command, reason="r")
         case "waiting":
             return facts.MigrationWaiting(**common, stage="s", until=2000.0)
@@ -142,8 +143,10 @@ def test_each_event_in_each_phase_leads_where_the_table_says(story: Any, phase: 
     play = ARRIVE[phase](story)
     migration = play.ended if phase is Phase.ENDED else play.migration
     assert migration.phase is phase
+    if event == "not-committed":
+        migration._kept = BREACH
     body = body_of(event, migration, f"{migration.id}/{migration.index}")
-    play.say("fact/x/", body)  # folded only; the coordinator decides nothing upon it
+    play.say(topic_of(body), body)  # folded only; the coordinator decides nothing upon it
     if phase is Phase.ENDED:
         migration.apply(play.events[-1])
     assert migration.phase is (TRANSITIONS[phase, event] or phase)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from interlock.broker import facts, topics, wire
+import event_parts
+from interlock.broker import facts, topics
 from interlock.broker.commands import RollBack
 from interlock.broker.facts import AlertFiring, Blame, MigrationStarted
 from interlock.broker.samples import labels
-from interlock.broker.wire import Body, Event, Header
+from interlock.broker.wire import Body, Event
 from interlock.coordinator.rules.alerts import RESTORE_GRACE_S
 from interlock.coordinator.rules.blame import twin
 from interlock.coordinator.rules.decisions import EXCUSED_S, RuleDecisions, Send
@@ -34,9 +35,7 @@ _count = iter(range(1, 1_000_000))
 
 
 def event(body: Body, logged: float) -> Event:
-    number = next(_count)
-    header = Header(id=str(number), source="test", time=logged, seq=number, logged=logged)
-    return Event("fact/test/", header, body, wire.encode(body))
+    return event_parts.logged(body, next(_count), logged)
 
 
 def started(epoch: int = 7) -> MigrationStarted:

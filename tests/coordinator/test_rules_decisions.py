@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from interlock.broker import wire
+import event_parts
 from interlock.broker.commands import Breach, RollBack
 from interlock.broker.facts import (
     AlertFiring,
@@ -18,7 +18,7 @@ from interlock.broker.facts import (
     RolledBack,
 )
 from interlock.broker.samples import LATE_S, Announcement, Batch, labels
-from interlock.broker.wire import Body, Event, Header
+from interlock.broker.wire import Body, Event
 from interlock.coordinator.rules.alerts import RESTORE_GRACE_S
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
 from interlock.coordinator.rules.inflight import InFlight
@@ -42,9 +42,7 @@ _count = iter(range(1, 1_000_000))
 
 
 def event(body: Body, logged: float) -> Event:
-    number = next(_count)
-    header = Header(id=str(number), source="test", time=logged, seq=number, logged=logged)
-    return Event("fact/test/", header, body, wire.encode(body))
+    return event_parts.logged(body, next(_count), logged)
 
 
 def started(agent: str = "chat", host: str = "alpha", epoch: int = 7, to: str = "v2") -> MigrationStarted:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from event_parts import logged
 from interlock.broker import facts
-from interlock.broker.wire import Body, Event, Header
+from interlock.broker.wire import Body, Event
 from interlock.coordinator.fleet import Fleet
 from interlock.coordinator.rules.inflight import InFlight
-
-
-def event(body: Body, seq: int) -> Event:
-    return Event("t/", Header(id=str(seq), source="s", time=float(seq), seq=seq, logged=float(seq)), body, b"")
 
 
 def started(agent: str, epoch: int) -> facts.MigrationStarted:
@@ -38,21 +35,21 @@ def read(engine: InFlight, events: list[Event]) -> InFlight:
 
 
 def test_joining_by_a_snapshot_gives_the_same_as_reading_everything() -> None:
-    events = [event(body, seq) for seq, body in enumerate(SAID, 1)]
+    events = [logged(body, seq) for seq, body in enumerate(SAID, 1)]
     whole = read(InFlight(), events)
     for through in range(1, len(events) + 1):
         view = Fleet()
         for item in events[:through]:
             view.apply(item)
-        late = read(InFlight(), [event(view.snapshot(1), 100), *events[1:]])
+        late = read(InFlight(), [logged(view.snapshot(1), 100), *events[1:]])
         assert late.migrations == whole.migrations
         assert late.control == whole.control
         assert late.firing == whole.firing
 
 
 def test_a_snapshot_of_what_was_seen_changes_nothing() -> None:
-    events = [event(body, seq) for seq, body in enumerate(SAID, 1)]
+    events = [logged(body, seq) for seq, body in enumerate(SAID, 1)]
     engine = read(InFlight(), events)
     before = dict(engine.migrations)
-    read(engine, [event(Fleet().snapshot(0), 7), event(facts.FleetSnapshot(through=6, start=6, state=b"?"), 8)])
+    read(engine, [logged(Fleet().snapshot(0), 7), logged(facts.FleetSnapshot(through=6, start=6, state=b"?"), 8)])
     assert engine.migrations == before

@@ -54,12 +54,13 @@ def test_a_rollback_rule_keeps_its_alert_where_data_is_missing_and_another_resol
     [
         (one("{alert: a, expr: b, x_acton: hold}"), "unknown key 'x_acton' (did you mean 'x_action'?)"),
         (one("{alert: a, expr: b, x_action: explode}"), "x_action: 'explode' is none of rollback, hold, notify"),
-        (one("{alert: a, expr: b, x_resolve_expr: c}"), "the key 'x_resolve_expr' is not supported yet (leave it out)"),
+        (one("{alert: a, expr: b, x_resolve_expr: 'c >'}"), "x_resolve_expr: 'c >' is not PromQL"),
+        (one("{alert: a, expr: b, limit: 3}"), "the key 'limit' is not supported yet (leave it out)"),
         (one("{alert: a, expr: b, x_dry_run: maybe}"), "x_dry_run: 'maybe' is not true or false"),
         (one("{alert: a, expr: b, for: soon}"), "for: 'soon' is not a duration (for example 30s, 5m, 1h30m, 250ms)"),
         (one("{alert: a}"), "expr: is missing"),
         (one("{record: a, expr: b, for: 1s}"), "unknown key 'for'"),
-        (one("{alert: a, expr: b offset 5m}"), "the offset modifier is not supported in 'b offset 5m'"),
+        (one("{alert: a, expr: histogram_sum(b)}"), "native histograms are: histogram_sum() is not supported"),
         (one("{alert: a, expr: b}, {alert: a, expr: c}"), "there is already a rule with this name and these labels"),
     ],
 )

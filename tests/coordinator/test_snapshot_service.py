@@ -14,7 +14,7 @@ import trio
 
 from interlock.broker import event_plane, facts, topics
 from interlock.broker.client import open_bus
-from interlock.broker.config import BrokerConfig, FleetConfig, LogConfig
+from interlock.broker.config import AgentConfig, BrokerConfig, FleetConfig, LogConfig
 from interlock.broker.event_plane import serve_events
 from interlock.coordinator import decisions, service
 from interlock.coordinator.decisions import Coordinator
@@ -37,7 +37,8 @@ async def test_what_the_log_dropped_is_in_the_snapshot(
     monkeypatch.setattr(event_plane, "RETAIN_S", 0.05)
     monkeypatch.setattr(decisions, "SNAPSHOT_EVENTS", 25)
     config = BrokerConfig(**{name: f"ipc://{short_folder}/{name}" for name in ENDPOINTS})
-    fleet = FleetConfig(broker=config)
+    agents = {f"agent{n}": AgentConfig(host=f"h{n}", serve="r0", revisions={}) for n in range(ROUNDS)}
+    fleet = FleetConfig(broker=config, agents=agents)
     await nursery.start(partial(serve_events, keep=LogConfig(keep_days=0.0)), config, short_folder / "log")
 
     async def coordinator(task_status: trio.TaskStatus[Coordinator]) -> None:
@@ -55,9 +56,9 @@ async def test_what_the_log_dropped_is_in_the_snapshot(
         async with open_bus(config, "host/alpha") as bus:
             for n in range(ROUNDS):
                 up = facts.HostUp(host=f"h{n}", control="tcp://h:1", pid=n, boot="b", agents=[f"agent{n}"])
-                bus.post(topics.host_fact("alpha"), up)
+                bus.post(topics.host_fact(f"h{n}"), up)
                 slot = facts.SlotChanged(host=f"h{n}", agent=f"agent{n}", state="serving", permanent=f"r{n}")
-                bus.post(topics.host_fact("alpha"), slot)
+                bus.post(topics.host_fact(f"h{n}"), slot)
             await bus.flushed()
             while first_number() < 2 * ROUNDS - 50:  # noqa: ASYNC110  (until the log has dropped it)
                 await trio.sleep(0.05)

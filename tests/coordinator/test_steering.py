@@ -84,6 +84,19 @@ def test_a_kept_candidate_can_be_committed_with_a_reason(story: Any) -> None:
     assert play.done()[-1].startswith("committed by operator commit")
 
 
+def test_a_kept_candidate_whose_commit_the_host_refuses_has_failed_at_once_with_the_hosts_reason(story: Any) -> None:
+    play = kept(story)
+    play.steer("commit", reason="it is the better one")
+    refused = facts.CommandRefused(
+        host="alpha", agent="tutor", migration=play.migration.id, command=play.asked().header.id,
+        reason="commit is not possible while the slot is rolling-back",
+    )  # fmt: skip
+    assert play.fact(refused) == [
+        "failed by host alpha: commit is not possible while the slot is rolling-back",
+    ]
+    assert play.core.migrations == {}
+
+
 def test_an_abort_of_a_kept_candidate_reaches_the_host_once_more(story: Any) -> None:
     play = kept(story)
     assert play.steer("abort", "again") == ["abort by operator/ann", "roll back: operator abort: again"]

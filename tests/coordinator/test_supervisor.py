@@ -184,6 +184,6 @@ trio.run(main)
 def test_restarts_wait_longer_each_time_up_to_a_bound_and_anew_after_a_steady_run() -> None:
     backoff = Backoff()
     waits = [backoff.after(0.0) for _ in range(10)]
-    assert waits[:3] == [0.2, 0.4, 0.8]
+    assert waits[:4] == [0.0, 0.2, 0.4, 0.8]
     assert waits[-1] == supervisor.RESTART_MAX_S
-    assert backoff.after(supervisor.STEADY_S) == supervisor.RESTART_FIRST_S
+    assert [backoff.after(supervisor.STEADY_S), backoff.after(0.0)] == [0.0, supervisor.RESTART_S]

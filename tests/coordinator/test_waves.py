@@ -91,20 +91,21 @@ class Play:
             case facts.MigrationEnded():
                 self.moves.append(f"{body.agent} {body.outcome}")
         agent = getattr(body, "agent", "")
-        common = {"host": "alpha", "agent": agent, "migration": getattr(body, "migration", "")}
+        host = self.config.agents[agent].host if agent in self.config.agents else "alpha"
+        common = {"host": host, "agent": agent, "migration": getattr(body, "migration", "")}
         if isinstance(body, commands.RollBack):
             done = facts.RolledBack(
                 **common, epoch=body.epoch, revision=self.serving[agent], level=1, breach=body.breach,
                 received=self.now, routed=self.now, restored=self.now, verified=True,
             )  # fmt: skip
-            self.say(topics.host_fact("alpha"), done, f"{event.header.id}/done")
+            self.say(topics.host_fact(host), done, f"{event.header.id}/done")
         elif type(body) in STEPS and agent not in self.stay:
             step: Any = {"step": STEPS[type(body)], "command": event.header.id, "epoch": body.epoch}
             if agent in self.bad and self.to[body.migration] != "r1" and step["step"] == "start-candidate":
                 failed = facts.StepFailed(**common, **step, check="start", reason="it is bad")
-                self.say(topics.host_fact("alpha"), failed, f"{event.header.id}/failed")
+                self.say(topics.host_fact(host), failed, f"{event.header.id}/failed")
                 return
-            self.say(topics.host_fact("alpha"), facts.StepDone(**common, **step), f"{event.header.id}/done")
+            self.say(topics.host_fact(host), facts.StepDone(**common, **step), f"{event.header.id}/done")
             if step["step"] == "commit":
                 self.serving[agent] = self.to[body.migration]
                 self.slot(agent, epoch=body.epoch)

@@ -13,8 +13,7 @@ import logging
 import re
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 MAX_METRICS = 200  # names per instance: each becomes a series of its own, and dashboards list them all
 MARK = "__interlock__"  # the attribute that a decorator leaves on a method
@@ -34,24 +33,20 @@ class RequestError(Exception):
         self.message = message or code
 
 
-@dataclass(frozen=True)
-class HandlerMark:
+class HandlerMark(NamedTuple):
     action: str
     idempotent: bool
     side_effects: bool = False
 
 
-@dataclass(frozen=True)
 class BackgroundMark:
     pass
 
 
-@dataclass(frozen=True)
 class ThreadMark:
     pass
 
 
-@dataclass(frozen=True)
 class ActiveMark:
     pass
 

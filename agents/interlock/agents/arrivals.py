@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
 import trio
+from msgspec.structs import replace
 
 from interlock.agents.forwarding import end_forwarding
 from interlock.agents.frames import join
@@ -19,7 +19,8 @@ from interlock.agents.ownership import DECISIONS, Turn, Word, word_of
 from interlock.agents.session import Stream
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import Forward, Owned, Row, State
-from interlock.agents.slot_shell import SlotShell, Surroundings
+from interlock.agents.slot_shell import SlotShell
+from interlock.agents.surroundings import Surroundings
 from interlock.broker.config import AgentConfig
 from interlock.broker.errors import InterlockError, Refused
 

@@ -15,7 +15,6 @@ import stat
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
@@ -77,8 +76,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     newest: float = 0.0  # seconds since 1970: when the newest file of a `Live` part was last written
 
 
-@dataclass(frozen=True)
-class Live:
+class Live(msgspec.Struct, frozen=True):
     """A folder to copy that a program may be writing. It is empty in the backup if it is not there."""
 
     path: Path
@@ -91,8 +89,7 @@ class Changed(StorageError):
 Part = bytes | Path | Live
 
 
-@dataclass(frozen=True)
-class Backup:
+class Backup(msgspec.Struct, frozen=True):
     path: Path
     manifest: Manifest
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 import trio
 
 from interlock.agents.compare import NO_ANSWER, Pair, Verdict, difference, handler_of, merged
@@ -23,18 +23,16 @@ class Judge(Protocol):
     ) -> Verdict: ...
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """How pairs are compared while something is mirrored, and who is told of them."""
 
-    config: CompareConfig = field(default_factory=CompareConfig)
+    config: CompareConfig = msgspec.field(default_factory=CompareConfig)
     on_pair: Callable[[Pair], None] | None = None
     judge: Judge | None = None
     action_field: str = "action"
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(msgspec.Struct, frozen=True):
     """A request and both answers to it, as frames. `found`: a difference known already; `http`: method and path."""
 
     name: str

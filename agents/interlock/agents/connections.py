@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import trio
 
 READ = 1 << 16  # bytes per read: also the most that is in our hands per direction
@@ -112,8 +113,7 @@ class _Counts:
     watches: list[tuple[int, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Figures:
+class Figures(msgspec.Struct, frozen=True):
     """Of one instance: open connections; how many there were, and how many it failed; bytes from and to clients."""
 
     open: int

@@ -11,7 +11,6 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -37,8 +36,7 @@ class ContractError(InterlockError):
         self.line = line
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(msgspec.Struct, frozen=True):
     """One handler: `parameters` are types to convert to, those in `optional` have a default."""
 
     name: str
@@ -60,14 +58,13 @@ class Action:
         return {"idempotent": self.idempotent, "side_effects": self.side_effects, "parameters": parameters}
 
 
-@dataclass(frozen=True)
-class Contract:
+class Contract(msgspec.Struct, frozen=True):
     """All that is marked in an agent's class: actions by name, and the methods to run while it serves."""
 
     actions: dict[str, Action]
     backgrounds: list[str]
     threads: list[str]
-    turns: list[str] = field(default_factory=list)  # tasks and threads that run while the instance is active
+    turns: list[str] = []  # tasks and threads that run while the instance is active
     state: bool = False  # it has state in memory that can be handed to another instance
 
     def describe(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 
 from interlock.agents.backup import About, copy_live, verify_backup
@@ -352,7 +353,7 @@ async def _room(stages: Sequence[Stage]) -> Judgement:
             held += mine or 0
         for card in await each.cards(each.row.agent) or ():
             before = cards[card.uuid].agent if card.uuid in cards else 0
-            cards[card.uuid] = replace(card, agent=before + card.agent)
+            cards[card.uuid] = msgspec.structs.replace(card, agent=before + card.agent)
     gpu = any(each.config.category == "gpu-model" for each in stages)
     return judge(Room(memory_available(), held, list(cards.values())), Needs(gpu=gpu))
 

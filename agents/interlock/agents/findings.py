@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from interlock.broker.fields import Evidence
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One check. `reason` is one line: why it failed, or what was seen."""
 
     check: str
     ok: bool
     reason: str
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
 
 
 def first_failed(findings: Sequence[Finding]) -> Finding | None:

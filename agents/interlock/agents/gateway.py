@@ -22,6 +22,7 @@ from interlock.agents.latency import InstanceFigures
 from interlock.agents.routing import Router
 from interlock.agents.routing_types import Answered, Compare, Fail, Gone, Reply, Send
 from interlock.broker.config import CompareConfig
+from interlock.broker.connections import Happening
 from interlock.broker.sockets import Socket, Sockets
 
 MAX_FRAME = 2 * MAX_BODY  # bytes: up to here a client is told that it is too much; beyond, it is disconnected
@@ -327,6 +328,7 @@ class ZmqGateway(RoutedGateway):
             max_message=MAX_BODY,
             receive_limit=0,
             send_limit=0,
+            watched=True,
         )
         self.router.attach(
             instance,
@@ -387,12 +389,13 @@ class ZmqGateway(RoutedGateway):
 
     async def _watch_breaks(self, instance: str, back: Socket) -> None:
         """What was on a connection that broke gets no answer any more: it goes elsewhere if it may, or ends at once."""
-        breaks = self._sockets.watch_breaks(back)
         while not back.closed:
-            try:
-                await breaks.receive()
-            except trio.ClosedResourceError:
-                return
+            if not any(what is Happening.ENDED for what, _ in back.happened()):
+                try:
+                    await back.until_happened()
+                except trio.ClosedResourceError:
+                    return
+                continue
             given = set(self.router.outstanding(instance))
             if not given:
                 continue

@@ -15,6 +15,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -22,13 +23,13 @@ from interlock.agents.arrivals import FROM, here
 from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
-from interlock.agents.measured import read_cards
 from interlock.agents.moves import Moves
 from interlock.agents.process import guarded, host_marker, kill_marked
 from interlock.agents.revisions import RevisionStore
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import Ask, AskRollBack, Renew, Row, State
-from interlock.agents.slot_shell import SlotShell, Surroundings
+from interlock.agents.slot_shell import SlotShell, import_rest
+from interlock.agents.surroundings import Surroundings
 from interlock.broker import commands, facts, signing, topics
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.config import AgentConfig, FleetConfig, load_fleet, source_of
@@ -40,9 +41,11 @@ from interlock.broker.role import Ready, held
 from interlock.broker.samples import Labels
 from interlock.broker.security import Security, load_security
 from interlock.broker.shielding import start_shielded
-from interlock.broker.simgpu import create_cards
 from interlock.broker.sockets import open_sockets
 from interlock.broker.wire import Event, decode_body, encode
+
+if TYPE_CHECKING:
+    from interlock.agents.resources import Card
 
 log = logging.getLogger("interlock.host")
 
@@ -260,6 +263,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 ready(_lacking(host))
                 up = [name for name, slot in sorted(host.slots.items()) if slot.slot.permanent_up]
                 log.info("host %s serves %s", host.name, ", ".join(up) or "no agent yet")
+                await trio.to_thread.run_sync(import_rest)
         finally:
             with trio.CancelScope(shield=True):
                 async with trio.open_nursery() as ending:
@@ -323,9 +327,15 @@ def _surroundings(host: Host, state: Path, place: Place, nursery: trio.Nursery) 
         backups=state / "backups",
         next_number=lambda: next(numbers),
         nursery=nursery,
-        cards=partial(read_cards, host.bus, host.name),
+        cards=lambda agent: _read_cards(host, agent),
         neighbours=lambda: list(host.slots.values()),
     )
+
+
+async def _read_cards(host: Host, agent: str) -> list[Card] | None:
+    from interlock.agents.measured import read_cards
+
+    return await read_cards(host.bus, host.name, agent)
 
 
 async def _open_slot(host: Host, around: Surroundings, agent: str, config: AgentConfig) -> None:
@@ -363,6 +373,8 @@ def _environment(fleet: FleetConfig) -> dict[str, str]:
     """What every instance finds in its environment besides its own: where the simulated GPUs are, if there are any."""
     if fleet.monitor.gpu != "simulated":
         return {}
+    from interlock.broker.simgpu import create_cards
+
     folder = fleet.state_dir / "simgpu"
     create_cards(folder, fleet.monitor.simulated)
     return {"INTERLOCK_SIMGPU": str(folder)}

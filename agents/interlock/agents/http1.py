@@ -90,6 +90,11 @@ def value_of(headers: Any, wanted: bytes) -> bytes:
     return b", ".join(value for name, value in headers if name.lower() == wanted)
 
 
+def _rest(body: bytes, *, complete: bool) -> list[Any]:
+    """What follows a head: a part of the body, or all of it."""
+    return [*([h11.Data(data=body)] if body else []), *([h11.EndOfMessage()] if complete else [])]
+
+
 class _Side:
     """One connection. Reading and writing may be two tasks."""
 
@@ -186,11 +191,13 @@ class ClientSide(_Side):
                 scope.shield = True
                 await self._write(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
 
-    async def respond(self, head: ResponseHead) -> None:
+    async def respond(self, head: ResponseHead, body: bytes = b"", *, complete: bool = False) -> None:
+        """Send an answer with the first part of its body; `complete`: all of it. One packet, if it is short."""
         headers = head.headers
         if head.status == 204:  # RFC 9110, 8.6: has no length, not even 0
             headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-        await self._write(h11.Response(status_code=head.status, headers=headers, reason=head.reason))
+        response = h11.Response(status_code=head.status, headers=headers, reason=head.reason)
+        await self._write(response, *_rest(body, complete=complete))
 
     async def switch(self, head: ResponseHead) -> bytes:
         """Tell the client that the protocol changes; returns what it has said in the new one already."""
@@ -243,8 +250,7 @@ class Backend(_Side):
         elif head.chunked or head.length is not None:
             headers.append((b"Content-Length", str(len(body) if complete else head.length).encode()))
         request = h11.Request(method=head.method, target=head.target, headers=headers)
-        events = [request, *([h11.Data(data=body)] if body else []), *([h11.EndOfMessage()] if complete else [])]
-        await self._write(*events)
+        await self._write(request, *_rest(body, complete=complete))
 
     async def response(self) -> ResponseHead:
         """The answer's head; interim answers (1xx) are passed over, except the one that changes the protocol (101)."""

@@ -82,6 +82,14 @@ class Flow:
         while self._size > BUFFERED_ANSWER:
             await self._changed.park()
 
+    def take(self) -> tuple[bytes, bool]:
+        """What is here of the body, and whether that is all of it."""
+        body = b"".join(self._pieces)
+        self._pieces.clear()
+        self._size = 0
+        self._changed.unpark_all()
+        return body, self._ended and not self._broken
+
     async def get(self) -> bytes | None:
         """The next piece, None at the end. HttpError if the instance broke off."""
         while not self._pieces and not self._ended:

@@ -233,21 +233,19 @@ class HttpGateway(RoutedGateway):
                 up = await client.switch(flow.head)
             await connection.run(client.stream, backend.stream, up=up, down=backend.early)
             return
+        body, complete = flow.take()
         with trio.fail_after(CLIENT_S):
-            await client.respond(flow.head)
-        while True:
+            await client.respond(flow.head, body, complete=complete)
+        while not complete:
             with trio.move_on_after(LOOK_S) as pause:
                 piece = await flow.get()
             if pause.cancelled_caught:
                 if flow.head.length < 0 and client.left:  # what has a length comes to an end by itself
                     raise trio.BrokenResourceError("the client left while its answer paused")
                 continue
-            if piece is None:
-                break
             with trio.fail_after(CLIENT_S):
-                await client.send(piece)
-        with trio.fail_after(CLIENT_S):
-            await client.end()
+                await (client.end() if piece is None else client.send(piece))
+            complete = piece is None
 
     # --- what the core says
 

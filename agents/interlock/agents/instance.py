@@ -88,7 +88,7 @@ class InstanceControl:
     def __init__(self, sockets: Sockets, endpoint: str) -> None:
         self.endpoint = endpoint
         self.undecodable = 0  # answers that were none
-        self._socket: Socket = sockets.open("dealer", connect=endpoint, label=f"control {endpoint}")
+        self._socket: Socket = sockets.open("dealer", connect=endpoint, starting=True, label=f"control {endpoint}")
         self._last_id = 0
         self._waiting: dict[bytes, bytes | None] = {}
         self._reading = False

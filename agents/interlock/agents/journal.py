@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+import msgspec
 
 from interlock.agents.slot_io import Row, State
 from interlock.agents.trees import StorageError, sha256_of
@@ -43,8 +44,7 @@ CREATE INDEX journal_agent ON journal (agent, seq);
 """
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One line of the journal: what the host was about to do. `time` in seconds since 1970."""
 
     seq: int

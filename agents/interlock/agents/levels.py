@@ -35,8 +35,7 @@ class Nothing(StorageError):
     """There is no backup that holds what is asked for."""
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(msgspec.Struct, frozen=True):
     """What a backup of an agent is made from."""
 
     host: str
@@ -47,8 +46,7 @@ class Whole:
     journal: Journal
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(msgspec.Struct, frozen=True):
     """What a restore costs. Times in seconds since 1970; `age_s`: how old the backup is.
 
     changed: files that were written after the backup was made; newest: the last of these writes, 0 if there was none.

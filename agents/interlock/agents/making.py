@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from interlock.agents.comparer import functions_of
 from interlock.agents.figures import InstanceView
 from interlock.agents.folders import is_empty
 from interlock.agents.guest import Guest
@@ -36,6 +35,8 @@ async def _make_guest(shell: SlotShell, start: Start, view: InstanceView) -> Gue
     around, row = shell.around, shell.slot.row
     if around.link_to is None:
         raise ConfigError(f"this host has no way to {row.place}")
+    from interlock.agents.comparer import functions_of  # no part of a start
+
     config = shell.config.revisions[start.revision]
     recorded = Revision(shell.agent, start.revision, start.digest, around.place.base, config)
     if functions_of(shell.config.compare):

@@ -11,10 +11,10 @@ import trio
 from interlock.agents.arrivals import Arrivals
 from interlock.agents.guests import INVITED_S, Guests, Invitation
 from interlock.agents.link import Link, LinkDoor
-from interlock.agents.prepare import Preparation, receive
 from interlock.agents.session import Stream
 from interlock.agents.slot_io import Row, State
-from interlock.agents.slot_shell import SlotShell, Surroundings
+from interlock.agents.slot_shell import SlotShell
+from interlock.agents.surroundings import Surroundings
 from interlock.broker import commands, facts
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError
@@ -94,6 +94,8 @@ class Moves:
 
     async def receive(self, command: commands.Receive, asked: str) -> None:
         """Look at the revision, and let the agent's host have it run here; what came of it is published."""
+        from interlock.agents.prepare import Preparation, receive  # no part of a start
+
         around = self._around
         prepare = commands.Prepare(
             migration=command.migration, agent=command.agent, epoch=command.epoch, deadline=command.deadline,

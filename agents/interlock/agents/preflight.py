@@ -14,7 +14,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +144,7 @@ def free_ports(count: int) -> list[int]:
 # --- the checks
 
 
-@dataclass(frozen=True)
-class _Bench:
+class _Bench(msgspec.Struct, frozen=True):
     """Where the checks of one revision run."""
 
     revision: Revision

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import trio
+from msgspec.structs import replace
 
 from interlock.agents.backup import Backup
 from interlock.agents.comparer import Bench, check_functions, functions_of

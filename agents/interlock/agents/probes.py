@@ -12,10 +12,9 @@ import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import h11
 import msgspec
 import trio
 
@@ -23,6 +22,9 @@ from interlock.agents.instance import Health
 from interlock.broker.config import ProbeConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.sockets import Sockets
+
+if TYPE_CHECKING:
+    import h11
 
 MAX_BODY = 1 << 20  # bytes of an HTTP answer that are read; a health page is smaller
 MAX_OUTPUT = 4096  # bytes of a script's output kept for the report: its last line says why
@@ -126,7 +128,7 @@ def decode_answer(body: bytes) -> dict[str, Any]:
 async def _ask_zmq(config: ProbeConfig, endpoint: str, sockets: Sockets) -> None:
     if not endpoint.startswith(("tcp://", "ipc://")):
         raise ConfigError("a zmq probe needs a tcp:// or ipc:// endpoint", where=endpoint)
-    socket = sockets.open("req", connect=endpoint, label=f"probe {endpoint}")
+    socket = sockets.open("req", connect=endpoint, starting=True, label=f"probe {endpoint}")
     try:
         await socket.send([msgspec.json.encode(config.request)])
         judge(config, b"".join(await socket.receive()))
@@ -135,6 +137,8 @@ async def _ask_zmq(config: ProbeConfig, endpoint: str, sockets: Sockets) -> None
 
 
 async def _get_http(config: ProbeConfig, endpoint: str) -> None:
+    import h11  # not every host asks over HTTP, and its start is waited for
+
     place = urlsplit(endpoint)
     async with await _open(endpoint) as stream:
         connection = h11.Connection(h11.CLIENT)
@@ -152,6 +156,8 @@ async def _get_http(config: ProbeConfig, endpoint: str) -> None:
 
 
 async def _read_answer(connection: h11.Connection, stream: trio.abc.Stream, *, want_body: bool) -> tuple[int, bytes]:
+    import h11
+
     status = 0
     body = b""
     while True:

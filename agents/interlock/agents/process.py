@@ -18,11 +18,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import trio
 
 from interlock.agents import guard
@@ -246,8 +246,7 @@ async def _launch(
 # --- commands that are run to their end
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """`returncode` is None if the deadline passed and it was killed. `output`: what it printed, both streams."""
 
     returncode: int | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from interlock.agents.rolling_back import RollingBack
 from interlock.agents.slot_base import Handed

@@ -8,8 +8,9 @@ uses a GPU, of whose memory nothing is known, does not pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from interlock.agents.findings import Finding, mib
 
@@ -21,8 +22,7 @@ FRESH_S = 5.0  # readings of a monitor older than this are none: it reads once a
 Together = Literal["yes", "no", "unknown"]
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(msgspec.Struct, frozen=True):
     """One GPU as its monitor sees it. Bytes. `agent`: what the agent's permanent revision has there."""
 
     uuid: str
@@ -31,8 +31,7 @@ class Card:
     agent: int = 0
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(msgspec.Struct, frozen=True):
     """What is there, and what the old process takes of it. Bytes; None: not known."""
 
     memory_available: int | None
@@ -40,8 +39,7 @@ class Room:
     cards: Sequence[Card] | None = None
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(msgspec.Struct, frozen=True):
     """What the candidate takes. Bytes; 0: as the old one. `gpu`: it uses a GPU, as far as anybody says."""
 
     memory: int = 0
@@ -49,13 +47,12 @@ class Needs:
     gpu: bool = False
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(msgspec.Struct, frozen=True):
     """`together`: old and new fit at once. `apart`: the new one fits once the old one is gone. `known`: what the old
     one has on the GPU was seen, or makes no difference.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = []
     together: Together = "yes"
     apart: bool = True
     gpu: bool = False

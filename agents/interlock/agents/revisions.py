@@ -14,7 +14,6 @@ import stat
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -47,8 +46,7 @@ SPECIFICATION = "revision.json"
 SOURCE = "source"
 
 
-@dataclass(frozen=True)
-class Revision:
+class Revision(msgspec.Struct, frozen=True):
     """A recorded revision of an agent. `folder`: its code, read-only, where its instances run."""
 
     agent: str

@@ -11,7 +11,7 @@ so a crash in between ends in the same place.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from interlock.agents.ladder import Ascent, Rung, Sign
 from interlock.agents.relocating import Relocating

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from interlock.agents.ladder import Ascent
 from interlock.agents.slot_io import Action, Moment, Publish, Rescue, Route, Row, Start, State, Stop

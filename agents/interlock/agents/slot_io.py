@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
+
+import msgspec
 
 from interlock.broker import commands
 from interlock.broker.commands import HostCommand, RollBack
@@ -38,26 +39,22 @@ class Moment(NamedTuple):
 # --- what goes in
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """A command of the coordinator; `id` is the event's."""
 
     command: HostCommand
     id: str
 
 
-@dataclass(frozen=True)
-class AskRollBack:
+class AskRollBack(msgspec.Struct, frozen=True):
     command: RollBack
 
 
-@dataclass(frozen=True)
-class Renew:
+class Renew(msgspec.Struct, frozen=True):
     command: commands.RenewLease
 
 
-@dataclass(frozen=True)
-class PrepareEnded:
+class PrepareEnded(msgspec.Struct, frozen=True):
     """`digest` of the recorded revision; a failed one names the check.
 
     exclusive: there may not be room for two, so the candidate is stopped before the old revision is started again.
@@ -69,60 +66,54 @@ class PrepareEnded:
     exclusive: bool = False
     check: str = ""
     reason: str = ""
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
 
 
-@dataclass(frozen=True)
-class Healthy:
+class Healthy(msgspec.Struct, frozen=True):
     """An instance answered its first health check, and its contract covers what is needed."""
 
     instance: str
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
     keeps_state: bool = False  # in memory, and it can be handed over
 
 
-@dataclass(frozen=True)
-class Gone:
+class Gone(msgspec.Struct, frozen=True):
     """An instance is no more, or never came to life; `by` is the check that says so."""
 
     instance: str
     by: str  # process-died, start-failed, health-failed
     reason: str
     sample_time: float  # wall clock, when it was seen
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
 
 
-@dataclass(frozen=True)
-class ShadowEnded:
+class ShadowEnded(msgspec.Struct, frozen=True):
     migration: str
     ok: bool
     reason: str
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
 
 
-@dataclass(frozen=True)
-class HandedOver:
+class HandedOver(msgspec.Struct, frozen=True):
     """The candidate says that it has the old one's state; or not, and the old one has it still, as it was."""
 
     migration: str
     ok: bool
     reason: str = ""
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
     limit_s: float = 0.0  # what the hand-over was given
 
 
-@dataclass(frozen=True)
-class HandedBack:
+class HandedBack(msgspec.Struct, frozen=True):
     """In a rollback: the old one has the candidate's newer state; or not, and goes on with what it had."""
 
     migration: str
     ok: bool
     reason: str = ""
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
 
 
-@dataclass(frozen=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     """The other host has written that it will serve, or it won't."""
 
     migration: str
@@ -131,15 +122,13 @@ class Arrived:
     endpoint: str = ""
 
 
-@dataclass(frozen=True)
-class Owned:
+class Owned(msgspec.Struct, frozen=True):
     """Of an agent that is arriving: it is ours now. `instance` ran here as a guest, and still does."""
 
     instance: str = ""
 
 
-@dataclass(frozen=True)
-class Verified:
+class Verified(msgspec.Struct, frozen=True):
     """The permanent revision answered (a live request or a probe) after the route went back to it, or did not.
 
     `instance`: which one was asked; about one that is not permanent any more it says nothing.
@@ -150,50 +139,45 @@ class Verified:
     restored: float
     routed: float
     reason: str = ""
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
     instance: str = ""
 
 
-@dataclass(frozen=True)
-class DrillEnded:
+class DrillEnded(msgspec.Struct, frozen=True):
     """What the rehearsal measured: seconds by level, what was left out and why, and what went wrong."""
 
     ok: bool
     reason: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = {}
+    skipped: dict[str, str] = {}
     problems: tuple[str, ...] = ()
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
 
 
-@dataclass(frozen=True)
-class AskHostLevel:
+class AskHostLevel(msgspec.Struct, frozen=True):
     """Another agent's rollback has come to level 3: this slot returns to its permanent revision, too."""
 
     agent: str
     reason: str
 
 
-@dataclass(frozen=True)
-class HostRestored:
+class HostRestored(msgspec.Struct, frozen=True):
     """What level 3 did: the agents whose migrations were rolled back for it."""
 
     migration: str
     agents: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Restored:
+class Restored(msgspec.Struct, frozen=True):
     """What level 4 did: the newest verified backup is in place, or there is none."""
 
     migration: str
     ok: bool
     reason: str = ""
-    evidence: Evidence = field(default_factory=dict)
+    evidence: Evidence = {}
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     pass
 
 
@@ -205,8 +189,7 @@ Input = (
 # --- what comes out
 
 
-@dataclass(frozen=True)
-class Persist:
+class Persist(msgspec.Struct, frozen=True):
     """Write the slot's row before the actions that follow; `done` also remembers a command's result."""
 
     row: Row
@@ -214,29 +197,25 @@ class Persist:
     done: tuple[str, Fact] | None = None
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Live requests go to these instances by share from now on; an `urgent` one overtakes whatever is queued."""
 
     shares: tuple[tuple[str, float], ...]
     urgent: bool = False
 
 
-@dataclass(frozen=True)
-class BeginTrial:
+class BeginTrial(msgspec.Struct, frozen=True):
     """The candidate gets its first live requests: `warm_up_s` later both instances are counted for the comparison."""
 
     migration: str
     warm_up_s: float
 
 
-@dataclass(frozen=True)
-class BeginPrepare:
+class BeginPrepare(msgspec.Struct, frozen=True):
     command: commands.Prepare
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Start an instance of a revision, once those of `after` are gone; the shell answers Healthy or Gone."""
 
     instance: str
@@ -247,26 +226,22 @@ class Start:
     after: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """Drain (as far as its time allows) and end an instance; the shell is silent about it afterwards."""
 
     instance: str
 
 
-@dataclass(frozen=True)
-class BeginShadow:
+class BeginShadow(msgspec.Struct, frozen=True):
     command: commands.Shadow
     candidate: str
 
 
-@dataclass(frozen=True)
-class EndShadow:
+class EndShadow(msgspec.Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True)
-class BeginHandOver:
+class BeginHandOver(msgspec.Struct, frozen=True):
     """Requests wait already: move the state from one instance to the other; the shell answers HandedOver."""
 
     command: commands.HandOver
@@ -274,8 +249,7 @@ class BeginHandOver:
     new: str
 
 
-@dataclass(frozen=True)
-class BeginHandBack:
+class BeginHandBack(msgspec.Struct, frozen=True):
     """The same in a rollback, within `limit_s`; the shell answers HandedBack."""
 
     migration: str
@@ -284,78 +258,67 @@ class BeginHandBack:
     limit_s: float
 
 
-@dataclass(frozen=True)
-class EndHandOver:
+class EndHandOver(msgspec.Struct, frozen=True):
     """Call off what is under way of a hand-over, or of handing back."""
 
 
-@dataclass(frozen=True)
-class Resume:
+class Resume(msgspec.Struct, frozen=True):
     """This instance is the one that works, of those that have state: the others stop, as far as they can be told."""
 
     instance: str
 
 
-@dataclass(frozen=True)
-class BeginCommit:
+class BeginCommit(msgspec.Struct, frozen=True):
     """Have the other host write that it will serve; the shell answers Arrived."""
 
     command: commands.Commit
     candidate: str
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(msgspec.Struct, frozen=True):
     """From now on what comes here goes to the other host; `candidate` is the guest that is that host's own now."""
 
     place: str
     candidate: str = ""
 
 
-@dataclass(frozen=True)
-class Rescue:
+class Rescue(msgspec.Struct, frozen=True):
     """Send again, to where live requests go now, what the instance has in flight."""
 
     instance: str
 
 
-@dataclass(frozen=True)
-class Verify:
+class Verify(msgspec.Struct, frozen=True):
     """Find out by an answer whether the permanent instance serves; the shell answers Verified."""
 
     migration: str
     instance: str
 
 
-@dataclass(frozen=True)
-class BeginDrill:
+class BeginDrill(msgspec.Struct, frozen=True):
     """Rehearse the rollback; the shell answers DrillEnded."""
 
     command: commands.Drill
 
 
-@dataclass(frozen=True)
-class EndDrill:
+class EndDrill(msgspec.Struct, frozen=True):
     """Call the rehearsal off: what it started is stopped."""
 
 
-@dataclass(frozen=True)
-class RestoreHost:
+class RestoreHost(msgspec.Struct, frozen=True):
     """Level 3: every other slot of the host returns to its permanent revision; the shell answers HostRestored."""
 
     migration: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Restore:
+class Restore(msgspec.Struct, frozen=True):
     """Level 4: stop what runs of the agent, put the newest verified backup in place; the shell answers Restored."""
 
     migration: str
 
 
-@dataclass(frozen=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True):
     fact: Fact
 
 
@@ -366,8 +329,7 @@ Action = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """What the journal holds of a slot: enough to come back to after any crash."""
 
     agent: str

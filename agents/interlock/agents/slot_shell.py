@@ -10,30 +10,22 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.comparer import Bench, Comparer, functions_of
 from interlock.agents.figures import samples, slow_threshold
 from interlock.agents.forwarding import forward, give_away
 from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.handing_over import hand_back, hand_over, resume
 from interlock.agents.instance import HandlerContract
-from interlock.agents.journal import Journal
-from interlock.agents.launch import Instance, Place
-from interlock.agents.link import Link
+from interlock.agents.launch import Instance
 from interlock.agents.making import make_instance
-from interlock.agents.prepare import Preparation, prepare
-from interlock.agents.recovering import rehearse, restore_backup, restore_host
-from interlock.agents.resources import Card
-from interlock.agents.revisions import RevisionStore
-from interlock.agents.shadow import ShadowRun
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import (
     Action,
@@ -67,13 +59,17 @@ from interlock.agents.slot_io import (
     Verified,
     Verify,
 )
+from interlock.agents.surroundings import Surroundings
 from interlock.broker import commands, facts
-from interlock.broker.config import AgentConfig, FleetConfig
+from interlock.broker.config import AgentConfig
 from interlock.broker.errors import InterlockError, LogError
-from interlock.broker.facts import Fact
 from interlock.broker.fields import Evidence
 from interlock.broker.samples import Labels
 from interlock.broker.wire import encode
+
+if TYPE_CHECKING:  # no part of a start: a rollback may wait for it
+    from interlock.agents.comparer import Comparer
+    from interlock.agents.shadow import ShadowRun
 
 log = logging.getLogger(__name__)
 
@@ -84,33 +80,6 @@ AT_ONCE = (  # of a rollback
     Route, BeginHandBack, EndShadow, EndDrill, EndHandOver, Resume, Rescue, Verify, Start, Stop,
 )  # fmt: skip
 JOURNAL_RETRY_S = 1.0  # between attempts to write to a disk that is full
-
-
-@dataclass
-class Surroundings:
-    """What the slots of a host share."""
-
-    host: str
-    place: Place
-    store: RevisionStore
-    journal: Journal
-    publish: Callable[[Fact], None]
-    load: Callable[[], FleetConfig]  # the fleet file as it is now
-    backups: Path
-    next_number: Callable[[], int]
-    nursery: trio.Nursery  # owns the instances; lives as long as the host
-    cards: Callable[[str], Awaitable[list[Card] | None]] = field(default=lambda agent: _no_cards())
-    neighbours: Callable[[], list[SlotShell]] = field(default=list)  # all slots of the host
-    link_to: Callable[[str], Link] | None = None  # the way to another host; ConfigError if it has none
-
-    def up(self, agent: str) -> bool | None:
-        """Whether an agent of this host is healthy; None if it is not of this host."""
-        found = [shell.slot.permanent_up for shell in self.neighbours() if shell.agent == agent]
-        return found[0] if found else None
-
-
-async def _no_cards() -> None:
-    """No monitor tells of a GPU."""
 
 
 @dataclass
@@ -215,7 +184,7 @@ class SlotShell:
                 self._begin_shadow(command, candidate)
             case BeginDrill(command):
                 self._drill = trio.CancelScope()
-                self.around.nursery.start_soon(rehearse, self, command, self._drill)
+                self.around.nursery.start_soon(_recovering().rehearse, self, command, self._drill)
             case BeginHandOver():
                 self._handing = trio.CancelScope()
                 self.around.nursery.start_soon(hand_over, self, action, self._handing)
@@ -224,9 +193,9 @@ class SlotShell:
             case Forward():
                 await forward(self, action)
             case RestoreHost():
-                self.around.nursery.start_soon(restore_host, self, action)
+                self.around.nursery.start_soon(_recovering().restore_host, self, action)
             case Restore():
-                self.around.nursery.start_soon(restore_backup, self, action)
+                self.around.nursery.start_soon(_recovering().restore_backup, self, action)
             case _:
                 self._do_now(action)
 
@@ -293,6 +262,8 @@ class SlotShell:
     # --- preparing
 
     async def _prepare(self, command: commands.Prepare) -> None:
+        from interlock.agents.prepare import Preparation, prepare
+
         around = self.around
         permanent = self.instances.get(self.slot.permanent or "")
         preparation = Preparation(
@@ -416,6 +387,9 @@ class SlotShell:
             reason = "there are no requests to mirror: this agent has connections of a protocol of its own, or no port"
             self.give(ShadowEnded(command.migration, False, reason, {"verdict": "error"}))
             return
+        from interlock.agents.comparer import Bench, Comparer, functions_of
+        from interlock.agents.shadow import ShadowRun
+
         run = ShadowRun(command, time.time(), self.config.compare.errors)
         self._shadow = run
         functions = functions_of(self.config.compare)
@@ -512,3 +486,14 @@ class SlotShell:
 
 def moment() -> Moment:
     return Moment(trio.current_time(), time.time())
+
+
+def _recovering() -> ModuleType:
+    from interlock.agents import recovering
+
+    return recovering
+
+
+def import_rest() -> None:
+    """What a migration needs and a start does not. In a thread, once the host serves: then no request waits for it."""
+    from interlock.agents import comparer, prepare, recovering, shadow  # noqa: F401

@@ -7,8 +7,9 @@ returns what to do, in order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 HURRY_S = 1.0  # for a candidate that is rolled back to give the token up: the rollback is promised within seconds
 
@@ -35,22 +36,19 @@ TRANSITIONS: dict[tuple[Phase, str], Phase] = {
 }
 
 
-@dataclass(frozen=True)
-class Give:
+class Give(msgspec.Struct, frozen=True):
     """Tell the instance to begin; say `given` once it did."""
 
     instance: str
 
 
-@dataclass(frozen=True)
-class Take:
+class Take(msgspec.Struct, frozen=True):
     """Tell the instance to stop; say `released` once it did, `refused` if it can't."""
 
     instance: str
 
 
-@dataclass(frozen=True)
-class Kill:
+class Kill(msgspec.Struct, frozen=True):
     """It did not stop in its time: end it, and say `gone`."""
 
     instance: str

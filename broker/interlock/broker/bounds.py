@@ -35,6 +35,7 @@ COUNT = Range(0, 1_000_000_000)  # whatever is counted
 
 # By class and key. A number that has no entry is a TIME if its key says so, else a COUNT.
 RANGES: dict[str, Range] = {
+    "BrokerConfig.heartbeat_s": Range(0.2, 60),  # more often costs more than the news is worth
     "LogConfig.keep_days": Range(0, 36_500),
     "LogConfig.keep_mb": Range(1, 100_000_000),
     "CoordinatorConfig.lease_s": Range(0.5, 3600),  # the coordinator renews it every third of that

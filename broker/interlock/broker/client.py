@@ -76,7 +76,8 @@ async def _serve(
 ) -> None:
     file = None if outbox is None else await trio.to_thread.run_sync(OutboxFile, outbox)
     with closing(file) if file else nullcontext(), trio.CancelScope() as scope:
-        async with open_sockets(None if security is None else security.curve()) as sockets:
+        curve = None if security is None else security.curve()
+        async with open_sockets(curve, heartbeat_s=config.heartbeat_s) as sockets:
             async with trio.open_nursery() as nursery:
                 if security is not None:
                     nursery.start_soon(security.watch)

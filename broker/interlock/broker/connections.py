@@ -16,7 +16,8 @@ from interlock.broker import streams
 from interlock.broker.lines import UNKNOWN, Line, Lines
 
 LINE = "Line"  # the number that the guard gave to a connection: ZAP hands it on to each message
-PINGS = "X-Interlock-Pings"  # what our connecting sockets say of themselves (ZMTP metadata): they ping each second
+PINGS = "X-Interlock-Pings"  # what our connecting sockets say (ZMTP metadata): how often they ping, in milliseconds
+MAX_PINGS_MS = 60_000  # who pings less often is not watched
 USER, DESCRIPTOR = "User-Id", "__fd"  # what libzmq says of each message, beside these two
 MAX_FRAMES = 8  # of a message to a server; ours have up to 5. What comes beyond is dropped unread
 SHORT = 255 - 33  # bytes of the longest frame that CURVE and ZMTP send with 35 bytes around it; a longer one has 42
@@ -46,13 +47,25 @@ class Ask(NamedTuple):
     apply: Callable[[bytes], None]
 
 
+def _seconds(said: str) -> float:
+    """Between pings; 0 where nothing that can be followed is said."""
+    if not (said.isascii() and said.isdigit() and len(said) <= len(str(MAX_PINGS_MS))):
+        return 0.0
+    return min(int(said), MAX_PINGS_MS) / 1000
+
+
 class Connections(Generic[Message]):
     """Those of one socket. `told`: what happened since it was last asked; `of`: a property of a message ("": none)."""
 
     def __init__(
-        self, name: bytes, told: Callable[[], Iterable[tuple[Happening, int]]], of: Callable[[Message, str], str]
+        self,
+        name: bytes,
+        told: Callable[[], Iterable[tuple[Happening, int]]],
+        of: Callable[[Message, str], str],
+        handshake_s: float,
     ) -> None:
         self.name = name  # what ZAP calls the socket
+        self.handshake_s = handshake_s  # within which one ends
         self.lines = Lines()
         self.talked: set[Line] = set()  # lines that something came from, since somebody emptied it
         self.judge: Judge | None = None
@@ -97,7 +110,7 @@ class Connections(Generic[Message]):
         self.look()
         if not self.lines.bind(line, int(self._of(message, DESCRIPTOR))):
             return False
-        line.pings = bool(self._of(message, PINGS))
+        line.pings_s = _seconds(self._of(message, PINGS))
         self.talked.add(line)
         if line.condemned:
             self.cut_line(line)

@@ -398,7 +398,7 @@ async def serve_events(
     """
     log = await trio.to_thread.run_sync(open_log, folder / "events.sqlite")
     try:
-        async with open_gated(security, "event plane") as (sockets, gate):
+        async with open_gated(security, "event plane", heartbeat_s=config.heartbeat_s) as (sockets, gate):
             ingress = sockets.open(
                 "router", bind=config.events, mandatory=True, send_limit=PEER_QUEUE, label="event ingress"
             )

@@ -276,13 +276,18 @@ class Gate:
 
 
 @asynccontextmanager
-async def open_gated(security: Security | None, where: str) -> AsyncIterator[tuple[Sockets, Gate | None]]:
+async def open_gated(
+    security: Security | None, where: str, *, heartbeat_s: float
+) -> AsyncIterator[tuple[Sockets, Gate | None]]:
     """Sockets of a server behind its gate; without security plain ones, and no gate."""
     if security is None:
-        async with open_sockets() as sockets:
+        async with open_sockets(heartbeat_s=heartbeat_s) as sockets:
             yield sockets, None
         return
-    async with open_sockets(security.curve()) as sockets, trio.open_nursery() as nursery:
+    async with (
+        open_sockets(security.curve(), heartbeat_s=heartbeat_s) as sockets,
+        trio.open_nursery() as nursery,
+    ):
         gate = Gate(security, where)
         await nursery.start(gate.serve, sockets)
         try:

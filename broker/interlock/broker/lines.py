@@ -19,7 +19,7 @@ class Line:
     """One connection of a proved key."""
 
     __slots__ = (
-        "condemned", "descriptor", "ended", "heard", "let_in", "mark", "number", "pings", "prefixes", "taken", "user",
+        "condemned", "descriptor", "ended", "heard", "let_in", "mark", "number", "pings_s", "prefixes", "taken", "user",
     )  # fmt: skip
 
     def __init__(self, number: int, user: str, mark: int, now: float) -> None:
@@ -30,7 +30,7 @@ class Line:
         self.descriptor = UNKNOWN
         self.heard = now  # when its last message was taken
         self.taken = 0  # bytes of it that were taken, as they came over the wire
-        self.pings = False  # it pings each second, and may be given up when it does not
+        self.pings_s = 0.0  # it pings so often, and may be given up when it does not; 0: nobody knows
         self.prefixes: set[bytes] = set()
         self.condemned = False  # nothing of it counts any more
         self.ended = False

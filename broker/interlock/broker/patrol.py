@@ -12,14 +12,13 @@ import trio
 from interlock.broker import streams
 from interlock.broker.connections import Connections
 from interlock.broker.lines import Line
-from interlock.broker.tuning import HANDSHAKE_MS
 
 PATROL_S = 0.25  # between looks: milliseconds of CPU for 10,000 connections
 SILENT_S = 10.0  # within which a connection says something: only then it is known whose it is, and can be cut
 SPARE = 32  # descriptors to be kept free: the oldest connections that said nothing make room
 SCARCE, SCARCE_S = 256, 0.02  # so few may be free: then it looks this often, and a flood of strangers finds some free
-PING_S = 1.6  # a connection that pings each second is dead after so long without a byte: it is known within 2 s
-WATCHED_S = 3.0  # after its last message; then a ping has come, and libzmq itself looks for the next
+SILENCE = 1.6  # times between pings without a byte and a connection is dead: at one ping a second known within 2 s
+WATCHED = 3  # times between pings after its last message; then one has come, and libzmq itself looks for the next
 UNREAD = 32 << 20  # bytes that one key has sent and nobody has taken: 30 of the largest events
 GROWN = 16 << 20  # bytes of memory: only after so much growth it is worth asking the kernel who sent them
 UNCOUNTED, UNCOUNTED_PER_S = 4096, 128  # bytes of a connection that are no messages: its handshake, its pings
@@ -70,7 +69,7 @@ class Patrol:
             self._memory = memory
 
     def _cut_silent(self, found: Connections[Any], now: float) -> None:
-        since = now - HANDSHAKE_MS / 1000 - SILENT_S
+        since = now - found.handshake_s - SILENT_S
         for stranger in found.lines.strangers(since):
             self._cut_stranger(found, *stranger, f"connected and said nothing for {SILENT_S:g} s")
         found.lines.forget_unheard(since)
@@ -82,11 +81,12 @@ class Patrol:
     def _cut_dead(self, now: float) -> None:
         """libzmq gives up who stops pinging, unless something else came after the last ping: this is for those."""
         for line, found in list(self._watched.items()):
-            if line.ended or line.condemned or now > line.heard + WATCHED_S:
+            dead_s = line.pings_s * SILENCE
+            if line.ended or line.condemned or now > line.heard + WATCHED * line.pings_s:
                 del self._watched[line]
-            elif line.pings and now > line.heard + PING_S:
+            elif now > line.heard + dead_s:
                 seen = streams.look(line.descriptor)
-                if seen is not None and seen[1] > PING_S:
+                if seen is not None and seen[1] > dead_s:
                     _log.info("%s: a connection of %s is dead", self._warden.where, self._warden.name_of(line.user))
                     found.cut_line(line)
 

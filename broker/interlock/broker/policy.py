@@ -29,7 +29,7 @@ _ASKED_OF_COORDINATOR = (
     commands.RunDrill,
 )
 _ASKED_OF_HOST = get_args(commands.HostCommand)
-_BY_HOST = (
+BY_HOST = (
     facts.HostUp,
     facts.HostDown,
     facts.InstanceStarted,
@@ -67,7 +67,7 @@ def publish(grant: Grant, event: Event) -> None:
             _only(grant, event.topic, may, isinstance(body, commands.RollBack))
         case "fact" if target.startswith("host/"):
             own = role == "host" and target == f"host/{name}"
-            _only(grant, event.topic, own, isinstance(body, _BY_HOST) and body.host == name)
+            _only(grant, event.topic, own, isinstance(body, BY_HOST) and body.host == name)
         case "fact" if target.startswith("migration/"):
             _only(grant, event.topic, role == "coordinator", _of_migration(body))
         case "fact" if target.startswith("wave/"):
@@ -173,5 +173,5 @@ def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
 
 
 def _of_migration(body: Body) -> bool:
-    elsewhere = (*_BY_HOST, *_BY_RULES, *_OF_WAVE, facts.SeriesRecorded, facts.FleetSnapshot)
+    elsewhere = (*BY_HOST, *_BY_RULES, *_OF_WAVE, facts.SeriesRecorded, facts.FleetSnapshot)
     return isinstance(body, get_args(facts.Fact)) and not isinstance(body, elsewhere)

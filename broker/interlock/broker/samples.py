@@ -142,7 +142,9 @@ class SeriesReader:
             ended += [table.pop(number) for number in [number for number in table if number not in live]]
         for announced in batch.series:
             if (announced.id in table or len(table) < MAX_SERIES) and fits(announced.labels):
-                table[announced.id] = tuple(sorted(announced.labels.items()))
+                found = tuple(sorted(announced.labels.items()))
+                if table.get(announced.id) != found:  # new ones in place of all old ones each second scatter the memory
+                    table[announced.id] = found
         samples = []
         for number, value in zip(batch.ids, batch.values, strict=False):
             key = table.get(number)

@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from interlock.broker import crypto, keys
-from interlock.broker.config import BrokerConfig, FleetConfig
+from interlock.broker.config import PLACES, FleetConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.keys import PrivateKeys, Roll
 from interlock.broker.tuning import Curve
@@ -145,7 +145,7 @@ def is_insecure(fleet: FleetConfig) -> bool:
 
 
 def _check_loopback(fleet: FleetConfig) -> None:
-    endpoints = {f"broker.{name}": getattr(fleet.broker, name) for name in BrokerConfig.__struct_fields__}
+    endpoints = {f"broker.{name}": getattr(fleet.broker, name) for name in PLACES}
     endpoints |= {f"hosts.{name}.control": host.control for name, host in fleet.hosts.items()}
     endpoints |= {f"hosts.{name}.link": host.link for name, host in fleet.hosts.items() if host.link}
     for key, endpoint in endpoints.items():

@@ -31,7 +31,6 @@ ZAP = "inproc://zeromq.zap.01"  # where libzmq asks who may connect (RFC 27)
 # As plain numbers: arithmetic with the enumerations of pyzmq costs some 10 us a message.
 POLLIN, POLLOUT, NOBLOCK, MORE = int(zmq.POLLIN), int(zmq.POLLOUT), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 EVENTS = int(zmq.EVENTS)
-_numbers = itertools.count(1)
 OPTIONS = {tuning.METADATA: 95}  # those that pyzmq has no name for
 HAPPENINGS = {
     int(zmq.EVENT_ACCEPTED): Happening.ACCEPTED,
@@ -68,7 +67,6 @@ class Socket:
         self.label = label
         self.endpoint = ""
         self._file: tuple[str, os.stat_result] | None = None
-        self._breaks: Socket | None = None
         self._max_frames = 1 << 30
         self._monitor: zmq.Socket[bytes] | None = None
         self.connections: Connections[zmq.Frame] | None = None  # of a server that knows its users
@@ -79,7 +77,8 @@ class Socket:
         """Before it binds, with CURVE: have ZAP ask under this name, and know each connection."""
         self._raw.setsockopt(zmq.ZAP_DOMAIN, name.encode())
         self.watch(context, name, (Happening.ACCEPTED, Happening.ENDED))
-        self.connections = Connections(name.encode(), self.happened, _property)
+        handshake_s = int(self._raw.getsockopt(zmq.HANDSHAKE_IVL)) / 1000
+        self.connections = Connections(name.encode(), self.happened, _property, handshake_s)
         self._max_frames = MAX_FRAMES
 
     def watch(self, context: zmq.Context[zmq.Socket[bytes]], name: str, whats: Sequence[Happening]) -> None:
@@ -99,7 +98,7 @@ class Socket:
             yield HAPPENINGS[int.from_bytes(told[:2], sys.byteorder)], int.from_bytes(told[2:6], sys.byteorder)
 
     async def until_happened(self) -> None:
-        """Wait until `happened` has something to tell. `happened` must have been asked before."""
+        """Wait until `happened` has something to tell. It must have been asked before. trio.ClosedResourceError."""
         if self._monitor is not None:
             await trio.lowlevel.wait_readable(int(self._monitor.getsockopt(zmq.FD)))
 
@@ -140,14 +139,11 @@ class Socket:
             return
         self._scope.cancel()
         if self._monitor is not None:
-            self._raw.disable_monitor()
+            self._raw.disable_monitor()  # or its end would take so long that what it holds may still be delivered
+            trio.lowlevel.notify_closing(int(self._monitor.getsockopt(zmq.FD)))
             self._monitor.close(linger=0)
             self._monitor = None
-        if self._breaks is not None:
-            self._raw.disable_monitor()  # or its end would take so long that what it holds may still be delivered
         self._raw.close(linger=linger_ms)
-        if self._breaks is not None:
-            self._breaks.close(linger_ms=0)
         self._remove_file()
         # whoever still waits on it learns that it is gone
         self._readable.unpark_all()
@@ -372,8 +368,11 @@ class Socket:
 class Sockets:
     """All sockets of one component, with their context. Made by `open_sockets`, closed with it."""
 
-    def __init__(self, nursery: trio.Nursery, curve: Curve | None = None) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, curve: Curve | None = None, heartbeat_s: float = tuning.HEARTBEAT_S
+    ) -> None:
         self.curve = curve
+        self._heartbeat_s = heartbeat_s
         self._guarded = False
         self._names = itertools.count(1)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -398,6 +397,7 @@ class Sockets:
         relaxed: bool = False,
         immediate: bool = False,
         watched: bool = False,
+        starting: bool = False,
         identity: bytes | None = None,
         max_message: int = MAX_MESSAGE,
         server: bytes = b"",
@@ -410,10 +410,11 @@ class Sockets:
         heartbeat: ping the peer; by default on connecting sockets only. manual: XPUB that grants each subscription by
         hand. mandatory: a ROUTER that says so when it can't deliver. relaxed: a REQ that may give up on an answer and
         ask again. immediate: take messages only while there is a connection. watched:
-        `happened` tells when it joins and ends.
+        `happened` tells when it joins and ends. starting: the peer is a program of this machine that is just starting.
         """
         raw = self._context.socket(KINDS[kind])
-        tune(raw, connects=heartbeat if heartbeat is not None else connect is not None)
+        pings = heartbeat if heartbeat is not None else connect is not None
+        tune(raw, connects=pings, heartbeat_s=self._heartbeat_s, starting=starting)
         apply(raw, tuning.of_kind(kind, manual=manual, mandatory=mandatory, relaxed=relaxed))
         limits: Options = {"RCVHWM": receive_limit, "SNDHWM": send_limit, "MAXMSGSIZE": max_message}
         apply(raw, limits | {"IPV6": int("[" in (bind or connect or "")), "IMMEDIATE": int(immediate)})
@@ -443,13 +444,6 @@ class Sockets:
             raise
         return self._keep(socket)
 
-    def watch_breaks(self, socket: Socket) -> Socket:
-        """Receives a message whenever a connection of `socket` has broken. It is closed with that one."""
-        place = f"inproc://breaks-{next(_numbers)}"
-        socket._raw.monitor(place, int(zmq.EVENT_DISCONNECTED))
-        socket._breaks = self.open("pair", connect=place, receive_limit=0, label=f"breaks of {socket.label}")
-        return socket._breaks
-
     def open_guard(self) -> Socket:
         """The socket on which libzmq asks, for each connection, whether it may. Must be answered from then on."""
         raw = self._context.socket(zmq.REP)
@@ -475,9 +469,11 @@ class Sockets:
         await trio.to_thread.run_sync(self._context.term)  # it waits for what lingers
 
 
-def tune(raw: zmq.Socket[bytes], *, connects: bool) -> None:
+def tune(
+    raw: zmq.Socket[bytes], *, connects: bool, heartbeat_s: float = tuning.HEARTBEAT_S, starting: bool = False
+) -> None:
     """What every link of ours is set to. `connects`: this end finds out whether the other is still there."""
-    apply(raw, tuning.link(pings=connects))
+    apply(raw, tuning.link(pings=connects, heartbeat_s=heartbeat_s, starting=starting))
 
 
 def apply(raw: zmq.Socket[bytes], options: Options) -> None:
@@ -495,13 +491,15 @@ def _property(message: zmq.Frame, name: str) -> str:
 
 
 @asynccontextmanager
-async def open_sockets(curve: Curve | None = None) -> AsyncIterator[Sockets]:
+async def open_sockets(
+    curve: Curve | None = None, *, heartbeat_s: float = tuning.HEARTBEAT_S
+) -> AsyncIterator[Sockets]:
     """A place to open sockets in; on leaving, all are closed (each may still deliver for `LINGER_MS`).
 
-    curve: every socket encrypts and proves itself with these keys.
+    curve: every socket encrypts and proves itself with these keys. heartbeat_s: between pings of a link.
     """
     async with trio.open_nursery() as nursery:
-        sockets = Sockets(nursery, curve)
+        sockets = Sockets(nursery, curve, heartbeat_s)
         try:
             yield sockets
         finally:

@@ -61,7 +61,7 @@ async def serve_telemetry(
     task_status: trio.TaskStatus[BrokerConfig] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the telemetry plane until cancelled; started with the real endpoints filled in. InUse for a taken port."""
-    async with open_gated(security, "telemetry plane") as (sockets, gate):
+    async with open_gated(security, "telemetry plane", heartbeat_s=config.heartbeat_s) as (sockets, gate):
         ingress = sockets.open(
             "router", bind=config.telemetry_in, receive_limit=PUBLISHER_QUEUE, label="telemetry ingress"
         )

@@ -7,12 +7,19 @@ from dataclasses import dataclass, field
 from interlock.broker.connections import PINGS
 
 # A half-open link is known within 2 s, on both sides. Servers don't ping: it would cost them four times as much.
-HEARTBEAT_MS = 1000  # clients ping each link this often,
-HEARTBEAT_TIMEOUT_MS = 900  # and give it up when nothing comes for so long after a ping;
-HEARTBEAT_TTL_MS = 1800  # they let libzmq on the server give it up so long after the last ping, if nothing else came
-HANDSHAKE_MS = 10_000  # a handshake ends within this, or begins anew: 5,000 at once take a broker so long, 1.1 ms each
+HEARTBEAT_S = 1.0  # clients ping each link this often, in a fleet of up to 400 hosts,
+HEARTBEAT_TIMEOUT = 0.9  # and give it up when nothing comes for so many of these times after a ping;
+HEARTBEAT_TTL = 1.8  # they let libzmq on the server give it up so many after the last ping, if nothing else came
+# A ping and its answer cost a broker 40 us: with 5,000 hosts all of a core, and who is answered late gives up a link
+# that is sound and comes back, which costs 1 ms. A larger fleet pings less often (`config.HOSTS_PER_S`), and its
+# kernels watch the links.
+KEEPALIVE_S = 1  # TCP asks after so many seconds without a byte, and gives the link up without an answer in one more
+UNSENT_MS = 1400  # or when so long nothing of what was sent arrives
+HANDSHAKE_MS = 10_000  # a handshake ends within this, or begins anew: 5,000 at once take a broker so long, 1.1 ms each,
+HANDSHAKE = 4  # and within so many times between pings: who begins anew makes all others wait longer
 BACKLOG = 4096  # connections that wait to be accepted: the default of Linux; who finds no room asks after 1, 3, 7 s
 RECONNECT_MS, RECONNECT_MAX_MS = 50, 1000  # between attempts to connect, doubled until the second
+STARTING_MS = 10  # the same to a program of this machine that is just starting: so late it is found, and no later
 MAX_MESSAGE = 1 << 21  # bytes per frame; a peer that sends more is disconnected
 MAX_SUBSCRIPTION = 2048  # the same on a feed, where nothing but subscriptions and the greeting comes in
 LINGER_MS = 200  # what a closing socket may still deliver: the last rollback still leaves
@@ -31,21 +38,35 @@ class Curve:
     server: bytes
 
 
-def link(*, pings: bool) -> Options:
-    """Of every socket. `pings`: this end finds out whether the other is still there, and lets it find out too."""
+def link(*, pings: bool, heartbeat_s: float = HEARTBEAT_S, starting: bool = False) -> Options:
+    """Of every socket. `pings`: this end finds out whether the other is still there, and lets it find out too.
+
+    starting: the peer may not be there yet, and is waited for.
+    """
+    every_ms = round(heartbeat_s * 1000)
     options: Options = {
         "LINGER": LINGER_MS,
-        "HANDSHAKE_IVL": HANDSHAKE_MS,
+        "HANDSHAKE_IVL": max(HANDSHAKE_MS, HANDSHAKE * every_ms),
         "BACKLOG": BACKLOG,
         "RECONNECT_IVL": RECONNECT_MS,
         "RECONNECT_IVL_MAX": RECONNECT_MAX_MS,
     }
+    if starting:
+        options |= {"RECONNECT_IVL": STARTING_MS, "RECONNECT_IVL_MAX": 0}
     if pings:
         options |= {
-            "HEARTBEAT_IVL": HEARTBEAT_MS,
-            "HEARTBEAT_TIMEOUT": HEARTBEAT_TIMEOUT_MS,
-            "HEARTBEAT_TTL": HEARTBEAT_TTL_MS,
-            METADATA: f"{PINGS}:{HEARTBEAT_MS}".encode(),
+            "HEARTBEAT_IVL": every_ms,
+            "HEARTBEAT_TIMEOUT": round(every_ms * HEARTBEAT_TIMEOUT),
+            "HEARTBEAT_TTL": round(every_ms * HEARTBEAT_TTL),
+            METADATA: f"{PINGS}:{every_ms}".encode(),
+        }
+    if heartbeat_s > HEARTBEAT_S:
+        options |= {
+            "TCP_KEEPALIVE": 1,
+            "TCP_KEEPALIVE_IDLE": KEEPALIVE_S,
+            "TCP_KEEPALIVE_INTVL": KEEPALIVE_S,
+            "TCP_KEEPALIVE_CNT": 1,
+            "TCP_MAXRT": UNSENT_MS,
         }
     return options
 

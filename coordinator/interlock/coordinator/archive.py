@@ -16,7 +16,7 @@ from interlock.broker.samples import SeriesReader
 from interlock.broker.wire import Event
 from interlock.coordinator import records
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import Emit
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.observers import hosts_of
 from interlock.coordinator.recorder import Recorder
 
@@ -48,9 +48,11 @@ class Archive:
     def see(self, event: Event) -> None:
         """An event of the log."""
         body = event.body
+        if self._folder is None:
+            return
         if isinstance(body, facts.MigrationStarted):
             self._hosts[body.migration] = (body.host, body.target)
-        elif isinstance(body, facts.MigrationEnded) and self._folder is not None:
+        elif isinstance(body, facts.MigrationEnded):
             known = self._core.fleet.migrations.get(body.migration)  # begun before the snapshot that was read
             places = self._hosts.pop(body.migration, None) or (
                 (known.host, known.target) if known is not None else ("", "")

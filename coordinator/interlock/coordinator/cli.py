@@ -29,6 +29,7 @@ from interlock.coordinator.options import (
     log_options,
     migrate_options,
     report_options,
+    rules_options,
     steer_options,
     watch_options,
     wave_options,
@@ -128,7 +129,7 @@ def parser() -> Parser:
     demo.add_argument("--report", type=Path, metavar="FILE", help="what was measured, as JSON")
     demo.add_argument("--keep", action="store_true", help="leave the demo's folder in place")
     verb("coordinator", "run the coordinator in this process")
-    verb("rules", "run the rule engine in this process")
+    rules_options(verb("rules", "run the rule engine in this process; or an action on rules"), common)
     for name, (_, help) in ELSEWHERE.items():
         verbs.add_parser(name, help=help, add_help=False, parents=[common])
     return top
@@ -365,9 +366,10 @@ def _asyncapi(chosen: argparse.Namespace) -> int:
 
 
 def _shell(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator.ids import read_ids
     from interlock.coordinator.shell import Shell
 
-    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, _run_line)
+    shell = Shell(load_fleet(chosen.fleet), chosen.fleet, _run_line, read_ids)
     shell.cmdloop()
     return shell.exit_code
 
@@ -414,6 +416,10 @@ def _coordinator(chosen: argparse.Namespace) -> int:
 
 
 def _rules(chosen: argparse.Namespace) -> int:
+    if chosen.act is not None:
+        from interlock.coordinator import rules_verb
+
+        return rules_verb.run(chosen)
     from interlock.coordinator.rules.service import run_rules
 
     return _here("rules", chosen.fleet, run_rules)

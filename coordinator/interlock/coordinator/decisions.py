@@ -4,6 +4,7 @@ migrations go on. Pure: a fold over the log, and `decide(now)`."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -15,8 +16,10 @@ from interlock.broker.strategies import Level
 from interlock.broker.wire import Event
 from interlock.coordinator import steering
 from interlock.coordinator.admission import Case, Settings, busy, consider, near
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Fleet
-from interlock.coordinator.migration import Emit, Migration
+from interlock.coordinator.migration import Migration
+from interlock.coordinator.ownership import places
 from interlock.coordinator.placing import placed
 from interlock.coordinator.steps import DRILL_S, Terms, plan
 from interlock.coordinator.waves import Waves
@@ -29,11 +32,11 @@ class Coordinator:
     """`load` reads the fleet file anew (ConfigError if it is wrong), so that a new revision needs no restart."""
 
     def __init__(self, load: Callable[[], FleetConfig], config: FleetConfig) -> None:
-        self.fleet = Fleet()
+        self.fleet = Fleet(places(config))
         self.migrations: dict[str, Migration] = {}  # those whose end is not in the log yet
-        self.waves = Waves(load)
+        self._read_file = load
+        self.waves = Waves(self._load)
         self.risk: dict[str, Level] = {}  # by agent; an agent that nobody scored is not in it
-        self._load = load
         self._config = config
         self._waiting: dict[str, Event] = {}  # requests nobody has answered, by event id
         self._answered: set[str] = set()  # answered by us, the answer is not in the log yet
@@ -41,16 +44,29 @@ class Coordinator:
         self._holds: list[Emit] = []
         self._begun: dict[str, int] = {}  # of the migrations: where each begins in the log
         self._snapshot_at = 0  # what the newest snapshot in the log stands for
+        self._deciding = False  # the log was read to its end once
+
+    def _load(self) -> FleetConfig:
+        """The fleet file as it is now; who has an agent is as it says from here on."""
+        config = self._read_file()
+        self.fleet.placed = places(config)
+        return config
 
     # --- folding
 
     def apply(self, event: Event) -> None:
-        self.fleet.apply(event)
         body = event.body
+        if isinstance(body, facts.HostUp):
+            self._look_for(body)
+        believed = self.fleet.apply(event)
         if isinstance(body, facts.FleetSnapshot):
             self._snapshot_at = max(self._snapshot_at, body.through)
-            return
+        elif believed:
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
         self.waves.apply(event)
+        body = event.body
         match body:
             case (
                 commands.Migrate()
@@ -81,6 +97,12 @@ class Coordinator:
             if migration.closed:
                 del self.migrations[migration.id]
                 self._begun.pop(migration.id, None)
+
+    def _look_for(self, body: facts.HostUp) -> None:
+        """A host that starts with an agent that is not its own so far may have it by a newer fleet file."""
+        if self._deciding and not all(self.fleet.owns(body.host, name) for name in body.agents):
+            with suppress(ConfigError):  # who asks for something is told of it
+                self._load()
 
     def _answer_logged(self, request: str) -> None:
         self._waiting.pop(request, None)
@@ -117,6 +139,7 @@ class Coordinator:
 
     def decide(self, now: float) -> list[Emit]:
         """All that is to be sent now. To be asked once the log has been folded to its end, never before."""
+        self._deciding = True
         wanted, self._holds = self._holds, []
         for request, event in list(self._waiting.items()):
             if request not in self._answered and not self._is_steered(event):

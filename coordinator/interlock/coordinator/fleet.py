@@ -1,7 +1,8 @@
 """The fleet as the event log tells it: a fold over facts. Pure: the same events give the same state.
 
 What an event mentions and nobody announced (a log that was cut, a host that never said it is up) is made up as far as
-the event tells; an event that comes late changes nothing that a newer state has settled.
+the event tells; an event that comes late changes nothing that a newer state has settled. What a host says of an agent
+that it does not have changes nothing either; see ownership.py.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from interlock.broker import facts
 from interlock.broker.commands import Breach
 from interlock.broker.fields import Evidence
 from interlock.broker.wire import Event
+from interlock.coordinator.ownership import Claims, Places, owner, speaker
 
 SNAPSHOT_BYTES = 900_000  # of a packed fleet: it travels in one event, of 1 MiB at most
 STATE_BYTES = 64 << 20  # of an unpacked one: whoever sends more is none of ours
 KEPT_WAVES = 100  # ended ones that stay in memory, with their tables
-KEPT_MIGRATIONS = 1000  # ended ones that stay in memory; a coordinator folds for months
+KEPT_MIGRATIONS = 1000  # ended ones, and such as nobody began, that stay in memory; a coordinator folds for months
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +80,11 @@ class Agent:
     hands_over: bool = False  # it keeps state in memory
     moved: bool = False  # a migration has brought it to this host: where it is, the fleet file may not know
 
+    def move_to(self, host: str, revision: str, endpoint: str) -> None:
+        self.host, self.moved, self.permanent, self.endpoint = host, True, revision, endpoint
+        self.candidate, self.share, self.state = None, 0.0, "serving"
+        self.instances.clear()
+
 
 @dataclass
 class Migration:
@@ -112,6 +119,11 @@ class Migration:
     def in_flight(self) -> bool:
         """Nothing settled it yet, or it is held: it can still be rolled back."""
         return self.outcome in ("", "held")
+
+    @property
+    def announced(self) -> bool:
+        """The coordinator has said that it began; of one that was not, a host may have made up the name."""
+        return "started" in self.times
 
 
 @dataclass
@@ -154,20 +166,21 @@ class _State(msgspec.Struct):
 
 # what an operator's word makes of a migration
 _LED = {
-    "approve": "running",
-    "pause": "paused",
-    "resume": "running",
-    "hold": "held",
-    "abort": "rolling-back",
+    "approve": "running", "pause": "paused", "resume": "running", "hold": "held", "abort": "rolling-back",
     "commit": "running",
-}
+}  # fmt: skip
 _states = msgspec.msgpack.Decoder(_State)
 
 
 class Fleet:
-    """`apply` takes any event; what is no fact about hosts, agents, migrations or alerts is passed over."""
+    """`apply` takes any event; what is no fact about hosts, agents, migrations or alerts is passed over.
 
-    def __init__(self) -> None:
+    placed: where the fleet file has each agent; None: no file is known, and an agent belongs to whoever speaks first.
+    """
+
+    def __init__(self, placed: Places | None = None) -> None:
+        self.placed = placed
+        self.claims = Claims()  # of hosts, on what is not theirs
         self.hosts: dict[str, Host] = {}
         self.agents: dict[str, Agent] = {}
         self.migrations: dict[str, Migration] = {}
@@ -176,13 +189,20 @@ class Fleet:
         self.position = 0  # the largest sequence number seen
         self._restored = 0  # what a snapshot stood for
 
-    def apply(self, event: Event) -> None:
+    def apply(self, event: Event) -> bool:
+        """False: a host said it of what is not its own, and nobody should believe it."""
         if isinstance(event.body, facts.FleetSnapshot):
             self._restore(event.body)
-            return
+            return True
+        believed = self._is_believed(event)
         if 0 < event.header.seq <= self._restored:
-            return  # the snapshot stands for it
+            return believed  # the snapshot stands for it
         self.position = max(self.position, event.header.seq)
+        if believed:
+            self._take(event)
+        return believed
+
+    def _take(self, event: Event) -> None:
         body, time = event.body, event.header.time
         match body:
             case facts.HostUp() | facts.HostDown():
@@ -261,7 +281,47 @@ class Fleet:
             },
             "waves": {name: asdict(wave) for name, wave in self.waves.items()},
             "alerts": [msgspec.to_builtins(alert) for alert in self.alerts.values()],
+            "claims": self.claims.to_json(),
         }
+
+    # --- whose word counts
+
+    def _is_believed(self, event: Event) -> bool:
+        host = speaker(event)
+        if host is None:
+            return True
+        agent = getattr(event.body, "agent", "")
+        if host and (not agent or self._speaks_for(host, agent, getattr(event.body, "migration", None) or "")):
+            return True
+        moves = self.migrations.get(self._last(agent))
+        if not (moves is not None and moves.target and moves.target == host):
+            self.claims.count(event, agent)
+            return False
+        # of the candidate that it runs; only what it was asked itself is the agent's affair
+        return getattr(event.body, "step", "") == "receive" or isinstance(event.body, facts.CommandRefused)
+
+    def _speaks_for(self, host: str, agent: str, number: str) -> bool:
+        """A migration that began is its own host's affair, also if the agent has another place in the file by now."""
+        named = self.migrations.get(number)
+        if named is not None and named.agent not in ("", agent):
+            return False
+        if named is not None and named.announced:
+            return named.host == host
+        flying = self.migrations.get(self._last(agent))
+        if not number and flying is not None and flying.in_flight and (flying.agent, flying.host) == (agent, host):
+            return True
+        return self.owns(host, agent)
+
+    def _last(self, agent: str) -> str:
+        known = self.agents.get(agent)
+        return (known.migration if known is not None else None) or ""
+
+    def owns(self, host: str, agent: str) -> bool:
+        """The host has the agent, as far as anybody knows."""
+        known = self.agents.get(agent)
+        if known is not None and known.moved:  # the coordinator's order holds before the file
+            return known.host == host
+        return owner(agent, self.placed, known.host if known is not None else "") in (host, None)
 
     # --- inside
 
@@ -270,10 +330,11 @@ class Fleet:
 
     def _agent(self, name: str, host: str = "") -> Agent:
         agent = self.agents.setdefault(name, Agent(name))
-        flying = self.migrations.get(agent.migration or "")
-        moving = flying is not None and flying.target != "" and not flying.ended
-        if not (agent.moved or moving):  # else only a commit that the coordinator ordered takes it elsewhere
-            agent.host = host or agent.host
+        if agent.moved:
+            return agent  # only a commit that the coordinator ordered takes it elsewhere
+        if host and agent.host not in ("", host):  # nothing that it was there holds here
+            agent = self.agents[name] = Agent(name, migration=agent.migration)
+        agent.host = host or agent.host
         return agent
 
     def _migration(self, number: str, agent: str) -> Migration:
@@ -287,7 +348,7 @@ class Fleet:
         return migration
 
     def _forget(self) -> None:
-        ended = [number for number, migration in self.migrations.items() if migration.ended]
+        ended = [number for number, each in self.migrations.items() if each.ended or not each.announced]
         for number in ended[: max(0, len(ended) - KEPT_MIGRATIONS)]:
             del self.migrations[number]
 
@@ -297,8 +358,8 @@ class Fleet:
             if (body.pid, body.boot) != (host.pid, host.boot):
                 self._instances_gone(body.host)
             host.up, host.control, host.pid, host.boot = True, body.control, body.pid, body.boot
-            host.agents = list(body.agents)
-            for name in body.agents:
+            host.agents = [name for name in body.agents if self.owns(body.host, name)]
+            for name in host.agents:
                 self._agent(name, body.host)
         else:
             host.up = False
@@ -312,9 +373,6 @@ class Fleet:
                 agent.instances.clear()
 
     def _instance_changed(self, body: facts.InstanceStarted | facts.InstanceStopped) -> None:
-        known = self.agents.get(body.agent)
-        if known is not None and known.host not in ("", body.host) and body.role == "candidate":
-            return  # a host that runs it for another one
         instances = self._agent(body.agent, body.host).instances
         if isinstance(body, facts.InstanceStarted):
             instances[body.instance] = Instance(body.instance, body.revision, body.role, body.pid, body.started)
@@ -340,6 +398,8 @@ class Fleet:
                     instance.role = "permanent"
 
     def _advanced(self, body: facts.MigrationStarted | facts.StageEntered, time: float) -> None:
+        if isinstance(body, facts.MigrationStarted) and self._is_made_up(body):
+            del self.migrations[body.migration]
         migration = self._migration(body.migration, body.agent)
         if isinstance(body, facts.MigrationStarted):
             migration.host, migration.epoch, migration.strategy = body.host, body.epoch, body.strategy
@@ -351,6 +411,11 @@ class Fleet:
         migration.times.setdefault(body.stage, time)
         if migration.in_flight:
             migration.stage, migration.note = body.stage, body.note
+
+    def _is_made_up(self, body: facts.MigrationStarted) -> bool:
+        """A host spoke of a migration by this name before there was one."""
+        known = self.migrations.get(body.migration)
+        return known is not None and (known.agent, known.host) not in ((body.agent, body.host), (body.agent, ""))
 
     def _decided(self, body: facts.MigrationHeld | facts.MigrationEnded, time: float) -> None:
         migration = self._migration(body.migration, body.agent)
@@ -395,12 +460,8 @@ class Fleet:
             return
         if body.step == "commit" and migration.target and body.host == migration.host:
             agent = self._agent(body.agent)  # the coordinator ordered it, and the host that had it gave it away
-            agent.host, agent.moved = migration.target, True
-            agent.endpoint = str(body.evidence.get("endpoint", ""))
-            agent.permanent, agent.candidate, agent.share, agent.state = migration.to, None, 0.0, "serving"
-            agent.instances.clear()
-        elif not migration.target:
-            migration.host = body.host
+            agent.move_to(migration.target, migration.to, str(body.evidence.get("endpoint", "")))
+        migration.host = migration.host or body.host
         if body.step == "commit" and migration.in_flight:
             migration.outcome = "committed"
             migration.times["committed"] = time

@@ -6,7 +6,7 @@ it sends a second time carries the same id, so it is logged and done once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 
@@ -16,7 +16,8 @@ from interlock.broker.config import CoordinatorConfig
 from interlock.broker.facts import Outcome
 from interlock.broker.fields import Evidence
 from interlock.broker.strategies import StrategyConfig
-from interlock.broker.wire import Body, Event
+from interlock.broker.wire import Event
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
 from interlock.coordinator.outcomes import is_committed, rollback_evidence
@@ -25,17 +26,6 @@ from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command
 
 ROLLBACK_ANSWER_S = 90.0  # a host that reports no rollback for so long has failed it: the slowest level takes 60 s
 LEASE_RENEWALS = 3  # per lease: two may be lost
-
-
-@dataclass(frozen=True)
-class Emit:
-    """Publish `body` under `id`. `direct`: only to the host's control endpoint, not through the log."""
-
-    topic: str
-    body: Body
-    id: str
-    direct: bool = False
-    also_direct: bool = False
 
 
 class Migration:
@@ -91,8 +81,8 @@ class Migration:
                 self._step_done(body, at)
             case facts.StepFailed():
                 self._step_failed(body, at)
-            case facts.CommandRefused() if body.command == self._command_id():
-                self._refused(Breach(by=f"host {self.started.host}", reason=body.reason), at)
+            case facts.CommandRefused() if self._is_answer(body):
+                self._refused(Breach(by=f"host {body.host}", reason=body.reason), at)
             case commands.RollBack() | facts.RolledBack() | facts.RollBackFailed():
                 self._going_back(body, at)
             case facts.ChecksMeasured():
@@ -161,7 +151,7 @@ class Migration:
         self._stood_at, self._until, self._blame, self._breach = None, float("inf"), "", None
 
     def _step_done(self, body: facts.StepDone, at: float) -> None:
-        if body.command != self._command_id():
+        if not self._is_answer(body):
             return
         if body.evidence:
             self._evidence[f"{self.index}-{body.step}"] = body.evidence
@@ -179,7 +169,7 @@ class Migration:
             self._since, self._sent_at = at, None
 
     def _step_failed(self, body: facts.StepFailed, at: float) -> None:
-        if body.command != self._command_id():
+        if not self._is_answer(body):
             return
         self._evidence[f"{self.index}-{body.step}"] = body.evidence
         breach = Breach(
@@ -198,10 +188,11 @@ class Migration:
             self._turn("checks-failed", self.judgement.breach(at), at)
 
     def _refused(self, breach: Breach, at: float) -> None:
-        if self.steps[self.index].step not in ("receive", "prepare"):
+        kept = self._kept is not None
+        if not kept and self.steps[self.index].step not in ("receive", "prepare"):
             self._turn("refused", breach, at)
-        elif self._turn("not-prepared", breach, at):  # the host knows nothing of it, and would report no rollback
-            self.outcome = "refused"
+        elif self._turn("not-committed" if kept else "not-prepared", breach, at):  # the host will report no rollback
+            self.outcome = "failed" if kept else "refused"
 
     def _going_back(self, body: commands.RollBack | facts.RolledBack | facts.RollBackFailed, at: float) -> None:
         match body:
@@ -237,7 +228,7 @@ class Migration:
 
     def _slot_changed(self, body: facts.SlotChanged, at: float) -> None:
         """A slot that has no candidate, and has seen this epoch, has settled it, whatever else was lost on the way."""
-        mine = body.agent == self.started.agent and body.epoch == self.started.epoch
+        mine = (body.host, body.agent, body.epoch) == (self.started.host, self.started.agent, self.started.epoch)
         if not mine or body.candidate is not None or body.migration is not None:
             return
         if is_committed(self.started, body):
@@ -259,10 +250,10 @@ class Migration:
         if self.closed:
             return []
         wanted: list[Emit] = []
-        if self.live and now - self._renewed >= self._lease_s() / LEASE_RENEWALS:
+        if self.live and now - self._renewed >= self._config.lease_s / LEASE_RENEWALS:
             self._renewed = now
             renew = commands.RenewLease(
-                migration=self.id, agent=self.started.agent, epoch=self.started.epoch, lease_s=self._lease_s()
+                migration=self.id, agent=self.started.agent, epoch=self.started.epoch, lease_s=self._config.lease_s
             )
             wanted.append(Emit(topics.command(self.started.host), renew, f"{self.id}/lease/{now}", direct=True))
         if self._unsettled:
@@ -281,7 +272,7 @@ class Migration:
         """When `decide` should be asked again if nothing happens, in seconds since 1970."""
         if self.closed or self._said_end:
             return float("inf")
-        times = [self._renewed + self._lease_s() / LEASE_RENEWALS] if self.live else []
+        times = [self._renewed + self._config.lease_s / LEASE_RENEWALS] if self.live else []
         if self.phase is Phase.ENDED:
             times.append(now)
         elif self.phase is Phase.ROLLING_BACK or not self._unsettled:
@@ -391,13 +382,20 @@ class Migration:
     def _command_id(self) -> str:
         return f"{self.id}/{self.index}{self._again}"
 
+    def _is_answer(self, body: facts.StepDone | facts.StepFailed | facts.CommandRefused) -> bool:
+        """To what was asked last, by whom it was asked."""
+        step = self.steps[self.index].step
+        asked = (self._command_id(), self._asked_of)
+        return (body.command, body.host) == asked and getattr(body, "step", step) == step
+
+    @property
+    def _asked_of(self) -> str:
+        return self.started.target if self.steps[self.index].step == "receive" else self.started.host
+
     @property
     def _again(self) -> str:
         """What was heard before a rollback failed is not done twice: after it, ids are others."""
         return f"/{self._failures}" if self._failures else ""
-
-    def _lease_s(self) -> float:
-        return self._config.lease_s
 
     def _due(self) -> float:
         """When the next step may be asked for: the dwell of the one before is over, or it was ended before."""
@@ -449,11 +447,8 @@ class Migration:
         if self._sent_at is not None:
             if now < self._sent_at + self._limit_s():
                 return []
-            if step.step == "receive":
-                return self._not_received(
-                    f"host {self.started.target} did not look at it within {self._limit_s():.0f} s"
-                )
-            return self._give_up("step-overdue", f"{step.step} was not done within {self._limit_s():.0f} s", now)
+            late = f"{step.step} was not done within {self._limit_s():.0f} s"
+            return self._not_received(late) if step.step == "receive" else self._give_up("step-overdue", late, now)
         if now < self._due():
             return []
         if self.observing and self._committed is None and not self.judgement.passed:
@@ -467,8 +462,7 @@ class Migration:
         if not self.index or self.steps[self.index - 1].stage is not step.stage:
             entered = facts.StageEntered(migration=self.id, agent=self.started.agent, stage=step.stage)
             wanted.append(Emit(topic, entered, f"{self.id}/stage/{step.stage}"))
-        host = self.started.target if step.step == "receive" else self.started.host
-        wanted.append(Emit(topics.command(host), self._command(step, now), self._command_id()))
+        wanted.append(Emit(topics.command(self._asked_of), self._command(step, now), self._command_id()))
         self._sent_at = now
         return wanted
 
@@ -521,5 +515,5 @@ class Migration:
 
     def _command(self, step: PlannedStep, now: float) -> commands.HostCommand:
         deadline = now + self._limit_s()
-        lease_s = self._lease_s()
+        lease_s = self._config.lease_s
         return command_of(step, self.started, self.strategy, self._terms, deadline=deadline, lease_s=lease_s)

@@ -13,7 +13,8 @@ from interlock.broker import topics
 from interlock.broker.client import Bus
 from interlock.broker.samples import SeriesReader
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import Emit, Migration
+from interlock.coordinator.emit import Emit
+from interlock.coordinator.migration import Migration
 from interlock.coordinator.observation import Observation
 
 log = logging.getLogger("interlock.coordinator")

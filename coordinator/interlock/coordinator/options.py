@@ -150,3 +150,15 @@ def keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
         one.add_argument("--out", type=Path, metavar="FILE", help="an enrolment file to carry to where it runs")
     install = action("install", "take over an enrolment file that was made where the authority is")
     install.add_argument("file", type=Path, metavar="FILE")
+
+
+def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    """Without an action, `rules` is the role."""
+    acts = rules.add_subparsers(dest="act", metavar="ACTION", required=False)
+
+    def act(name: str, help: str) -> argparse.ArgumentParser:
+        return acts.add_parser(name, help=help, description=help, parents=[common])
+
+    conformance = act("conformance", "run Prometheus' own test scripts (promqltest) against our engine; JSON")
+    conformance.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    conformance.add_argument("--failures", action="store_true", help="say on standard error what differs")

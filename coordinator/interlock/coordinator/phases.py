@@ -31,6 +31,7 @@ _ROWS: dict[str, tuple[Phase | None, ...]] = {
     "checks-failed":     (_BACK,  _BACK,  _BACK,  _BACK, None,  None),  # the candidate is worse for sure
     "refused":           (_BACK,  _BACK,  None,   _BACK, None,  None),  # by the host
     "not-prepared":      (_END,   _END,   None,   _END,  None,  None),  # nothing was started, nothing is to be undone
+    "not-committed":     (_END,   _END,   None,   _END,  None,  None),  # a kept one: there is nothing else
     "committed":         (_END,   _END,   _END,   _END,  _END,  None),  # the host has the last word
     "waiting":           (_WAIT,  None,   None,   None,  None,  None),
     "held":              (_HOLD,  _HOLD,  _HOLD,  _HOLD, None,  None),  # by a rule, or once more at its deadline

@@ -18,6 +18,7 @@ from interlock.coordinator import records, report_text
 from interlock.coordinator.admission import near
 from interlock.coordinator.fleet import Fleet, Migration
 from interlock.coordinator.logbook import moment
+from interlock.coordinator.ownership import places
 from interlock.coordinator.record import Record
 from interlock.coordinator.report_page import page
 from interlock.coordinator.screen import Screen
@@ -48,7 +49,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 async def view(bus: Bus, fleet: FleetConfig, *, timeout: float) -> Fleet:
     """The fleet as the log tells it."""
-    found = Fleet()
+    found = Fleet(places(fleet))
     async with listening(bus, fleet, [topics.FACTS, topics.SNAPSHOTS], timeout=timeout, after=0) as feed:
         await catch_up(feed, found, fleet, timeout=timeout)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from interlock.broker.security import Security, load_security
 from interlock.broker.wire import Event
 from interlock.coordinator.archive import Archive
 from interlock.coordinator.decisions import Coordinator
-from interlock.coordinator.migration import Emit
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.observers import observe
 
 log = logging.getLogger("interlock.coordinator")
@@ -37,7 +38,28 @@ async def run_coordinator(fleet: FleetConfig, ready: Callable[[], None]) -> None
 
 
 def _loader(fleet: FleetConfig) -> Callable[[], FleetConfig]:
-    return (lambda: load_fleet(fleet.path)) if fleet.path else (lambda: fleet)
+    """Reads the fleet file, if it has changed; ConfigError if it is wrong."""
+    known: dict[tuple[int, int, int], FleetConfig] = {}
+
+    def load() -> FleetConfig:
+        stamp = _stamp(fleet.path)
+        if stamp is None:
+            return load_fleet(fleet.path)  # which says what is wrong
+        if stamp not in known:
+            config = load_fleet(fleet.path)
+            known.clear()
+            known[stamp] = config
+        return known[stamp]
+
+    return load if fleet.path else (lambda: fleet)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def is_genuine(event: Event, security: Security | None) -> bool:
@@ -77,6 +99,8 @@ async def _serve(
                 if is_genuine(event, security):
                     core.apply(event)
                     archive.see(event)
+                    for claim in core.fleet.claims.news():
+                        log.warning("%s", claim)
                     if event.topic == topics.COORDINATOR and _is_open(event):
                         bus.receipt(event)
                 changed.set()

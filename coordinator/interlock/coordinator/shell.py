@@ -9,6 +9,7 @@ import cmd
 import difflib
 import os
 import shlex
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
 from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
+from interlock.coordinator.ids import Ids
 from interlock.coordinator.options import CATEGORIES, ORDERS, OUTCOMES, REPORTS, STEERING
 
 OFFERED = (
@@ -37,13 +39,16 @@ CHOICES: dict[str, list[str]] = {
     "--order": list(ORDERS), "--category": list(CATEGORIES), "wave": ["start", "status", "stop", "list"],
 }  # fmt: skip
 LEAVING = ("exit", "quit", "EOF")
+IDS_S = 5.0  # that ids read from the log are good for: Tab is pressed twice, and some letters later again
 TERMINATED = 143  # the code of a verb that SIGTERM ended
 
 
 class Shell(cmd.Cmd):
     """Each line runs as its own command: what one leaves behind, no other meets."""
 
-    def __init__(self, fleet: FleetConfig, path: Path, run: Callable[[list[str]], int]) -> None:
+    def __init__(
+        self, fleet: FleetConfig, path: Path, run: Callable[[list[str]], int], read_ids: Callable[[Path], Ids]
+    ) -> None:
         super().__init__()
         self.prompt = f"interlock {fleet.name}> "
         self.intro = f"{fleet.name}: {', '.join(OFFERED)}; help, exit. Ctrl-C ends a verb."
@@ -52,6 +57,8 @@ class Shell(cmd.Cmd):
         self._path = path
         self._fleet = fleet
         self._run = run
+        self._read_ids = read_ids
+        self._ids: tuple[float, Ids] | None = None
 
     def onecmd(self, line: str) -> bool:
         try:
@@ -103,9 +110,19 @@ class Shell(cmd.Cmd):
             names = list(dict.fromkeys(name for agent in agents for name in agent.revisions))
         elif before[-1] in CHOICES:
             names = CHOICES[before[-1]]
+        elif before[0] == "wave" and before[-1] in ("status", "stop"):
+            names = self._known().waves if before[-1] == "status" else self._known().moving
+        elif before in (["report"], ["explain"]):
+            names = [*self._fleet.agents, *self._known().migrations]
         else:
             names = list(self._fleet.agents)
         return [name for name in names if name.startswith(text)]
+
+    def _known(self) -> Ids:
+        now = time.monotonic()
+        if self._ids is None or now - self._ids[0] > IDS_S:
+            self._ids = now, self._read_ids(self._path)
+        return self._ids[1]
 
     def _help(self, words: list[str]) -> None:
         if words and words[0] in OFFERED:

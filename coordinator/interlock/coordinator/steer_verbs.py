@@ -17,6 +17,7 @@ from interlock.broker.config import FleetConfig
 from interlock.broker.errors import Unreachable
 from interlock.broker.wire import Event
 from interlock.coordinator.fleet import Fleet
+from interlock.coordinator.ownership import places
 from interlock.coordinator.terminal import Output, note, on_bus, say_json
 from interlock.coordinator.verbs import (
     ANSWER_MARGIN_S,
@@ -84,7 +85,7 @@ async def steer(
     note: Note,
 ) -> Answer | Report:
     """Ask the coordinator. Abort and commit are followed to their outcome: then it is a Report."""
-    request, view = uuid.uuid4().hex, Fleet()
+    request, view = uuid.uuid4().hex, Fleet(places(fleet))
     async with listening(bus, fleet, [topics.FACTS, topics.SNAPSHOTS], timeout=timeout, after=0) as feed:
         await catch_up(feed, view, fleet, timeout=timeout)
         asked = commands.Steer(agent=agent, action=action, reason=reason, deadline=time.time() + timeout)
@@ -111,7 +112,10 @@ async def steer(
 
 async def _answer(feed: EventFeed, view: Fleet, request: str) -> Event:
     async for event in feed:
-        view.apply(event)
-        if isinstance(event.body, facts.Steered | facts.MigrationRefused) and event.body.request == request:
+        if (
+            view.apply(event)
+            and isinstance(event.body, facts.Steered | facts.MigrationRefused)
+            and event.body.request == request
+        ):
             return event
     raise AssertionError("a feed does not end")

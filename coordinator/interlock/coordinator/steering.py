@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach, SteerAction
-from interlock.coordinator.migration import Emit, Migration
+from interlock.coordinator.emit import Emit
+from interlock.coordinator.migration import Migration
 from interlock.coordinator.phases import STEERED, TRANSITIONS, Phase
 from interlock.coordinator.steps import PlannedStep
 

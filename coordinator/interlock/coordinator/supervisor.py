@@ -23,9 +23,9 @@ from interlock.broker.role import EXIT_WRONG, READY_FD
 
 MAX_READY = 1 << 20  # bytes in which a role says that it is ready, and what of it is not
 FIRST_STARTS = 3  # attempts of a role that dies before it ever was ready: a crash at start is seldom chance
-RESTART_FIRST_S = 0.2  # before the first restart; safety waits for it, so short
+RESTART_S = 0.2  # before the second restart; the first is at once, since a rollback may wait for it
 RESTART_MAX_S = 10.0  # each further restart waits twice as long as the last one, up to this
-STEADY_S = 30.0  # a role that ran for so long starts anew with the short wait
+STEADY_S = 30.0  # a role that ran for so long is started again at once
 SLOW_START_S = 15.0  # not ready for so long: say so (and again after each such time)
 STOP_S = 10.0  # after SIGTERM; then SIGKILL
 DRAIN_S = 0.5  # for the last log lines of a role that is gone; its own children may hold the pipe open
@@ -51,13 +51,12 @@ class Backoff:
     """How long to wait before the next restart. Pure."""
 
     def __init__(self) -> None:
-        self._next = RESTART_FIRST_S
+        self._next = 0.0
 
     def after(self, ran_s: float) -> float:
         """The wait after a run of `ran_s` seconds."""
-        if ran_s >= STEADY_S:
-            self._next = RESTART_FIRST_S
-        wait, self._next = self._next, min(2 * self._next, RESTART_MAX_S)
+        wait = 0.0 if ran_s >= STEADY_S else self._next
+        self._next = min(max(2 * wait, RESTART_S), RESTART_MAX_S)
         return wait
 
 
@@ -176,7 +175,8 @@ class Supervisor:
                     role.settled.set()
                     break
                 wait = role.backoff.after(trio.current_time() - begun)
-                self._say("up", f"{role.spec.name} ended ({_ending(code)}); starting it again in {wait:g} s")
+                when = f"in {wait:g} s" if wait else "now"
+                self._say("up", f"{role.spec.name} ended ({_ending(code)}); starting it again {when}")
                 with trio.move_on_after(wait):
                     await role.stop.wait()
             role.gone.set()

@@ -19,6 +19,7 @@ from interlock.broker.errors import InterlockError, Refused, Unreachable
 from interlock.broker.wire import Event
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.fleet import Fleet, Host, Migration
+from interlock.coordinator.ownership import places
 from interlock.coordinator.placing import deviations
 from interlock.coordinator.steering import Standing, standing
 from interlock.coordinator.wording import concerns
@@ -148,7 +149,7 @@ async def migrate(
     `begun` gets the migration's id as soon as there is one.
     """
     request = uuid.uuid4().hex
-    view = Fleet()
+    view = Fleet(places(fleet))
     async with listening(bus, fleet, [topics.FACTS], timeout=timeout) as feed:
         asked = commands.Migrate(
             agent=agent,
@@ -200,8 +201,7 @@ async def follow(feed: EventFeed, view: Fleet, number: str, *, tell: Tell, note:
             give_up = trio.current_time() + CLOSE_S
         with trio.move_on_after(TICK_S):
             event = await anext(feed)
-            view.apply(event)
-            if concerns(event, number):
+            if view.apply(event) and concerns(event, number):
                 tell(event)
             continue
         if trio.current_time() > give_up:
@@ -225,7 +225,7 @@ async def roll_back(
 ) -> Report:
     """Undo the agent's migration in flight. A silent coordinator is passed over: the host is asked itself."""
     request = uuid.uuid4().hex
-    view = Fleet()
+    view = Fleet(places(fleet))
     async with listening(
         bus, fleet, [topics.FACTS, topics.ROLLBACKS, topics.SNAPSHOTS], timeout=timeout, after=0
     ) as feed:
@@ -256,7 +256,8 @@ async def roll_back(
 async def _taken(feed: EventFeed, view: Fleet, request: str, agent: str, tell: Tell) -> Event:
     """The first sign that the request was heard: refused, passed on to the host, or done."""
     async for event in feed:
-        view.apply(event)
+        if not view.apply(event):
+            continue
         body = event.body
         match body:
             case facts.MigrationRefused(request=refused) if refused == request:
@@ -302,8 +303,7 @@ async def _rolled_back(feed: EventFeed, view: Fleet, number: str, *, tell: Tell,
         nonlocal failed
         while not done():
             event = await anext(feed)
-            view.apply(event)
-            if concerns(event, number):
+            if view.apply(event) and concerns(event, number):
                 failed = failed or isinstance(event.body, facts.RollBackFailed)
                 tell(event)
 

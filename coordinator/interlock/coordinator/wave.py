@@ -15,7 +15,8 @@ from interlock.broker import commands, facts, topics
 from interlock.broker.commands import Breach
 from interlock.broker.facts import MemberState, WaveMember, WaveOutcome, WaveResult
 from interlock.broker.wire import Event
-from interlock.coordinator.migration import Emit, Migration
+from interlock.coordinator.emit import Emit
+from interlock.coordinator.migration import Migration
 from interlock.coordinator.phases import Phase as MigrationPhase
 
 ASK_S = 86_400.0  # for the answer to a request of ours: the coordinator itself answers it, at once when it is there

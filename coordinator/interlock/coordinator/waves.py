@@ -9,8 +9,8 @@ from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError
 from interlock.broker.wire import Event
 from interlock.coordinator.admission import freeze, near
+from interlock.coordinator.emit import Emit
 from interlock.coordinator.fleet import Fleet
-from interlock.coordinator.migration import Emit
 from interlock.coordinator.wave import Flying, Wave
 from interlock.coordinator.wave_plan import Asker, plan_wave
 

@@ -29,6 +29,7 @@ from interlock.coordinator.demo.fleet import lay_out
 from interlock.coordinator.demo.scenarios import SCENARIOS, Move, Result, Scenario
 from interlock.coordinator.demo.scene import Scene, table
 from interlock.coordinator.fleet import Fleet
+from interlock.coordinator.ownership import places
 
 TUTOR_CLIENTS, TUTOR_RATE = 8, 200.0  # REQ sockets, and requests a second of all of them
 WORDBOOK_CLIENTS, WORDBOOK_RATE = 4, 60.0
@@ -162,7 +163,7 @@ class _Play:
         self.move: Move | None = None
         self.gpu = "-"
         self.changed = trio.Event()
-        self.state = Fleet()
+        self.state = Fleet(places(fleet))
 
     async def run(self, script: Path) -> None:
         async with trio.open_nursery() as nursery:

@@ -24,6 +24,8 @@ from interlock.coordinator.rules.expression import (
     Negate,
     Number,
     Selector,
+    Subquery,
+    Text,
     Window,
 )
 from interlock.coordinator.rules.inflight import Migration
@@ -41,7 +43,9 @@ def twin(rule: Rule) -> Rule | None:
     if expression == rule.expression:
         return None
     name = f"{rule.name} of the permanent revision"
-    return replace(rule, name=name, expression=expression, action="notify", no_data="resolve", keep_firing_for_s=0.0)
+    return replace(
+        rule, name=name, expression=expression, action="notify", no_data="resolve", keep_firing_for_s=0.0, resolve=None
+    )
 
 
 def whose(alert: Transition, migration: Migration, breaches: Iterable[Transition]) -> Blame | None:
@@ -78,13 +82,15 @@ def _about_permanent(tree: Expression) -> Expression:
     match tree:
         case Number():
             return tree
+        case Text():
+            return tree
         case Selector(matchers):
-            return Selector(tuple(PERMANENT if matcher == CANDIDATE else matcher for matcher in matchers))
+            return replace(tree, matchers=tuple(PERMANENT if matcher == CANDIDATE else matcher for matcher in matchers))
         case Window(selector):
             changed = _about_permanent(selector)
             assert isinstance(changed, Selector)
             return replace(tree, selector=changed)
-        case Negate(operand) | Aggregate(operand=operand):
+        case Negate(operand) | Aggregate(operand=operand) | Subquery(operand):
             return replace(tree, operand=_about_permanent(operand))
         case Binary(left=left, right=right):
             return replace(tree, left=_about_permanent(left), right=_about_permanent(right))

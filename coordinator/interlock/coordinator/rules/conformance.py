@@ -1,30 +1,31 @@
-"""Prometheus' own test scripts (promqltest) against our evaluation: what agrees, what differs, what isn't supported.
+"""Prometheus' own test scripts against our evaluation: what agrees, what differs, what isn't supported.
 
-The format: `load` blocks give series, `eval instant` and `eval range` blocks a query and its expected result. Pure: the
-script's text goes in, a verdict for each evaluation comes out.
+Pure: the script's text goes in, a verdict for each evaluation comes out. A range is a sequence of instants.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from interlock.broker.errors import ConfigError
-from interlock.broker.samples import NAME, Labels
-from interlock.coordinator.rules.cells import EvaluationError, shown
-from interlock.coordinator.rules.durations import duration
-from interlock.coordinator.rules.expression import Expression
-from interlock.coordinator.rules.language import parse
-from interlock.coordinator.rules.program import Program
-from interlock.coordinator.rules.series import SeriesStore
+from interlock.broker.samples import Labels
+from interlock.coordinator.rules.evaluate import Evaluation, Note
+from interlock.coordinator.rules.expression import Expression, selectors
+from interlock.coordinator.rules.labelsets import shown
+from interlock.coordinator.rules.language import NotSupported, parse
+from interlock.coordinator.rules.promqltest import Clear, Eval, Expect, Load, commands, moment
+from interlock.coordinator.rules.source import History, milliseconds
+from interlock.coordinator.rules.values import EvaluationError, Matrix, Value, Vector
 
 TOLERANCE = 1e-6  # relative; promqltest's own
 
 Outcome = Literal["pass", "fail", "unsupported"]
-Points = list[float | Literal["stale", "histogram"] | None]
+_PLACE = re.compile(r" \(\d+:\d+\)")  # where in the expression a note points to: the parser doesn't say
 
 
 @dataclass(frozen=True)
@@ -35,175 +36,206 @@ class Verdict:
     detail: str = ""
 
 
-@dataclass
-class _Evaluation:
-    line: int
-    times: list[float]
-    query: str
-    must_fail: bool
-    expected: list[str]
-    instant: bool
+class Loaded:
+    """What the script loaded so far."""
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.histograms: list[Labels] = []
+
+    def load(self, command: Load) -> None:
+        for labels, points in command.series:
+            for index, point in enumerate(points):
+                at = milliseconds(index * command.step)
+                if point == "stale":
+                    self.history.end(labels, at)
+                elif isinstance(point, float):
+                    self.history.append(labels, point, at)
+            if "histogram" in points:
+                self.histograms.append(labels)
+
+    def meets_histogram(self, expression: Expression) -> bool:
+        return any(selector.matches(labels) for selector in selectors(expression) for labels in self.histograms)
 
 
 def check(script: str) -> Iterator[Verdict]:
     """A verdict for each `eval` of the script, in its order."""
-    loaded: list[tuple[Labels, float, Points]] = []
-    for line, block in _blocks(script):
-        head = block[0].split()
-        if head[0] == "clear":
-            loaded = []
-        elif head[0].startswith("load"):
-            series = [_series(row) for row in block[1:]]
-            if head[0] == "load_with_nhcb":
-                series += [made for labels, _ in series for made in _native(labels)]
-            loaded += [(labels, duration(head[1]), points) for labels, points in series]
-        elif head[0].startswith("eval"):
-            evaluation = _evaluation(line, block)
-            outcome, detail = _judge(evaluation, loaded)
-            yield Verdict(line, evaluation.query, outcome, detail)
+    loaded = Loaded()
+    for command in commands(script):
+        match command:
+            case Clear():
+                loaded = Loaded()
+            case Load():
+                loaded.load(command)
+            case Eval():
+                outcome, detail = _judge(command, loaded)
+                yield Verdict(command.line, command.query, outcome, detail)
 
 
-def _blocks(script: str) -> Iterator[tuple[int, list[str]]]:
-    block: list[str] = []
-    start = 0
-    for number, raw in enumerate(script.splitlines(), 1):
-        text = raw.split("#", 1)[0].rstrip() if raw.lstrip().startswith("#") else raw.rstrip()
-        if not text:
-            continue
-        if not text[0].isspace():
-            if block:
-                yield start, block
-            block, start = [], number
-        block.append(text.strip())
-    if block:
-        yield start, block
+def report(files: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
+    """The counts of each file, and of all, as `interlock rules conformance` prints them."""
+    counts = ("passed", "failed", "unsupported", "total")
+    return {"files": dict(files), **{key: sum(each[key] for each in files.values()) for key in counts}}
 
 
-def _evaluation(line: int, block: Sequence[str]) -> _Evaluation:
-    found = re.fullmatch(r"(eval\w*) instant at (\S+)\s+(.+)", block[0])
-    if found is not None:
-        times, query, kind = [_moment(found[2])], found[3], found[1]
-    else:
-        found = re.fullmatch(r"(eval\w*) range from (\S+) to (\S+) step (\S+)\s+(.+)", block[0])
-        if found is None:
-            raise ConfigError(f"line {line} is no eval: {block[0]!r}")
-        first, last, step = (_moment(found[at]) for at in (2, 3, 4))
-        times = [first + step * at for at in range(int((last - first) / step + 1e-9) + 1)]
-        query, kind = found[5], found[1]
-    fails = kind == "eval_fail" or any(row.startswith("expect fail") for row in block[1:])
-    rows = [row for row in block[1:] if not re.match(r"expect (fail|warn|no_warn|info|no_info|ordered)\b", row)]
-    return _Evaluation(line, times, query, fails, rows, " instant " in block[0])
+def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    outcomes = [verdict.outcome for verdict in verdicts]
+    return {
+        "passed": outcomes.count("pass"),
+        "failed": outcomes.count("fail"),
+        "unsupported": outcomes.count("unsupported"),
+        "total": len(outcomes),
+    }
 
 
-def _moment(text: str) -> float:
-    return float(text) if re.fullmatch(r"-?[\d.]+", text) else duration(text)
-
-
-def _series(row: str) -> tuple[Labels, Points]:
-    found = re.fullmatch(r"([a-zA-Z_:][\w:]*)?\s*(\{.*?\})?\s+(.+)", row)
-    if found is None or not (found[1] or found[2]):
-        raise ConfigError(f"{row!r} is no series")
-    return _labels(found[1], found[2] or ""), _points(found[3])
-
-
-def _native(labels: Labels) -> list[tuple[Labels, Points]]:
-    """The native histogram that `load_with_nhcb` makes of a classic one's bucket."""
-    pairs = dict(labels)
-    if not pairs[NAME].endswith("_bucket"):
-        return []
-    pairs[NAME] = pairs[NAME].removesuffix("_bucket")
-    return [(tuple(sorted((name, value) for name, value in pairs.items() if name != "le")), ["histogram"])]
-
-
-def _labels(name: str | None, braces: str) -> Labels:
-    pairs = dict(re.findall(r'([\w.]+)\s*=\s*"((?:[^"\\]|\\.)*)"', braces))
-    if name:
-        pairs[NAME] = name
-    return tuple(sorted((key, value) for key, value in pairs.items() if value))
-
-
-def _points(text: str) -> Points:
-    points: Points = []
-    for word in re.findall(r"\{\{.*?\}\}\S*|\S+", text):
-        times = re.fullmatch(r"(.+?)x(\d+)", word)
-        body, count = (times[1], int(times[2])) if times else (word, 0)
-        steps = re.fullmatch(r"([-+]?[\w.]+(?:e[-+]?\d+)?)([-+][\w.]+(?:e[-+]?\d+)?)", body) if times else None
-        if body.startswith("{{"):
-            points += ["histogram"] * (count + 1)
-        elif body == "_":
-            points += [None] * max(count, 1)
-        elif body == "stale":
-            points.append("stale")
-        elif steps is not None:
-            points += [float(steps[1]) + float(steps[2]) * at for at in range(count + 1)]
-        else:
-            points += [float(body)] * (count + 1)
-    return points
-
-
-def _judge(evaluation: _Evaluation, loaded: list[tuple[Labels, float, Points]]) -> tuple[Outcome, str]:
+def _judge(command: Eval, loaded: Loaded) -> tuple[Outcome, str]:
+    fails = command.of("fail")
     try:
-        expression = parse(evaluation.query, where=f"line {evaluation.line}")
-    except ConfigError as error:
-        return ("unsupported", error.what) if "not supported" in error.what else ("fail", error.what)
-    if any("{{" in row for row in evaluation.expected) or _meets_histogram(expression, loaded):
+        expression = parse(command.query, where=f"line {command.line}")
+    except NotSupported as error:
+        return "unsupported", error.what
+    except ConfigError as error:  # what the parser refuses is right to fail, and otherwise newer than it
+        return ("pass", "") if fails else ("unsupported", error.what)
+    if any("histogram" in points for _, points in command.rows) or loaded.meets_histogram(expression):
         return "unsupported", "native histograms"
-    results: list[dict[Labels, float]] = []
+    notes: set[Note] = set()
     try:
-        results = [_run(expression, loaded, at) for at in evaluation.times]
+        results = [_evaluation(command, loaded, at, notes).result(expression) for at in command.times]
     except EvaluationError as error:
-        return ("pass", "") if evaluation.must_fail else ("fail", str(error))
-    if evaluation.must_fail:
-        return "fail", f"should fail, gave {_shown(results[0])}"
-    wanted = _expected(evaluation)
-    for at, result, expected in zip(evaluation.times, results, wanted, strict=True):
-        if result.keys() != expected.keys() or not all(_near(result[key], expected[key]) for key in result):
-            return "fail", f"at {at:g}: gave {_shown(result)}, not {_shown(expected)}"
+        if not fails:
+            return "fail", error.what
+        said = all(_says(expect, error.what) for expect in fails)
+        return ("pass", "") if said else ("fail", f"failed otherwise: {error.what}")
+    if fails:
+        return "fail", f"should fail, gave {_shown(results[0], loaded)}"
+    for problem in (*_compare(command, results, loaded), *_compare_notes(command, notes)):
+        return "fail", problem
     return "pass", ""
 
 
-def _meets_histogram(expression: Expression, loaded: list[tuple[Labels, float, Points]]) -> bool:
-    selectors = [watch.selector for watch in Program(expression, SeriesStore()).watches]
-    return any(
-        "histogram" in points and any(selector.matches(labels) for selector in selectors)
-        for labels, _, points in loaded
-    )
+def _evaluation(command: Eval, loaded: Loaded, at: float, notes: set[Note]) -> Evaluation:
+    if command.instant:
+        return Evaluation(loaded.history, at, notes=notes)
+    first, last = command.times[0], command.times[-1]
+    return Evaluation(loaded.history, at, start=first, end=last, step=command.step, notes=notes)
 
 
-def _run(expression: Expression, loaded: list[tuple[Labels, float, Points]], at: float) -> dict[Labels, float]:
-    """The value at one moment, from a store that saw everything up to then."""
-    store = SeriesStore()
-    program = Program(expression, store)
-    for labels, step, points in loaded:
-        for index, point in enumerate(points):
-            if index * step > at:
-                break
-            if point == "stale":
-                store.end(labels)
-            elif isinstance(point, float):
-                store.append(labels, point, index * step)
-    program.update(at)
-    cells = zip(program.root.labels, program.root.cells, strict=True)
-    return {labels: cell for labels, cell in cells if isinstance(cell, float)}
+# --- what was given against what was wanted
 
 
-def _expected(evaluation: _Evaluation) -> list[dict[Labels, float]]:
-    results: list[dict[Labels, float]] = [{} for _ in evaluation.times]
-    for row in evaluation.expected:
-        found = re.fullmatch(r"([a-zA-Z_:][\w:]*)?\s*(\{.*\})?\s+(.+)", row)
-        if found is None or not (found[1] or found[2]) or re.fullmatch(r"[-+]?(inf|nan)", found[1] or "", re.I):
-            labels, values = _labels(None, ""), _points(row)
+def _compare(command: Eval, results: list[Value], loaded: Loaded) -> Iterator[str]:
+    strings = command.of("string")
+    if strings:
+        wanted = strings[0].text
+        quoted = wanted[1:-1] if wanted[:1] in "\"'`" and len(wanted) > 1 else wanted
+        if results[0] != quoted:
+            yield f"gave {results[0]!r}, not {wanted}"
+        return
+    ranges = command.of("range vector")
+    if ranges or isinstance(results[0], Matrix):
+        yield from _compare_matrix(command, results[0], ranges, loaded)
+        return
+    sets = loaded.history.table.sets
+    for place, (at, result) in enumerate(zip(command.times, results, strict=True)):
+        expected = _expected(command, place)
+        if isinstance(result, float):
+            given: dict[Labels | None, float] = {None if command.instant else (): result}
+        elif isinstance(result, Vector):
+            given = {sets[key]: value for key, value in zip(result.keys.tolist(), result.values.tolist(), strict=True)}
         else:
-            labels, values = _labels(found[1], found[2] or ""), _points(found[3])
-        for result, value in zip(results, values, strict=False):
-            if isinstance(value, float):
-                result[labels] = value
-    return results
+            yield f"gave {result!r}"
+            return
+        same = given.keys() == expected.keys() and all(near(given[key], expected[key]) for key in given)
+        if not same:
+            yield f"at {at:g}: gave {_told(given)}, not {_told(expected)}"
+        elif command.of("ordered") and list(given) != [labels for labels, _ in command.rows]:
+            yield f"at {at:g}: gave another order: {_told(given)}"
 
 
-def _near(a: float, b: float) -> bool:
-    return (math.isnan(a) and math.isnan(b)) or a == b or math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-12)
+def _expected(command: Eval, place: int) -> dict[Labels | None, float]:
+    made: dict[Labels | None, float] = {}
+    for labels, points in command.rows:
+        value = points[place] if place < len(points) else None
+        if isinstance(value, float):
+            made[() if labels is None and not command.instant else labels] = value
+    return made
 
 
-def _shown(result: dict[Labels, float]) -> str:
-    return "; ".join(f"{shown(labels)} {value:g}" for labels, value in sorted(result.items())) or "nothing"
+def _compare_matrix(command: Eval, result: Value, ranges: list[Expect], loaded: Loaded) -> Iterator[str]:
+    if not isinstance(result, Matrix):
+        yield "gave no range of samples"
+        return
+    found = re.fullmatch(r"from\s+(\S+)\s+to\s+(\S+)\s+step\s+(\S+)", ranges[0].text) if ranges else None
+    if found is None:
+        yield "gave a range of samples"
+        return
+    first, step = moment(found[1]), moment(found[3])
+    wanted = {
+        labels: [
+            (milliseconds(first + step * at), point) for at, point in enumerate(points) if isinstance(point, float)
+        ]
+        for labels, points in command.rows
+    }
+    given: dict[Labels | None, list[tuple[float, float]]] = {}
+    for place, key in enumerate(result.keys.tolist()):
+        low, high = result.runs.bounds[place : place + 2].tolist()
+        pairs = zip(result.times[low:high].tolist(), result.runs.values[low:high].tolist(), strict=True)
+        given[loaded.history.table.sets[key]] = list(pairs)
+    if given.keys() != wanted.keys():
+        yield f"gave the series {sorted(map(str, given))}"
+        return
+    for key, pairs_given in given.items():
+        if len(pairs_given) != len(wanted[key]) or not all(
+            time == moment_due and near(value, expected)
+            for (time, value), (moment_due, expected) in zip(pairs_given, wanted[key], strict=True)
+        ):
+            yield f"gave {pairs_given}, not {wanted[key]}"
+
+
+def _compare_notes(command: Eval, notes: set[Note]) -> Iterator[str]:
+    for kind in ("warn", "info"):
+        found = sorted(text for sort, text in notes if sort == kind)
+        expects = command.of(kind)
+        if command.of(f"no_{kind}") and found:
+            yield f"unexpected {kind}: {found[0]}"
+        if expects and not found:
+            yield f"no {kind}"
+        for expect in expects:
+            if expect.match and not any(_says(expect, text) for text in found):
+                yield f"{kind} says otherwise: {found}"
+        if expects and all(expect.match for expect in expects):
+            for text in found:
+                if not any(_says(expect, text) for expect in expects):
+                    yield f"unexpected {kind}: {text}"
+
+
+def _says(expect: Expect, text: str) -> bool:
+    if expect.match == "regex":
+        return re.search(expect.text, text) is not None
+    return not expect.match or _PLACE.sub("", expect.text) == _PLACE.sub("", text)
+
+
+def near(a: float, b: float) -> bool:
+    """Equal within `TOLERANCE`, as promqltest compares."""
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return True
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return False
+    total, apart = abs(a) + abs(b), abs(a - b)
+    if a == 0 or b == 0 or total < sys.float_info.min:
+        return apart < TOLERANCE * sys.float_info.min
+    return apart / min(total, sys.float_info.max) < TOLERANCE
+
+
+def _shown(result: Value, loaded: Loaded) -> str:
+    if not isinstance(result, Vector):
+        return repr(result)
+    sets = loaded.history.table.sets
+    return _told({sets[key]: value for key, value in zip(result.keys.tolist(), result.values.tolist(), strict=True)})
+
+
+def _told(result: dict[Labels | None, float]) -> str:
+    return (
+        "; ".join(f"{'' if labels is None else shown(labels)} {value!r}" for labels, value in result.items())
+        or "nothing"
+    )

@@ -19,7 +19,8 @@ from interlock.broker.samples import Labels
 from interlock.broker.wire import Event
 from interlock.coordinator.rules.alerts import RESTORE_GRACE_S, Transition
 from interlock.coordinator.rules.blame import twin, whose
-from interlock.coordinator.rules.engine import Engine, Skew
+from interlock.coordinator.rules.clocks import Skew
+from interlock.coordinator.rules.engine import Engine
 from interlock.coordinator.rules.inflight import AlertKey, InFlight, Migration, alert_key
 from interlock.coordinator.rules.rule import Rule
 
@@ -60,13 +61,16 @@ class RuleDecisions:
         self._controls = controls
         self._log_clock = Skew()
         self._live = False
-        self._undone: set[str] = set()  # ids of rollbacks that were decided
+        self._undone: set[str] = set()  # ids of rollbacks that were decided, of migrations in flight
 
     def follow(self, event: Event, now: float) -> list[Send]:
         """An event of the log. A migration that begins is held against the rules that fire already."""
         logged = event.header.logged or event.header.time
         begun = self.in_flight.apply(event, self._log_clock.to_ours(logged, now) if self._live else logged)
-        if begun is None or not self._live:
+        if begun is None:
+            return []
+        self._undone &= {_rollback_id(each) for each in self.in_flight.migrations.values()}
+        if not self._live:
             return []
         sends: list[Send] = []
         for alert in self.firing():

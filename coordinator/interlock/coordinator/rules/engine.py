@@ -1,85 +1,52 @@
 """The rule engine's core: samples and the time go in, transitions of alerts come out. No clock, no sockets.
 
 A whole batch is applied before any rule looks, so that a new `used` never meets an old `total`; then each rule that the
-batch touched is brought up to date once, in the elements that it touched. Rules over a window or the clock change also
-where no sample comes: they are evaluated in `tick`, within `WINDOW_PERIOD_S` of a sample.
+batch touched looks once, at the label sets that it touched, all of them at once. What can't be had sample by sample is
+computed as a whole from the same rings, at most every `BATCH_PERIOD_S`. Rules of a group with an interval are evaluated
+at its multiples, as Prometheus does it.
 
 Two clocks: `time` is the publisher's, and only reported; `now` is ours, monotone, and decides on `for`, windows and
-staleness. A publisher's clock is brought to ours by the smallest difference seen lately (see `Skew`).
+staleness. A publisher's clock is brought to ours by the smallest difference seen lately (see clocks.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Literal
 
-from interlock.broker.samples import NAME, Labels
-from interlock.coordinator.rules.alerts import Alerts, Transition
-from interlock.coordinator.rules.cells import Cell, EvaluationError, absence, clashes, shown, unnamed, without
-from interlock.coordinator.rules.program import Program
-from interlock.coordinator.rules.rule import Rule
-from interlock.coordinator.rules.series import LOOKBACK_S, SeriesStore
+import numpy as np
 
-WINDOW_PERIOD_S = 0.25  # rules over windows are evaluated this often where samples come,
-IDLE_PERIOD_S = 1.0  # and this often where none do: windows move on
-SCAN_PERIOD_S = 1.0  # between looks for silent series; small against any lookback
+from interlock.broker.samples import MAX_SOURCES, Labels
+from interlock.coordinator.rules.alerts import Transition
+from interlock.coordinator.rules.clocks import Skew
+from interlock.coordinator.rules.evaluate import LOOKBACK_S, Evaluation
+from interlock.coordinator.rules.expression import Expression
+from interlock.coordinator.rules.graph import Graph
+from interlock.coordinator.rules.language import parse
+from interlock.coordinator.rules.nodes import Node
+from interlock.coordinator.rules.operators import quietly
+from interlock.coordinator.rules.rule import Rule
+from interlock.coordinator.rules.running import Running, unnamed
+from interlock.coordinator.rules.series import BASELINE, ENDED, NOBODY, PRESENT, SeriesStore
+from interlock.coordinator.rules.source import milliseconds
+from interlock.coordinator.rules.values import EvaluationError, Floats, Ints, Value
+
+SCAN_PERIOD_S = 0.05  # between looks at what time alone brings: silence, absence, windows that run empty
+BATCH_PERIOD_S = 0.25  # what is computed as a whole is computed this often where samples come,
+IDLE_PERIOD_S = 1.0  # and this often where none do, if time alone can change it
 STARTUP_S = 5.0  # absence is judged after so much ingest: every publisher has sent a keyframe by then
 WATERMARK_S = 5.0  # without any sample for so long, the bus stands still and not the series: staleness waits
-MAX_DELAY_S = 5.0  # a sample counts as no older than this when it arrives, whatever its publisher's clock says
-SKEW_WINDOW_S = 60.0  # a publisher's clock offset is the smallest of the last one to two windows
+BIND_AT_ONCE = 500  # new series that are matched against all selectors in one go: some 15 ms
 MAX_PASSES = 16  # recorded series that feed each other settle within so many passes, or the rest waits for a sample
+PARTITION_PUBLISHERS = 3  # so many publishers that fall silent together, and half of all, are a partition
+OVERDUE_INTERVALS = 3.0  # a publisher is silent when nothing came for so many of its series' intervals
+RECORDER = ""  # the publisher of what rules record
+OWN_LOOKBACK_S = -1.0  # each series knows when it is silent
 
 
-class Skew:
-    """A publisher's clock against ours: the smallest difference lately is the offset, the rest is delay."""
-
-    def __init__(self) -> None:
-        self._until = -math.inf
-        self._current = self._previous = math.inf
-
-    def to_ours(self, time: float, now: float) -> float:
-        """`time` by our clock; never after `now`, never more than `MAX_DELAY_S` before it."""
-        if now >= self._until:
-            self._previous, self._current = self._current, math.inf
-            self._until = now + SKEW_WINDOW_S
-        self._current = min(self._current, now - time)
-        return min(now, max(time + min(self._current, self._previous), now - MAX_DELAY_S))
-
-
-class _Running:
-    """A rule at work."""
-
-    def __init__(self, rule: Rule, number: int, store: SeriesStore) -> None:
-        self.rule = rule
-        self.program = Program(rule.expression, store, number)
-        self.alerts = Alerts(rule)
-        self.keys: list[Labels] = []
-        self.rivals: dict[int, list[int]] = {}  # slots with the same key: at most one has a value at a time
-        self.sample_time: float | None = None
-        self.recorded: set[Labels] = set()
-        self.error = ""
-
-    def rebind(self) -> None:
-        labels = self.program.root.labels
-        self.keys = [self._series(key) if self.rule.kind == "record" else unnamed(key) for key in labels]
-        self.rivals = {slot: slots for slots in clashes(self.keys) for slot in slots}
-
-    def _series(self, labels: Labels) -> Labels:
-        found = dict(without(labels, (NAME, *self.rule.labels)))
-        added = {name: text for name, text in self.rule.labels.items() if text}
-        return tuple(sorted({**found, **added, NAME: self.rule.name}.items()))
-
-    def cell(self, slot: int) -> Cell:
-        """What the rule says of the slot's key. EvaluationError if it says two things."""
-        cells = self.program.root.cells
-        rivals = self.rivals.get(slot)
-        if rivals is None:
-            return cells[slot]
-        present = [other for other in rivals if type(cells[other]) is float]
-        if len(present) > 1:
-            raise EvaluationError(f"more than one result has the labels {shown(self.keys[slot])}")
-        return cells[present[0]] if present else absence(cells[other] for other in rivals)
+Columns = tuple[Ints, Floats, float, str]  # a batch: ids from `admit`, values, when they were taken, publisher
 
 
 class Engine:
@@ -90,20 +57,30 @@ class Engine:
         self.evaluations = 0
         self.evaluation_errors = 0
         self.errors: dict[str, str] = {}
-        self._store = SeriesStore(lookback_s)
-        self._running = [_Running(rule, number, self._store) for number, rule in enumerate(rules)]
-        self._skews: dict[str, Skew] = {}
-        self._scan_period_s = min(SCAN_PERIOD_S, lookback_s / 4)
-        self._untried = set(range(len(rules)))  # never evaluated: constants and absences need no sample
-        self._touched: set[int] = set()  # timed rules that got a sample since their last evaluation
+        self.store = SeriesStore(lookback_s)
+        self._now_ms = 0.0
+        self._graph = Graph(self.store, lambda: self._now_ms)
+        self.running = [Running(rule, self.store, self._graph) for rule in rules]
+        self._gone: list[int] = []  # series that ended since the last batch
+        self._skews: OrderedDict[str, Skew] = OrderedDict()  # by publisher, MAX_SOURCES of them
         self._began: float | None = None
         self._watermark = -math.inf
-        self._next_window = self._next_idle = self._next_scan = -math.inf
+        self._next_scan = self._next_batch = -math.inf
+        self._arrange()
+
+    @property
+    def rules(self) -> list[Rule]:
+        return [running.rule for running in self.running]
 
     @property
     def refused(self) -> int:
         """Samples of series that were too many."""
-        return self._store.refused
+        return self.store.refused
+
+    @property
+    def backlog(self) -> int:
+        """New series that wait for being bound: call `bind` until there are none."""
+        return len(self.store.unbound)
 
     # --- in
 
@@ -117,51 +94,86 @@ class Engine:
         publisher: str = "",
     ) -> list[Transition]:
         """One batch: series that ended, samples taken at `time` by the publisher's clock, received `now`."""
-        store = self._store
-        if not math.isfinite(time):
-            time = now
-        if self._began is None:
-            self._began = now
-        self._watermark = max(self._watermark, now)
-        at = self._skews.setdefault(publisher, Skew()).to_ours(time, now)
         for labels in ended:
-            store.end(labels)
-        count = 0
-        for labels, value in samples:
-            store.append(labels, float(value), at)
-            count += 1
-        self.samples += count
-        return self._settle(self._store.take_touched(), at=now, now=now, sample_time=time, timed=False)
+            self.end(labels)
+        newest = dict(samples)
+        ids = np.fromiter((self.admit(labels, publisher) for labels in newest), np.int64, len(newest))
+        values = np.fromiter(newest.values(), np.float64, len(newest))
+        return self.apply([(ids, values, time, publisher)], now)
 
-    def tick(self, now: float) -> list[Transition]:
-        """What the passing of time alone brings about: deadlines, silence, windows that move on."""
-        at = min(now, self._watermark + WATERMARK_S)
+    def admit(self, labels: Labels, publisher: str = "") -> int:
+        """The id of a series for `apply`; -1 if there are too many. It is good until the series ends."""
+        return self.store.admit(labels, publisher)
+
+    def end(self, labels: Labels) -> None:
+        """This series reports no more; rules are told with the next batch."""
+        number = self.store.end(labels)
+        if number is not None:
+            self._gone.append(number)
+
+    def apply(self, batches: Sequence[Columns], now: float) -> list[Transition]:
+        """Batches that have no series in common, received `now`, as if they were one.
+
+        Ids of -1, and ids of series that ended, are samples that are refused, and counted.
+        """
+        with quietly():
+            return self._apply(batches, now)
+
+    def bind(self) -> None:
+        """Match some of the new series against the rules' selectors; what they are worth shows at the next sample."""
+        with quietly():
+            self.store.bind(BIND_AT_ONCE)
+
+    def tick(self, now: float, *, backlog: bool = False) -> list[Transition]:
+        """What the passing of time alone brings about: deadlines, silence, windows that move on.
+
+        backlog: samples wait that were not taken in yet; silence and absence are not judged before they are.
+        """
         made: list[Transition] = []
-        due: set[int] = set()
-        if now >= self._next_scan:
-            self._next_scan = now + self._scan_period_s
-            self._store.scan(at)
-            due |= self._store.take_touched()
-        if self._untried and self._began is not None:
-            due |= self._untried
-        if now >= self._next_idle:
-            self._next_idle = now + IDLE_PERIOD_S
-            due |= {number for number, running in enumerate(self._running) if running.program.timed}
-        if now >= self._next_window:
-            self._next_window = now + WINDOW_PERIOD_S
-            due |= self._touched
-        if due and self._began is not None:
-            made += self._settle(due, at=at, now=now, sample_time=None, timed=True)
-        for running in self._running:
+        if self._began is not None and now >= self._next_scan:
+            self._next_scan = now + SCAN_PERIOD_S
+            at = min(now, self._watermark + WATERMARK_S)
+            with quietly():
+                made = self._scan(at, now, backlog=backlog)
+        for running in self.running:
             if not running.error:  # what can't be evaluated now is not known to last
-                made += running.alerts.tick(now)
+                made += running.tick(now)
+        return made
+
+    # --- state
+
+    def reload(self, rules: Sequence[Rule], now: float) -> list[Transition]:
+        """Other rules from now on. A rule that is the same goes on as it was; alerts of those that are gone resolve."""
+        before = {running.rule.hash: running for running in self.running}
+        kept: list[Running] = []
+        for rule in rules:
+            known = before.pop(rule.hash, None)
+            if known is not None:
+                known.rule = known.alerts.rule = rule
+                kept.append(known)
+            else:
+                kept.append(Running(rule, self.store, self._graph))
+        made: list[Transition] = []
+        for gone in before.values():
+            made += gone.alerts.clear()
+            gone.leave()
+            for labels in list(gone.recorded):
+                self.store.end(labels)
+            self.errors.pop(gone.rule.where, None)
+        self.running = kept
+        self._arrange()
+        for running in kept:
+            running.marked = True
+        with quietly():
+            made += self._settle([], now, None)
+            made += self._release(now)
         return made
 
     def restore(
         self, rule: str, labels: dict[str, str], value: float, *, sample_time: float, since: float, now: float
     ) -> bool:
         """An alert of this rule fired before a restart and didn't resolve; False if there is no such rule any more."""
-        for running in self._running:
+        for running in self.running:
             wanted = running.rule.labels.items()
             fits = all(labels.get(name, "") == text for name, text in wanted if "{{" not in text)
             if running.rule.kind == "alert" and running.rule.name == rule and fits:
@@ -169,64 +181,234 @@ class Engine:
                 return True
         return False
 
+    def record_baseline(self, about: dict[str, str], now: float) -> None:
+        """Keep what the series of `baseline()` are worth now, where all labels that both have are equal."""
+        for members in [each for each in self.store.members if each.recorded]:
+            for series in self.store.select(members.selector).tolist():
+                labels = self.store.labels[series]
+                if labels is None or self.store.code[series] != PRESENT:
+                    continue
+                if all(about.get(name, value) == value for name, value in labels):
+                    self._keep_baseline(labels, float(self.store.values[series]), now)
+
+    def forget_baseline(self, about: dict[str, str]) -> None:
+        """The migration is over."""
+        for labels in list(self.store.numbers):
+            if (BASELINE, "1") in labels and all(about.get(name, value) == value for name, value in labels):
+                self.store.end(labels)
+
     # --- out
+
+    def eval(self, expression: str | Expression, at: float) -> Value:
+        """The value of an expression at a moment, from the samples there are. EvaluationError, ConfigError."""
+        tree = parse(expression) if isinstance(expression, str) else expression
+        return self.evaluation(at).result(tree)
+
+    def evaluation(self, at: float) -> Evaluation:
+        return Evaluation(self.store, at, lookback=OWN_LOOKBACK_S)
 
     def next_deadline(self) -> float:
         """When `tick` has something to do at the latest; infinity where nothing is known yet."""
-        deadlines = [running.alerts.next_deadline() for running in self._running if not running.error]
+        deadlines = [running.alerts.next_deadline() for running in self.running if not running.error]
         if self._began is not None:
             deadlines.append(self._next_scan)
-            if any(running.program.timed for running in self._running):
-                deadlines.append(self._next_idle)
-            if self._touched or self._untried:
-                deadlines.append(self._next_window)
         return min(deadlines, default=math.inf)
 
     def current(self, state: Literal["pending", "firing"]) -> list[Transition]:
         """Every alert in this state, as the transition that would say so."""
-        return [made for running in self._running for made in running.alerts.current(state)]
+        return [made for running in self.running for made in running.alerts.current(state)]
 
     def breaches(self, names: Container[str]) -> list[Transition]:
         """What is breached now of the rules with these names, whether for long enough or not."""
-        return [made for running in self._running if running.rule.name in names for made in running.alerts.breaches()]
+        return [made for running in self.running if running.rule.name in names for made in running.alerts.breaches()]
+
+    def partition(self, now: float) -> str:
+        """What says that many publishers fell silent together, rather than one of them; empty if they didn't."""
+        store, count = self.store, len(self.store.labels)
+        known = (store.code[:count] != ENDED) & np.isfinite(store.interval[:count]) & (store.publisher[:count] >= 0)
+        known &= ~store.hidden[:count]
+        overdue = now * 1000 - store.times[:count] > OVERDUE_INTERVALS * store.interval[:count]
+        publishers = store.publisher[:count]
+        seen = np.bincount(publishers[known], minlength=1)
+        late = np.bincount(publishers[known & overdue], minlength=len(seen))
+        all_, silent = int((seen > 0).sum()), int(((seen > 0) & (late == seen)).sum())
+        if silent < PARTITION_PUBLISHERS or 2 * silent < all_:
+            return ""
+        return f"{silent} of {all_} publishers fell silent together: a partition"
+
+    def judges_absence(self, rule: Rule) -> bool:
+        return any(running.judges_absence for running in self.running if running.rule is rule) or rule.no_data == "fire"
 
     # --- inside
 
-    def _settle(
-        self, due: set[int], *, at: float, now: float, sample_time: float | None, timed: bool
-    ) -> list[Transition]:
-        """Evaluate these rules, and then those that watch what they recorded, until nothing new is recorded."""
-        made: list[Transition] = []
-        for _ in range(MAX_PASSES):
-            for number in sorted(due):
-                running = self._running[number]
-                if sample_time is not None:
-                    running.sample_time = sample_time
-                if (running.program.timed and not timed) or self._too_early(running, now):
-                    self._touched.add(number)
-                    continue
-                self._touched.discard(number)
-                self._untried.discard(number)
-                made += self._evaluate(running, at, now)
-            due = self._store.take_touched()
-            if not due:
-                return made
-        self._store.touched_owners |= due
+    def _skew(self, publisher: str) -> Skew:
+        found = self._skews.get(publisher)
+        if found is None:
+            found = self._skews[publisher] = Skew()
+            if len(self._skews) > MAX_SOURCES:
+                self._skews.popitem(last=False)
+        self._skews.move_to_end(publisher)
+        return found
+
+    def _apply(self, batches: Sequence[Columns], now: float) -> list[Transition]:
+        self._begin(now)
+        changed = [np.array(self._gone, np.int64)] if self._gone else []
+        self._gone.clear()
+        self.store.bind(BIND_AT_ONCE)
+        latest = -math.inf
+        for ids, values, time, publisher in batches:
+            taken = time if math.isfinite(time) else now
+            at = milliseconds(self._skew(publisher).in_order(taken, now))
+            good = ids >= 0
+            if not good.all():
+                self.store.refused += int((~good).sum())
+                changed.append(self.store.append(ids[good], values[good], at, taken))
+            else:
+                changed.append(self.store.append(ids, values, at, taken))
+            self.samples += len(changed[-1])
+            latest = max(latest, taken)
+        made = self._settle(changed, now, latest if batches else None)
+        return made + self._release(now)
+
+    def _begin(self, now: float) -> None:
+        if self._began is None:
+            self._began = now
+        self._watermark = max(self._watermark, now)
+        self._now_ms = milliseconds(now)
+
+    def _arrange(self) -> None:
+        """What follows from the rules there are."""
+        self._graph.keep_only(running.root for running in self.running if running.root is not None)
+        for members in list(self.store.watched()):
+            if not members.listeners:
+                self.store.forget(members)
+        for running in self.running:
+            if running.rule.resolve is not None:
+                running.alerts.resolved = self._resolver(running.rule.resolve)
+        self._timed: list[Node] = list(self._graph.timed())
+        self._sampled: dict[float, float] = {}  # interval -> when it is due
+        for running in self.running:
+            if running.tier == "sampled":
+                self._sampled.setdefault(running.rule.interval_s, -math.inf)
+
+    def _resolver(self, expression: Expression) -> Callable[[Labels], bool]:
+        """Whether x_resolve_expr holds of a label set now. It is looked at only when an alert might end."""
+
+        def holds(key: Labels) -> bool:
+            try:
+                found = self.evaluation(self._now_ms / 1000).elements(expression)
+            except EvaluationError:
+                return False
+            return key in {unnamed(labels) for labels in found}
+
+        return holds
+
+    def _keep_baseline(self, labels: Labels, value: float, now: float) -> None:
+        key = tuple(sorted((*labels, (BASELINE, "1"))))
+        number = self.store.admit(key, hidden=True)
+        if number > NOBODY:
+            self.store.bind(len(self.store.unbound))
+            one = np.array([number])
+            self.store.append(one, np.array([value]), milliseconds(now), now)
+            self._tell(one)
+
+    def _tell(self, ids: Ints) -> None:
+        for members, slots in self.store.slots_of(ids):
+            for listener in members.listeners:
+                listener.touched(slots)
+
+    def _scan(self, at: float, now: float, *, backlog: bool) -> list[Transition]:
+        self._now_ms = milliseconds(at)
+        self.store.bind(BIND_AT_ONCE)
+        changed = []
+        if not backlog:
+            silent, expired = self.store.scan(self._now_ms)
+            changed.append(silent)
+            gone = [number for labels in expired if (number := self.store.end(labels)) is not None]
+            changed.append(np.array(gone, np.int64))
+            for node in self._timed:
+                node.scan(self._now_ms)
+        made = self._sample(now)
+        if now >= self._next_batch:
+            self._next_batch = now + BATCH_PERIOD_S
+            for running in self.running:
+                if running.timed and now >= running.last_evaluated + IDLE_PERIOD_S:
+                    running.marked = True
+            made += self._settle(changed, now, None, everything=True)
+        else:
+            made += self._settle(changed, now, None)
+        made += self._release(now)
+        self.store.renew_table()
         return made
 
-    def _too_early(self, running: _Running, now: float) -> bool:
-        return running.program.judges_absence and (self._began is None or now < self._began + STARTUP_S)
+    def _release(self, now: float) -> list[Transition]:
+        """Give up the series that ended, and look at what that changes for those that are left."""
+        return self._settle([], now, None) if self.store.release() else []
 
-    def _evaluate(self, running: _Running, at: float, now: float) -> list[Transition]:
-        self.evaluations += 1
-        program, alerts = running.program, running.alerts
+    def _sample(self, now: float) -> list[Transition]:
+        """The groups with an interval that are due, one rule after another, as Prometheus evaluates them."""
         made: list[Transition] = []
+        for interval, due in self._sampled.items():
+            if now < due:
+                continue
+            at = math.floor(now / interval) * interval
+            self._sampled[interval] = at + interval
+            if due == -math.inf:
+                continue
+            for running in self.running:
+                if running.tier == "sampled" and running.rule.interval_s == interval:
+                    made += self._whole(running, at, Evaluation(self.store, at))
+        return made
+
+    def _settle(
+        self, changed: Sequence[Ints], now: float, sample_time: float | None, *, everything: bool = False
+    ) -> list[Transition]:
+        """Let the rules look that something changed for, then those that watch what they recorded, and so on."""
+        made: list[Transition] = []
+        for ids in changed:
+            if len(ids):
+                self._tell(ids)
+        for _ in range(MAX_PASSES):
+            marked = [running for running in self.running if running.marked]
+            before = len(made)
+            looked = False
+            for running in marked:
+                if sample_time is not None:
+                    running.sample_time = sample_time
+                if running.tier == "sampled" or self._too_early(running, now):
+                    continue
+                if running.root is None and not everything and not (running.small and not running.looks_back):
+                    continue  # its turn comes
+                running.marked = False
+                looked = True
+                made += self._look(running, now)
+            if not looked or (len(made) == before and not any(running.marked for running in self.running)):
+                break
+        return made
+
+    def _too_early(self, running: Running, now: float) -> bool:
+        return running.judges_absence and (self._began is None or now < self._began + STARTUP_S)
+
+    def _look(self, running: Running, now: float) -> list[Transition]:
+        if running.root is not None and not running.conflicted:
+            self.evaluations += 1
+            was_wrong, running.error = running.error, ""
+            if was_wrong:
+                self.errors.pop(running.rule.where, None)
+                running.mark(running.root.slots())
+            if running.rule.kind == "record":
+                self._record_slots(running, now)
+                return []
+            return running.look(now)
+        return self._whole(running, now, self.evaluation(now))
+
+    def _whole(self, running: Running, now: float, evaluation: Evaluation) -> list[Transition]:
+        """Evaluate a rule as a whole."""
+        self.evaluations += 1
+        running.last_evaluated = now
+        evaluation.wary = running.tier != "sampled"
         try:
-            rebound, changed = program.update(at)
-            if rebound or running.error:
-                running.rebind()
-                changed = range(len(program.root.cells))
-            found = [(running.keys[slot], running.cell(slot)) for slot in changed]
+            found = running.elements(evaluation.elements(running.rule.expression).items())
         except EvaluationError as error:
             self.evaluation_errors += 1
             running.error = self.errors[running.rule.where] = str(error)
@@ -234,30 +416,49 @@ class Engine:
         if running.error:
             running.error = ""
             self.errors.pop(running.rule.where, None)
-            rebound = True
         if running.rule.kind == "record":
-            self._record(running, found, at, rebound=rebound)
+            self._record(running, found, now)
             return []
-        if rebound:
-            made += alerts.retain(running.keys, now)
-        sample_time = running.sample_time if running.sample_time is not None else now
-        watchful = running.rule.no_data == "fire"
-        for key, cell in found:
-            if type(cell) is not float and not watchful and not alerts:
-                continue
-            transition = alerts.observe(key, cell, sample_time=sample_time, now=now)
-            if transition is not None:
-                made.append(transition)
-        return made
+        return running.compare(found, now)
 
-    def _record(self, running: _Running, found: Sequence[tuple[Labels, Cell]], at: float, *, rebound: bool) -> None:
+    def _record_slots(self, running: Running, now: float) -> None:
+        assert running.root is not None
+        slots = running.slots()
+        values, codes = running.root.at(slots)
+        found = {}
+        for slot, value, code in zip(slots.tolist(), values.tolist(), codes.tolist(), strict=True):
+            key = running.keys.get(slot)
+            if key is None:
+                continue
+            series = running.series_key(key)
+            if code == PRESENT:
+                found[series] = value
+            elif series in running.recorded:
+                self._end_recorded(running, series)
+        for key in running.take_orphans():
+            self._end_recorded(running, running.series_key(key))
+        self._append_recorded(running, found, now)
+
+    def _record(self, running: Running, found: dict[Labels, float], now: float) -> None:
         """The rule's elements become samples of the series it records; an element that goes ends its series."""
-        present = {key for key, cell in found if type(cell) is float}
-        considered = running.recorded if rebound else {key for key, _ in found}
-        for key in (considered & running.recorded) - present:
-            self._store.end(key)
-            running.recorded.discard(key)
-        for key, cell in found:
-            if type(cell) is float:
-                self._store.append(key, cell, at)
-        running.recorded |= present
+        for series in [series for series in running.recorded if series not in found]:
+            self._end_recorded(running, series)
+        self._append_recorded(running, found, now)
+
+    def _end_recorded(self, running: Running, series: Labels) -> None:
+        if running.recorded.pop(series, None) is not None:
+            number = self.store.end(series)
+            if number is not None:
+                self._tell(np.array([number]))
+
+    def _append_recorded(self, running: Running, found: dict[Labels, float], now: float) -> None:
+        if not found:
+            return
+        ids = np.fromiter((self.store.admit(series, RECORDER) for series in found), np.int64, len(found))
+        values = np.fromiter(found.values(), np.float64, len(found))
+        good = ids >= 0
+        self.store.refused += int((~good).sum())
+        self.store.bind(len(self.store.unbound))
+        running.recorded.update(zip(found, ids.tolist(), strict=True))
+        taken = running.sample_time if running.sample_time is not None else now
+        self._tell(self.store.append(ids[good], values[good], self._now_ms, taken))

@@ -1,9 +1,12 @@
-"""The tree of an expression, as the engine sees it: small, typed, and without anything that isn't supported."""
+"""The tree of an expression, as the engine sees it: small, typed, and without anything that isn't supported.
+
+All durations are seconds.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,19 +77,45 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A string. `valid`: it is UTF-8; one that isn't is no label name."""
+
+    value: str
+    valid: bool = True
+
+
+Moment = float | Literal["start", "end"]  # seconds, or an end of the range that is evaluated
+
+
+@dataclass(frozen=True)
 class Selector:
-    """Series by their labels; the newest sample of each. The metric's name is a matcher on `__name__`."""
+    """Series by their labels; the newest sample of each. The metric's name is a matcher on `__name__`.
+
+    `alternatives`: of these groups of matchers, one must match too. `offset_s` is subtracted from `at`, or from the
+    time of the evaluation.
+    """
 
     matchers: tuple[Matcher, ...]
+    offset_s: float = 0.0
+    at: Moment | None = None
+    alternatives: tuple[tuple[Matcher, ...], ...] = ()
 
     def matches(self, labels: Labels) -> bool:
         found = dict(labels)
-        return all(matcher.matches(found.get(matcher.label, "")) for matcher in self.matchers)
+        return all(matcher.matches(found.get(matcher.label, "")) for matcher in self.matchers) and (
+            not self.alternatives
+            or any(all(one.matches(found.get(one.label, "")) for one in group) for group in self.alternatives)
+        )
 
     @property
     def metric(self) -> str | None:
         """The metric's name, where the selector asks for exactly one."""
         return next((m.value for m in self.matchers if m.label == NAME and m.op == "="), None)
+
+    @property
+    def shifted(self) -> bool:
+        """It looks at another time than that of the evaluation."""
+        return self.offset_s != 0.0 or self.at is not None
 
 
 @dataclass(frozen=True)
@@ -98,18 +127,34 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Subquery:
+    """The operand's values in the last `seconds`, at multiples of `step_s`; None: the default step."""
+
+    operand: Expression
+    seconds: float
+    step_s: float | None = None
+    offset_s: float = 0.0
+    at: Moment | None = None
+
+
+@dataclass(frozen=True)
 class Negate:
     operand: Expression
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Which elements of two vectors belong together; `include`: labels copied from the one side of many-to-one."""
+    """Which elements of two vectors belong together; `include`: labels copied from the one side of many-to-one.
+
+    `fill_left`, `fill_right`: the value of an element that is missing on that side.
+    """
 
     cardinality: Cardinality = "one-to-one"
     on: bool = False
     labels: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    fill_left: float | None = None
+    fill_right: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +181,9 @@ class Call:
     arguments: tuple[Expression, ...] = ()
 
 
-Expression = Number | Selector | Window | Negate | Binary | Aggregate | Call
+Expression = Number | Text | Selector | Window | Subquery | Negate | Binary | Aggregate | Call
 
-SCALAR_FUNCTIONS = ("time", "scalar")
+SCALAR_FUNCTIONS = ("time", "scalar", "pi", "start", "end", "step", "range", "max_of", "min_of")
 
 
 def is_scalar(expression: Expression) -> bool:
@@ -154,3 +199,27 @@ def is_scalar(expression: Expression) -> bool:
             return function in SCALAR_FUNCTIONS
         case _:
             return False
+
+
+def parts(expression: Expression) -> Iterator[Expression]:
+    """The expression and all that it is made of, outermost first."""
+    yield expression
+    match expression:
+        case Window(selector):
+            yield selector
+        case Subquery(operand) | Negate(operand):
+            yield from parts(operand)
+        case Binary(left=left, right=right):
+            yield from parts(left)
+            yield from parts(right)
+        case Aggregate(operand=operand, parameter=parameter):
+            if parameter is not None:
+                yield from parts(parameter)
+            yield from parts(operand)
+        case Call(arguments=arguments):
+            for argument in arguments:
+                yield from parts(argument)
+
+
+def selectors(expression: Expression) -> Iterator[Selector]:
+    return (part for part in parts(expression) if isinstance(part, Selector))

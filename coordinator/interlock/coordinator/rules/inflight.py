@@ -1,7 +1,8 @@
 """The migrations in flight, as a fold over the event log, and which of them an alert speaks about. Pure.
 
 A breach that began before a migration did says nothing against its candidate. Alerts that fired are remembered with
-their place in the log, so that this holds also after the engine was restarted.
+their place in the log, so that this holds also after the engine was restarted. A migration is over when its own host
+says so, and no other one (see ownership.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from interlock.broker.facts import (
 from interlock.broker.samples import Labels
 from interlock.broker.wire import Event
 from interlock.coordinator.fleet import Fleet
+from interlock.coordinator.ownership import Claims, speaker
 
 AlertKey = tuple[str, Labels]
 
@@ -74,6 +76,7 @@ class InFlight:
         self.migrations: dict[str, Migration] = {}  # by agent: one at a time
         self.control: dict[str, str] = {}  # host -> where it takes rollbacks directly
         self.firing: dict[AlertKey, Fired] = {}
+        self.claims = Claims()  # of hosts, on what is not theirs
         self._seen = 0
         self._restored = 0  # what a snapshot stood for
 
@@ -85,13 +88,14 @@ class InFlight:
             self._restore(event)
             return None
         self._seen = max(self._seen, event.header.seq)
+        if isinstance(event.body, HostUp | RolledBack):
+            self._said_by_host(event, event.body)
+            return None
         match event.body:
             case MigrationStarted() as begun:
                 return self._begin(begun, at)
-            case MigrationEnded(agent=agent, epoch=epoch) | RolledBack(agent=agent, epoch=epoch):
-                known = self.migrations.get(agent)
-                if known is not None and known.epoch <= epoch:
-                    del self.migrations[agent]
+            case MigrationEnded(agent=agent, epoch=epoch):
+                self._over(agent, epoch)
             case MigrationHeld(agent=agent, migration=migration):
                 known = self.migrations.get(agent)
                 if known is not None and known.migration == migration:
@@ -100,13 +104,26 @@ class InFlight:
                 known = self.migrations.get(agent)
                 if known is not None and known.migration == migration:
                     self.migrations[agent] = replace(known, held=action == "hold")
-            case HostUp(host=host, control=control):
-                self.control[host] = control
             case AlertFiring(rule=rule, labels=labels) as fired:
                 self.firing[alert_key(rule, labels)] = Fired(fired, at)
             case AlertResolved(rule=rule, labels=labels):
                 self.firing.pop(alert_key(rule, labels), None)
         return None
+
+    def _said_by_host(self, event: Event, body: HostUp | RolledBack) -> None:
+        host, agent = speaker(event), getattr(body, "agent", "")
+        known = self.migrations.get(agent)
+        if host != body.host or (known is not None and known.host != host):
+            self.claims.count(event, agent)
+        elif isinstance(body, HostUp):
+            self.control[host] = body.control
+        else:
+            self._over(agent, body.epoch)
+
+    def _over(self, agent: str, epoch: int) -> None:
+        known = self.migrations.get(agent)
+        if known is not None and known.epoch <= epoch:
+            del self.migrations[agent]
 
     def _restore(self, event: Event) -> None:
         """Take over a snapshot that stands for events not seen. What is known already keeps its times."""

@@ -1,4 +1,9 @@
-"""Batches from the telemetry plane -> samples for the engine. Pure; counts what it can't use."""
+"""Batches from the telemetry plane -> samples for the engine. Pure; counts what it can't use.
+
+The broker lets a host and its monitor measure under their own topic only. A series that they give another host's name,
+or that of an agent that the fleet file has elsewhere, is nobody's measurement: it could roll back a migration there, or
+excuse a bad candidate.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,24 @@ from collections import OrderedDict
 
 import msgspec
 
-from interlock.broker.samples import LATE_S, MAX_SOURCES, Batch, Labels, SeriesReader, fits
+from interlock.broker.samples import LATE_S, MAX_SOURCES, Announcement, Batch, Labels, SeriesReader, fits
+from interlock.coordinator.ownership import Places, owner
 
 REMEMBERED_S = 60.0  # a publisher's first batch older than this may be one that the broker remembered of a dead one
 
 
 class Intake:
-    """Resolves ids to labels, and lets each batch through once and in order."""
+    """Resolves ids to labels, and lets each batch through once and in order. `placed`: see ownership.owner."""
 
-    def __init__(self) -> None:
+    def __init__(self, placed: Places | None = None) -> None:
+        self._placed = placed
         self._reader = SeriesReader()
         self._newest: OrderedDict[str, tuple[int, int]] = OrderedDict()  # source -> (epoch, seq)
         self.repeated = 0  # batches that came twice or late
         self.lost = 0  # batches that never came
         self.late = 0  # samples that tell of the past, since they waited on their way
         self.oversized = 0  # announcements of series with too many labels, or too long ones
+        self.strange = 0  # announcements of series that are not their publisher's to measure
 
     @property
     def unresolved(self) -> int:
@@ -34,9 +42,11 @@ class Intake:
         if newest is not None and (place < newest or (place == newest and not batch.cached)):
             self.repeated += 1
             return [], []
-        fit = [announced for announced in batch.series if fits(announced.labels)]
+        own = [announced for announced in batch.series if self._is_own(announced, batch.source)]
+        fit = [announced for announced in own if fits(announced.labels)]
         if len(fit) < len(batch.series):
-            self.oversized += len(batch.series) - len(fit)
+            self.strange += len(batch.series) - len(own)
+            self.oversized += len(own) - len(fit)
             batch = msgspec.structs.replace(batch, series=fit)
         samples, ended = self._reader.read(batch)
         self._newest[batch.source] = place
@@ -50,3 +60,10 @@ class Intake:
             return ([] if newest is None and now - batch.time > REMEMBERED_S else samples), ended
         self.lost += max(0, batch.seq - newest[1] - 1)
         return samples, ended
+
+    def _is_own(self, announced: Announcement, source: str) -> bool:
+        host, labels = source.partition("/")[0], announced.labels
+        if labels.get("host", host) != host:
+            return False
+        agent = labels.get("agent", "")
+        return not agent or owner(agent, self._placed, host) in (host, None)

@@ -7,6 +7,7 @@ rule that loads is a rule that works.
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any, cast
 
 import promql_parser as promql
@@ -22,12 +23,23 @@ from interlock.coordinator.rules.expression import (
     Matcher,
     Matching,
     MatchOp,
+    Moment,
     Negate,
     Number,
     Selector,
+    Subquery,
+    Text,
     Window,
 )
-from interlock.coordinator.rules.operators import AGGREGATIONS, ARITHMETIC, COMPARISONS, ELEMENTWISE, SETS, WINDOWED
+from interlock.coordinator.rules.operators import (
+    AGGREGATIONS,
+    ARITHMETIC,
+    COMPARISONS,
+    ELEMENTWISE,
+    OTHER_FUNCTIONS,
+    SETS,
+    WINDOWED,
+)
 
 _MATCH_OPS: dict[str, MatchOp] = {"Equal": "=", "NotEqual": "!=", "Re": "=~", "NotRe": "!~"}
 _CARDINALITIES: dict[str, Cardinality] = {
@@ -36,18 +48,33 @@ _CARDINALITIES: dict[str, Cardinality] = {
     "OneToMany": "one-to-many",
     "ManyToMany": "many-to-many",
 }
-_OTHER_CALLS = ("absent", "absent_over_time", "scalar", "vector", "time", "timestamp")
+_NATIVE = ("histogram_count", "histogram_sum", "histogram_avg", "histogram_stddev", "histogram_stdvar")
+_MATRIX, _VECTOR, _SCALAR = promql.ValueType.Matrix, promql.ValueType.Vector, promql.ValueType.Scalar
+promql.register_extra_functions(
+    [
+        promql.Function("absent_each", [_MATRIX], _VECTOR),
+        promql.Function("anomaly_score", [_MATRIX], _VECTOR),
+        promql.Function("baseline", [_VECTOR], _VECTOR),
+        promql.Function("holt_winters", [_MATRIX, _SCALAR, _SCALAR], _VECTOR),  # the older name of a function
+    ]
+)
 MAX_EXPRESSION = 20_000  # characters: the longest of 1,093 public rules has some 2,000
 MAX_PARTS = 1_000  # parentheses and operators: the parser recurses, and some 2,500 exhaust its stack, which is fatal
 MAX_DEPTH = 100  # nested nodes; deeper ones would exhaust Python's stack in the evaluation
 
 
 _STRING = re.compile(r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | `[^`]*` """, re.VERBOSE)
+_BYTES = re.compile(r"\\x[89a-fA-F]|\\[23][0-7]{2}")  # one that stands for itself and not for a character
+_BEFORE_1970 = re.compile(r"@ (-[\d.]+)(?: offset \S+)?$")
 _PART = re.compile(r"[-+*/%^(]|[=!<>]=?|\b(?:and|or|unless|atan2)\b", re.IGNORECASE)
 
 
+class NotSupported(ConfigError):
+    """A construct that parses, and that we don't run. `what` names it."""
+
+
 def parse(text: str, *, where: str = "expression") -> Expression:
-    """The tree of a PromQL expression. ConfigError where it is wrong, or names a construct that isn't supported."""
+    """The tree of a PromQL expression. ConfigError where it is wrong; NotSupported names what we don't run."""
     if len(text) > MAX_EXPRESSION:
         raise ConfigError(f"the expression has {len(text)} characters", where=where, hint=f"at most {MAX_EXPRESSION}")
     parts = len(_PART.findall(_STRING.sub("", text)))
@@ -59,6 +86,10 @@ def parse(text: str, *, where: str = "expression") -> Expression:
         tree = promql.parse(text)
     except ValueError as error:
         raise ConfigError(f"{_shown(text)} is not PromQL: {error}", where=where) from None
+    except BaseException as error:  # the parser is Rust: its panic is no Exception, and no end of ours
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{_shown(text)} is not PromQL: the parser gives up on it", where=where) from None
     return _Reader(text, where).read(tree, 0)
 
 
@@ -79,8 +110,8 @@ class _Reader:
         self.text = text
         self.where = where
 
-    def unsupported(self, construct: str) -> ConfigError:
-        return ConfigError(f"{construct} not supported in {_shown(self.text)}", where=self.where)
+    def unsupported(self, construct: str) -> NotSupported:
+        return NotSupported(f"{construct} not supported in {_shown(self.text)}", where=self.where)
 
     def read(self, tree: Any, depth: int) -> Expression:
         if depth > MAX_DEPTH:
@@ -96,7 +127,7 @@ class _Reader:
             case promql.VectorSelector():
                 return self.selector(tree)
             case promql.MatrixSelector():
-                return Window(self.selector(tree.vector_selector), tree.range.total_seconds())
+                return Window(self.selector(tree.vector_selector), _seconds(tree.range))
             case promql.UnaryExpr():
                 return Negate(self.read(tree.expr, depth))
             case promql.BinaryExpr():
@@ -106,25 +137,40 @@ class _Reader:
             case promql.Call():
                 return self.call(tree, depth)
             case promql.SubqueryExpr():
-                raise self.unsupported("subqueries are")
+                step = None if tree.step is None else _seconds(tree.step)
+                operand = self.read(tree.expr, depth)
+                return Subquery(operand, _seconds(tree.range), step, _offset(tree), self.moment(tree))
             case promql.StringLiteral():
-                raise self.unsupported("string values are")
+                return Text(tree.val, valid=_BYTES.search(self.text) is None)
         raise self.unsupported(f"{type(tree).__name__} is")
 
     def selector(self, tree: Any) -> Selector:
-        if tree.offset is not None:
-            raise self.unsupported("the offset modifier is")
-        if tree.at is not None:
-            raise self.unsupported("the @ modifier is")
-        if tree.matchers.or_matchers:
-            raise self.unsupported("'or' between label matchers is")
-        matchers = [] if tree.name is None else [Matcher(NAME, "=", tree.name)]
-        for found in tree.matchers.matchers:
+        name = () if tree.name is None else (Matcher(NAME, "=", tree.name),)
+        return Selector(
+            (*name, *self.matchers(tree.matchers.matchers)),
+            _offset(tree),
+            self.moment(tree),
+            tuple(self.matchers(group) for group in tree.matchers.or_matchers),
+        )
+
+    def matchers(self, found: Any) -> tuple[Matcher, ...]:
+        made = []
+        for each in found:
             try:
-                matchers.append(Matcher(found.name, _MATCH_OPS[_kind(found.op)], found.value))
+                made.append(Matcher(each.name, _MATCH_OPS[_kind(each.op)], each.value))
             except ValueError as error:  # re.error among them
-                raise self.unsupported(f"the regular expression {found.value!r} ({error}) is") from None
-        return Selector(tuple(matchers))
+                raise self.unsupported(f"the regular expression {each.value!r} ({error}) is") from None
+        return tuple(made)
+
+    def moment(self, tree: Any) -> Moment | None:
+        """What stands behind @. The parser can't say a time before 1970 but in its text."""
+        before_1970 = _BEFORE_1970.search(str(tree.prettify()))
+        if before_1970 is not None:
+            return float(before_1970[1])
+        if tree.at is None:
+            return None
+        kind = _kind(tree.at.type)
+        return "start" if kind == "Start" else "end" if kind == "End" else float(tree.at.at.timestamp())
 
     def binary(self, tree: Any, depth: int) -> Binary:
         op = str(tree.op)
@@ -135,13 +181,13 @@ class _Reader:
         if modifier is None:
             return Binary(op, left, right, Matching("many-to-many" if op in SETS else "one-to-one"))
         fill = modifier.fill_values
-        if fill is not None and (fill.lhs is not None or fill.rhs is not None):
-            raise self.unsupported("the fill modifier is")
         matching = Matching(
             cardinality=_CARDINALITIES[_kind(modifier.card)],
             on=modifier.matching is not None and _kind(modifier.matching.type) == "Include",
             labels=() if modifier.matching is None else tuple(modifier.matching.labels),
             include=tuple(modifier.group_labels or ()),
+            fill_left=None if fill is None else fill.lhs,
+            fill_right=None if fill is None else fill.rhs,
         )
         return Binary(op, left, right, matching, bool(modifier.return_bool))
 
@@ -159,9 +205,23 @@ class _Reader:
 
     def call(self, tree: Any, depth: int) -> Call:
         name = cast(str, tree.func.name)
-        if name not in ELEMENTWISE and name not in WINDOWED and name not in _OTHER_CALLS:
+        if name in _NATIVE:
+            raise self.unsupported(f"native histograms are: {name}() is")
+        if name not in ELEMENTWISE and name not in WINDOWED and name not in OTHER_FUNCTIONS:
             raise self.unsupported(f"the function {name}() is")
         arguments = tuple(self.read(argument, depth) for argument in tree.args)
-        if name == "timestamp" and not isinstance(arguments[0], Selector):
-            raise self.unsupported("timestamp() of anything but a selector is")
+        if name == "info" and len(arguments) > 1 and not isinstance(arguments[1], Selector):
+            raise ConfigError("info() takes label matchers in braces as its second argument", where=self.where)
+        if name == "baseline" and not (isinstance(arguments[0], Selector) and not arguments[0].shifted):
+            raise ConfigError("baseline() takes a plain selector", where=self.where)
+        if name in ("absent_each", "anomaly_score") and not isinstance(arguments[0], Window):
+            raise ConfigError(f"{name}() takes a selector with a window, such as x[3s]", where=self.where)
         return Call(name, arguments)
+
+
+def _seconds(length: timedelta | None) -> float:
+    return 0.0 if length is None else round(length.total_seconds() * 1000) / 1000
+
+
+def _offset(tree: Any) -> float:
+    return 0.0 if tree.offset is None else _seconds(tree.offset)

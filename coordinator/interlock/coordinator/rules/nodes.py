@@ -1,360 +1,273 @@
-"""The nodes of a program that take one vector or none: selectors, windows, element by element, aggregations."""
+"""The incremental tier: an expression as a graph of nodes that are told what changed, and give what is asked. Pure.
+
+A slot stands for one label set that a node can give. A node gives, for slots, their values and codes: a value is there,
+or why there is none (series.py). Codes are ordered, so that what two sides lack is the larger of their codes, and what
+all of a group lack the smallest. What changed travels upwards as slot numbers; nothing is computed before a rule asks,
+but what nodes must remember: windows, groups, who is present.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
-from interlock.broker.samples import NAME, Labels
-from interlock.coordinator.rules.cells import (
-    FILTERED,
-    MISSING,
-    Cell,
-    EvaluationError,
-    ScalarNode,
-    VectorNode,
-    absence,
-    only,
-    unnamed,
-    without,
-)
-from interlock.coordinator.rules.expression import Selector
-from interlock.coordinator.rules.operators import REDUCTIONS, quantile
-from interlock.coordinator.rules.series import SeriesStore, Watch
+import numpy as np
+from numpy.typing import NDArray
 
-# --- scalars
+from interlock.broker.samples import Labels
+from interlock.coordinator.rules.labelsets import METADATA
+from interlock.coordinator.rules.operators import COMPARISONS
+from interlock.coordinator.rules.series import ENDED, FILTERED, PRESENT, Members, SeriesStore
+from interlock.coordinator.rules.values import Flags, Floats, Ints
+
+Codes = NDArray[np.uint8]
+Cells = tuple[Floats, Codes]
 
 
-class Constant:
-    def __init__(self, value: float) -> None:
-        self.value = value
+class Listener(Protocol):
+    """Who is told of a node's slots. `port`: which of its sides the node is."""
 
-    def bind(self) -> None:
-        pass
+    def added(self, port: int, slot: int) -> None: ...
 
-    def update(self, at: float, *, full: bool) -> bool:
-        return False
+    def removed(self, port: int, slot: int) -> None: ...
 
-
-class Time:
-    """time(): the moment of the evaluation."""
-
-    value = 0.0
-
-    def bind(self) -> None:
-        pass
-
-    def update(self, at: float, *, full: bool) -> bool:
-        self.value = at
-        return True
+    def touched(self, port: int, slots: Ints) -> None: ...
 
 
-class Computed:
-    """A number from other numbers."""
+class Node:
+    """`conflicts`: how many label sets it can't tell apart; the rule is computed anew each time while there are any."""
 
-    def __init__(self, function: Callable[..., float], operands: Sequence[ScalarNode]) -> None:
-        self.value = math.nan
+    conflicts = 0
+    timed = False  # it changes also where no sample comes
+
+    def __init__(self, children: Iterable[Node]) -> None:
+        self.children = tuple(children)
+        self.outs: list[tuple[Listener, int]] = []
+
+    def at(self, slots: Ints) -> Cells:
+        raise NotImplementedError
+
+    def labels(self, slot: int) -> Labels:
+        raise NotImplementedError
+
+    def slots(self) -> Ints:
+        """All that there are."""
+        raise NotImplementedError
+
+    def taken_s(self, slot: int) -> float:
+        """When the newest sample behind a slot was taken, by its publisher's clock; -inf: unknown."""
+        return max((child.taken_s(slot) for child in self.children), default=-np.inf)
+
+    def listen(self, listener: Listener, port: int) -> None:
+        """Tell this one from now on, and at once of the slots that there are."""
+        self.outs.append((listener, port))
+        for slot in self.slots().tolist():
+            listener.added(port, slot)
+
+    def emit(self, slots: Ints) -> None:
+        for listener, port in self.outs:
+            listener.touched(port, slots)
+
+    def emit_added(self, slot: int) -> None:
+        for listener, port in self.outs:
+            listener.added(port, slot)
+
+    def emit_removed(self, slot: int) -> None:
+        for listener, port in self.outs:
+            listener.removed(port, slot)
+
+    def scan(self, at: float) -> None:
+        """Time passed; milliseconds."""
+
+
+class Leaf(Node):
+    """An instant selector: the newest sample of each of its series."""
+
+    def __init__(self, store: SeriesStore, members: Members) -> None:
+        super().__init__(())
+        self.store = store
+        self.members = members
+        members.listeners.append(self)
+
+    def at(self, slots: Ints) -> Cells:
+        ids = self.members.ids[slots]
+        return self.store.values[ids], self.store.code[ids]
+
+    def labels(self, slot: int) -> Labels:
+        return self.store.labels[int(self.members.ids[slot])] or ()
+
+    def slots(self) -> Ints:
+        return np.fromiter(self.members.slots.values(), np.int64)
+
+    def taken_s(self, slot: int) -> float:
+        return float(self.store.taken_s[self.members.ids[slot]])
+
+    def added(self, slot: int) -> None:
+        self.emit_added(slot)
+
+    def removed(self, slot: int) -> None:
+        self.emit_removed(slot)
+
+    def touched(self, slots: Ints) -> None:
+        self.emit(slots)
+
+
+class Passing(Node):
+    """A node with the slots of its only child; what changes there changes here."""
+
+    def __init__(self, child: Node, *, drops_name: bool) -> None:
+        super().__init__((child,))
+        self.child = child
+        self._drops_name = drops_name
+        child.outs.append((self, 0))
+
+    def labels(self, slot: int) -> Labels:
+        found = self.child.labels(slot)
+        return tuple(pair for pair in found if pair[0] not in METADATA) if self._drops_name else found
+
+    def slots(self) -> Ints:
+        return self.child.slots()
+
+    def taken_s(self, slot: int) -> float:
+        return self.child.taken_s(slot)
+
+    def added(self, port: int, slot: int) -> None:
+        self.emit_added(slot)
+
+    def removed(self, port: int, slot: int) -> None:
+        self.emit_removed(slot)
+
+    def touched(self, port: int, slots: Ints) -> None:
+        self.emit(slots)
+
+
+class Each(Passing):
+    """Every element through a function of its value."""
+
+    def __init__(self, child: Node, function: Callable[[Floats], Any], *, drops_name: bool = True) -> None:
+        super().__init__(child, drops_name=drops_name)
         self._function = function
-        self._operands = operands
 
-    def bind(self) -> None:
-        for operand in self._operands:
-            operand.bind()
-
-    def update(self, at: float, *, full: bool) -> bool:
-        changed = _any_changed(self._operands, at, full=full)
-        if changed or full:
-            self.value = float(self._function(*(operand.value for operand in self._operands)))
-        return changed or full
+    def at(self, slots: Ints) -> Cells:
+        values, codes = self.child.at(slots)
+        return self._function(values), codes
 
 
-class OnlyElement:
-    """scalar(): the value of the vector's only element, or NaN."""
+class Compared(Passing):
+    """The elements that a comparison with a number keeps."""
 
-    def __init__(self, inner: VectorNode) -> None:
-        self.value = math.nan
-        self._inner = inner
+    def __init__(self, child: Node, op: str, number: float, *, mirrored: bool) -> None:
+        super().__init__(child, drops_name=False)
+        self._keep = COMPARISONS[_MIRRORED.get(op, op) if mirrored else op]
+        self._number = np.float64(number)
 
-    def bind(self) -> None:
-        self._inner.bind()
-
-    def update(self, at: float, *, full: bool) -> bool:
-        if not self._inner.update(at, full=full) and not full:
-            return False
-        present = [cell for cell in self._inner.cells if type(cell) is float]
-        self.value = present[0] if len(present) == 1 else math.nan
-        return True
+    def at(self, slots: Ints) -> Cells:
+        values, codes = self.child.at(slots)
+        return values, np.maximum(codes, ~self._keep(values, self._number))
 
 
-def _any_changed(scalars: Sequence[ScalarNode], at: float, *, full: bool) -> bool:
-    changed = False
-    for scalar in scalars:
-        changed |= scalar.update(at, full=full)
-    return changed
+_MIRRORED = {">": "<", "<": ">", ">=": "<=", "<=": ">="}
 
 
-# --- vectors from series
+class Relabelled(Passing):
+    """The same elements with other labels."""
+
+    def __init__(self, child: Node, function: Callable[[Labels], Labels]) -> None:
+        super().__init__(child, drops_name=False)
+        self._relabel = function
+
+    def at(self, slots: Ints) -> Cells:
+        return self.child.at(slots)
+
+    def labels(self, slot: int) -> Labels:
+        return self._relabel(self.child.labels(slot))
 
 
-class Latest(VectorNode):
-    """An instant selector: the newest sample of each series that is no older than the lookback.
+class Silent(Passing):
+    """absent_each(): the series that brought no sample for so long, and said no goodbye."""
 
-    `timestamps`: the sample's time instead of its value.
-    """
+    timed = True
 
-    def __init__(self, store: SeriesStore, watch: Watch, *, timestamps: bool = False) -> None:
-        super().__init__()
-        self._store = store
-        self._watch = watch
-        self._source = store.times if timestamps else store.values
-        self._timestamps = timestamps
-        self._ids: list[int] = []
+    def __init__(self, leaf: Leaf, window_ms: float, clock: Callable[[], float]) -> None:
+        super().__init__(leaf, drops_name=True)
+        self._leaf = leaf
+        self._clock = clock
+        self._window = window_ms
+        self._silent: Flags = np.zeros(16, bool)
 
-    def bind(self) -> None:
-        self._ids = self._watch.bind()
-        labels = [self._store.labels[number] for number in self._ids]
-        self._bound([unnamed(key) for key in labels] if self._timestamps else labels)
+    def at(self, slots: Ints) -> Cells:
+        self._fit()
+        codes = self._leaf.store.code[self._leaf.members.ids[slots]]
+        silent = np.where(self._silent[slots], np.uint8(PRESENT), np.uint8(FILTERED))
+        return np.ones(len(slots)), np.where(codes == ENDED, np.uint8(ENDED), silent)
 
-    def update(self, at: float, *, full: bool) -> Sequence[int]:
-        watch, times, source, cells = self._watch, self._store.times, self._source, self.cells
-        oldest = at - self._store.lookback_s
-        if full:
-            changed = list(range(len(cells)))
-            for slot, number in enumerate(self._ids):
-                cells[slot] = source[number] if times[number] > oldest else MISSING
-        else:
-            changed = []
-            for number in watch.touched:
-                slot = watch.slots[number]
-                cells[slot] = source[number] if times[number] > oldest else MISSING
-                changed.append(slot)
-        watch.touched.clear()
-        self._check()
-        return changed
+    def scan(self, at: float) -> None:
+        self._fit()
+        store, members = self._leaf.store, self._leaf.members
+        ids = members.ids[: members.count]
+        times = store.times[ids]
+        silent = (times <= at - self._window) & np.isfinite(times) & (store.code[ids] != ENDED)
+        changed = np.flatnonzero(silent != self._silent[: members.count])
+        if len(changed):
+            self._silent[changed] = silent[changed]
+            self.emit(changed)
 
+    def touched(self, port: int, slots: Ints) -> None:
+        self._fit()
+        times = self._leaf.store.times[self._leaf.members.ids[slots]]
+        self._silent[slots[times > self._clock() - self._window]] = False
+        self.emit(slots)
 
-class OverWindow(VectorNode):
-    """A function of each series' samples in the window; computed anew at every update, since the window moves."""
+    def removed(self, port: int, slot: int) -> None:
+        self._fit()
+        self._silent[slot] = False
+        super().removed(port, slot)
 
-    def __init__(
-        self,
-        store: SeriesStore,
-        watch: Watch,
-        function: Callable[..., float | None],
-        parameters: Sequence[ScalarNode],
-        *,
-        keeps_name: bool,
-    ) -> None:
-        super().__init__()
-        self._store = store
-        self._watch = watch
-        self._function = function
-        self._parameters = parameters
-        self._keeps_name = keeps_name
-        self._ids: list[int] = []
-
-    def bind(self) -> None:
-        for parameter in self._parameters:
-            parameter.bind()
-        self._ids = self._watch.bind()
-        labels = [self._store.labels[number] for number in self._ids]
-        self._bound(labels if self._keeps_name else [unnamed(key) for key in labels])
-
-    def update(self, at: float, *, full: bool) -> Sequence[int]:
-        _any_changed(self._parameters, at, full=full)
-        parameters = [parameter.value for parameter in self._parameters]
-        start = at - self._watch.window_s
-        for slot, number in enumerate(self._ids):
-            points = [point for point in self._store.points[number] or () if point[0] > start]
-            value = self._function(points, start, at, *parameters) if points else None
-            self.cells[slot] = MISSING if value is None else float(value)
-        self._watch.touched.clear()
-        self._check()
-        return range(len(self.cells))
+    def _fit(self) -> None:
+        if len(self._silent) < len(self._leaf.members.ids):
+            grown = np.zeros(len(self._leaf.members.ids), bool)
+            grown[: len(self._silent)] = self._silent
+            self._silent = grown
 
 
-class Constantly(VectorNode):
-    """vector(): one element without labels."""
+class Nothing(Node):
+    """absent(): one element, with the labels that the selector asks for, while the child has none."""
 
-    def __init__(self, scalar: ScalarNode) -> None:
-        super().__init__()
-        self._scalar = scalar
+    def __init__(self, child: Node, labels: Labels) -> None:
+        super().__init__((child,))
+        self._labels = labels
+        self._present: Flags = np.zeros(16, bool)
+        self._count = 0
+        child.listen(self, 0)
 
-    def bind(self) -> None:
-        self._scalar.bind()
-        self._bound([()])
+    def at(self, slots: Ints) -> Cells:
+        code = FILTERED if self._count else PRESENT
+        return np.ones(len(slots)), np.full(len(slots), code, np.uint8)
 
-    def update(self, at: float, *, full: bool) -> Sequence[int]:
-        if not self._scalar.update(at, full=full) and not full:
-            return ()
-        self.cells[0] = self._scalar.value
-        return (0,)
+    def labels(self, slot: int) -> Labels:
+        return self._labels
 
+    def slots(self) -> Ints:
+        return np.zeros(1, np.int64)
 
-class NoElements(VectorNode):
-    """absent(): one element, with the labels that the selector asks for, while the inner vector has none."""
+    def taken_s(self, slot: int) -> float:
+        return -np.inf
 
-    def __init__(self, inner: VectorNode, selector: Selector | None) -> None:
-        super().__init__()
-        self._inner = inner
-        self._labels = _asked_for(selector)
+    def added(self, port: int, slot: int) -> None:
+        while slot >= len(self._present):
+            self._present = np.concatenate([self._present, np.zeros_like(self._present)])
+        self.touched(port, np.array([slot]))
 
-    def bind(self) -> None:
-        self._inner.bind()
-        self._bound([self._labels])
+    def removed(self, port: int, slot: int) -> None:
+        self._set(np.array([slot]), np.zeros(1, bool))
 
-    def update(self, at: float, *, full: bool) -> Sequence[int]:
-        if not self._inner.update(at, full=full) and not full:
-            return ()
-        present = any(type(cell) is float for cell in self._inner.cells)
-        self.cells[0] = FILTERED if present else 1.0
-        return (0,)
+    def touched(self, port: int, slots: Ints) -> None:
+        found = np.unique(slots)
+        self._set(found, self.children[0].at(found)[1] == PRESENT)
 
-
-def _asked_for(selector: Selector | None) -> Labels:
-    if selector is None:
-        return ()
-    named = [matcher.label for matcher in selector.matchers if matcher.label != NAME]
-    return tuple(
-        sorted(
-            (matcher.label, matcher.value)
-            for matcher in selector.matchers
-            if matcher.op == "=" and matcher.value and named.count(matcher.label) == 1
-        )
-    )
-
-
-# --- vectors from vectors
-
-
-class EachElement(VectorNode):
-    """Every element through a function of its value and some scalars; what it gives may be an absence."""
-
-    def __init__(
-        self, inner: VectorNode, function: Callable[..., Cell], scalars: Sequence[ScalarNode], *, keeps_name: bool
-    ) -> None:
-        super().__init__()
-        self._inner = inner
-        self._function = function
-        self._scalars = scalars
-        self._keeps_name = keeps_name
-
-    def bind(self) -> None:
-        self._inner.bind()
-        for scalar in self._scalars:
-            scalar.bind()
-        self._bound(self._inner.labels if self._keeps_name else [unnamed(key) for key in self._inner.labels])
-
-    def update(self, at: float, *, full: bool) -> Sequence[int]:
-        changed = self._inner.update(at, full=full)
-        if _any_changed(self._scalars, at, full=full):
-            changed = range(len(self.cells))
-        scalars = [scalar.value for scalar in self._scalars]
-        function, source, cells = self._function, self._inner.cells, self.cells
-        for slot in changed:
-            cell = source[slot]
-            cells[slot] = function(cell, *scalars) if type(cell) is float else cell
-        self._check()
-        return changed
-
-
-class Groups:
-    """Slots sorted into groups by some of their labels."""
-
-    def __init__(self, labels: Sequence[Labels], names: Sequence[str], *, excluded: bool) -> None:
-        places: dict[Labels, int] = {}
-        self.of_slot: list[int] = []
-        self.members: list[list[int]] = []
-        for slot, key in enumerate(labels):
-            group_key = without(key, (*names, NAME)) if excluded else only(key, names)
-            group = places.setdefault(group_key, len(places))
-            if group == len(self.members):
-                self.members.append([])
-            self.members[group].append(slot)
-            self.of_slot.append(group)
-        self.keys = list(places)
-
-
-class Aggregated(VectorNode):
-    """One element per group: sum, avg, min, max, count, group, stddev, stdvar, quantile."""
-
-    def __init__(
-        self, op: str, inner: VectorNode, names: Sequence[str], parameter: ScalarNode | None, *, excluded: bool
-    ) -> None:
-        super().__init__()
-        self._reduce = REDUCTIONS.get(op)
-        self._inner = inner
-        self._names = names
-        self._parameter = parameter
-        self._excluded = excluded
-        self._groups = Groups((), (), excluded=False)
-
-    def bind(self) -> None:
-        self._inner.bind()
-        if self._parameter is not None:
-            self._parameter.bind()
-        self._groups = Groups(self._inner.labels, self._names, excluded=self._excluded)
-        self._bound(self._groups.keys)
-
-    def update(self, at: float, *, full: bool) -> Sequence[int]:
-        changed = self._inner.update(at, full=full)
-        everything = self._parameter is not None and self._parameter.update(at, full=full)
-        source, of_slot = self._inner.cells, self._groups.of_slot
-        groups = range(len(self.cells)) if full or everything else sorted({of_slot[slot] for slot in changed})
-        for group in groups:
-            members = self._groups.members[group]
-            values = [cell for slot in members if type(cell := source[slot]) is float]
-            self.cells[group] = self._value(values) if values else absence(source[slot] for slot in members)
-        return groups
-
-    def _value(self, values: list[float]) -> float:
-        if self._reduce is not None:
-            return self._reduce(values)
-        return quantile(self._parameter.value if self._parameter else math.nan, values)
-
-
-class Ranked(VectorNode):
-    """topk, bottomk: the elements themselves, those of each group that rank first; NaN ranks last."""
-
-    def __init__(
-        self,
-        op: str,
-        inner: VectorNode,
-        names: Sequence[str],
-        parameter: ScalarNode,
-        *,
-        excluded: bool,
-    ) -> None:
-        super().__init__()
-        self._sign = -1.0 if op == "topk" else 1.0
-        self._inner = inner
-        self._names = names
-        self._parameter = parameter
-        self._excluded = excluded
-        self._groups = Groups((), (), excluded=False)
-
-    def bind(self) -> None:
-        self._inner.bind()
-        self._parameter.bind()
-        self._groups = Groups(self._inner.labels, self._names, excluded=self._excluded)
-        self._bound(self._inner.labels)
-
-    def update(self, at: float, *, full: bool) -> Sequence[int]:
-        changed = self._inner.update(at, full=full)
-        everything = self._parameter.update(at, full=full) or full
-        source, of_slot, members = self._inner.cells, self._groups.of_slot, self._groups.members
-        groups = range(len(members)) if everything else sorted({of_slot[slot] for slot in changed})
-        count = self._parameter.value
-        if math.isnan(count):
-            raise EvaluationError("the number of elements that topk or bottomk keeps is NaN")
-        wanted = int(min(count, len(source))) if count >= 1 else 0
-        out: list[int] = []
-        for group in groups:
-            present = [(cell, slot) for slot in members[group] if type(cell := source[slot]) is float]
-            present.sort(key=lambda pair: (math.isnan(pair[0]), self._sign * pair[0]))
-            first = {slot for _, slot in present[:wanted]}
-            for slot in members[group]:
-                cell = source[slot]
-                self.cells[slot] = FILTERED if type(cell) is float and slot not in first else cell
-            out += members[group]
-        return out
+    def _set(self, slots: Ints, present: Flags) -> None:
+        before = bool(self._count)
+        self._count += int(present.sum()) - int(self._present[slots].sum())
+        self._present[slots] = present
+        if bool(self._count) != before:
+            self.emit(np.zeros(1, np.int64))

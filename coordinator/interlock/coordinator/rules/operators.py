@@ -1,305 +1,152 @@
-"""What the operators, functions and aggregations of the language do to numbers. Pure; the semantics are Prometheus'.
+"""What the operators and the functions of one element do to numbers, column by column. Pure; Prometheus' semantics.
 
-Go and Python disagree where a result isn't finite: Python raises where Go gives infinity or NaN. Here it is Go's way.
+numpy computes as Go does where a result isn't finite; the caller silences its warnings about that (`quietly`).
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
-Points = Sequence[tuple[float, float]]  # (time, value), oldest first
+import numpy as np
+
+from interlock.coordinator.rules.reductions import REDUCTIONS
+from interlock.coordinator.rules.values import Flags, Floats
+
+
+def quietly() -> np.errstate:
+    """For a division by zero, and the like: Go says nothing about them, and the result tells."""
+    return np.errstate(all="ignore")
 
 
 # --- binary operators
 
-
-def divide(a: float, b: float) -> float:
-    try:
-        return a / b
-    except ZeroDivisionError:
-        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a) * math.copysign(1.0, b)
-
-
-def modulo(a: float, b: float) -> float:
-    try:
-        return math.fmod(a, b)
-    except ValueError:
-        return math.nan
-
-
-def power(a: float, b: float) -> float:
-    odd = math.isfinite(b) and math.fmod(b, 2.0) in (1.0, -1.0)
-    try:
-        return math.pow(a, b)
-    except OverflowError:
-        return -math.inf if a < 0 and odd else math.inf
-    except ValueError:
-        if a == 0:
-            return math.copysign(math.inf, a) if odd else math.inf
-        return math.nan
-
-
-ARITHMETIC: dict[str, Callable[[float, float], float]] = {
-    "+": float.__add__,
-    "-": float.__sub__,
-    "*": float.__mul__,
-    "/": divide,
-    "%": modulo,
-    "^": power,
-    "atan2": math.atan2,
+ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+    "+": np.add,
+    "-": np.subtract,
+    "*": np.multiply,
+    "/": np.divide,
+    "%": np.fmod,
+    "^": np.power,
+    "atan2": np.arctan2,
 }
-COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    "==": float.__eq__,
-    "!=": float.__ne__,
-    ">": float.__gt__,
-    "<": float.__lt__,
-    ">=": float.__ge__,
-    "<=": float.__le__,
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "==": np.equal,
+    "!=": np.not_equal,
+    ">": np.greater,
+    "<": np.less,
+    ">=": np.greater_equal,
+    "<=": np.less_equal,
 }
 SETS = ("and", "or", "unless")
+RANKINGS = ("topk", "bottomk", "limitk", "limit_ratio")
+AGGREGATIONS = (*REDUCTIONS, "quantile", "count_values", *RANKINGS)
 
 
-# --- functions of one element; None leaves the element out
+def number(op: str, left: float, right: float) -> float:
+    """An operator between two numbers; a comparison gives 1 or 0."""
+    function = ARITHMETIC.get(op) or COMPARISONS[op]
+    with quietly():
+        return float(function(np.float64(left), np.float64(right)))
 
 
-def _guarded(function: Callable[[float], float], at_zero: float = math.nan) -> Callable[[float], float]:
-    def guarded(value: float) -> float:
-        try:
-            return float(function(value))
-        except OverflowError:
-            return math.inf
-        except ValueError:
-            return at_zero if value == 0 else math.nan
-
-    return guarded
+# --- functions of one element
 
 
-def _whole(function: Callable[[float], int]) -> Callable[[float], float]:
-    return lambda value: float(function(value)) if math.isfinite(value) else value
+def _round(values: Floats, nearest: float = 1.0) -> Floats:
+    inverse = np.float64(1.0) / np.float64(nearest)
+    made: Floats = np.floor(values * inverse + 0.5) / inverse
+    return made
 
 
-def _round(value: float, nearest: float = 1.0) -> float:
-    inverse = divide(1.0, nearest)
-    scaled = value * inverse + 0.5
-    return divide(float(math.floor(scaled)) if math.isfinite(scaled) else scaled, inverse)
+def _clamp(values: Floats, low: float, high: float) -> Floats:
+    return np.maximum(low, np.minimum(high, values))
 
 
-def _clamp(value: float, low: float, high: float) -> float | None:
-    if high < low:
-        return None
-    return (
-        math.nan
-        if math.isnan(value + low + high) and any(map(math.isnan, (value, low, high)))
-        else max(low, min(high, value))
-    )
+def _sign(values: Floats) -> Floats:
+    return np.where(values > 0, 1.0, np.where(values < 0, -1.0, values))
 
 
-def _clamp_min(value: float, low: float) -> float:
-    return math.nan if math.isnan(value) or math.isnan(low) else max(low, value)
+def _calendar(unit: str) -> Callable[[Floats], Floats]:
+    """A part of the date that a Unix time falls on, in UTC."""
+
+    def part(values: Floats) -> Floats:
+        whole = np.where(np.isfinite(values), np.trunc(values), 0.0)
+        seconds = np.clip(whole, -6e10, 2.5e11).astype(np.int64).astype("datetime64[s]")
+        day = seconds.astype("datetime64[D]")
+        month, year = seconds.astype("datetime64[M]"), seconds.astype("datetime64[Y]")
+        made: Any
+        match unit:
+            case "year":
+                made = year.astype(np.int64) + 1970
+            case "month":
+                made = (month - year).astype(np.int64) + 1
+            case "day_of_month":
+                made = (day - month.astype("datetime64[D]")).astype(np.int64) + 1
+            case "day_of_year":
+                made = (day - year.astype("datetime64[D]")).astype(np.int64) + 1
+            case "day_of_week":
+                made = (day.astype(np.int64) + 4) % 7  # 1970 began on a Thursday
+            case "days_in_month":
+                made = ((month + 1).astype("datetime64[D]") - month.astype("datetime64[D]")).astype(np.int64)
+            case "hour":
+                made = (seconds - day.astype("datetime64[s]")).astype(np.int64) // 3600
+            case _:
+                made = (seconds - day.astype("datetime64[s]")).astype(np.int64) // 60 % 60
+        return np.asarray(made, float)
+
+    return part
 
 
-def _clamp_max(value: float, high: float) -> float:
-    return math.nan if math.isnan(value) or math.isnan(high) else min(high, value)
-
-
-def _sign(value: float) -> float:
-    return 1.0 if value > 0 else -1.0 if value < 0 else value
-
-
-ELEMENTWISE: dict[str, Callable[..., float | None]] = {
-    "abs": abs,
-    "ceil": _whole(math.ceil),
-    "floor": _whole(math.floor),
+CALENDAR = {
+    unit: _calendar(unit)
+    for unit in ("year", "month", "day_of_month", "day_of_year", "day_of_week", "days_in_month", "hour", "minute")
+}
+ELEMENTWISE: dict[str, Callable[..., Floats]] = {
+    "abs": np.abs,
+    "ceil": np.ceil,
+    "floor": np.floor,
     "round": _round,
     "clamp": _clamp,
-    "clamp_min": _clamp_min,
-    "clamp_max": _clamp_max,
-    "sqrt": _guarded(math.sqrt),
-    "exp": _guarded(math.exp),
-    "ln": _guarded(math.log, -math.inf),
-    "log2": _guarded(math.log2, -math.inf),
-    "log10": _guarded(math.log10, -math.inf),
+    "clamp_min": lambda values, low: np.maximum(low, values),
+    "clamp_max": lambda values, high: np.minimum(high, values),
+    "sqrt": np.sqrt,
+    "exp": np.exp,
+    "ln": np.log,
+    "log2": np.log2,
+    "log10": np.log10,
     "sgn": _sign,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tan": np.tan,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "sinh": np.sinh,
+    "cosh": np.cosh,
+    "tanh": np.tanh,
+    "asinh": np.arcsinh,
+    "acosh": np.arccosh,
+    "atanh": np.arctanh,
+    "deg": lambda values: values * 180 / np.pi,
+    "rad": lambda values: values * np.pi / 180,
+    **CALENDAR,
 }
+WINDOWED = (
+    "rate", "increase", "delta", "irate", "idelta", "deriv", "predict_linear", "changes", "resets",
+    "avg_over_time", "min_over_time", "max_over_time", "sum_over_time", "count_over_time", "last_over_time",
+    "first_over_time", "present_over_time", "stddev_over_time", "stdvar_over_time", "quantile_over_time",
+    "mad_over_time", "double_exponential_smoothing", "holt_winters", "ts_of_first_over_time", "ts_of_last_over_time",
+    "ts_of_min_over_time", "ts_of_max_over_time", "anomaly_score",
+)  # fmt: skip
+OTHER_FUNCTIONS = (
+    "absent", "absent_over_time", "absent_each", "baseline", "scalar", "vector", "time", "timestamp", "pi", "start",
+    "end", "step", "range", "max_of", "min_of", "sort", "sort_desc", "sort_by_label", "sort_by_label_desc",
+    "label_replace", "label_join", "histogram_quantile", "histogram_quantiles", "histogram_fraction", "info",
+)  # fmt: skip
 
 
-# --- aggregations over a group's values (never empty)
-
-
-def compensated_sum(values: Sequence[float]) -> float:
-    """Neumaier's sum: what large values absorb comes back in the end."""
-    total = lost = 0.0
-    for value in values:
-        after = total + value
-        if math.isinf(after):
-            lost = 0.0
-        elif abs(total) >= abs(value):
-            lost += (total - after) + value
-        else:
-            lost += (value - after) + total
-        total = after
-    return total + lost
-
-
-def mean(values: Sequence[float]) -> float:
-    """The sum over the count; where the sum overflows, the mean of the scaled values."""
-    total = compensated_sum(values)
-    if math.isinf(total) and all(map(math.isfinite, values)):
-        return compensated_sum([value / len(values) for value in values])
-    return total / len(values)
-
-
-def smallest(values: Sequence[float]) -> float:
-    """NaN only where there is nothing else."""
-    return min((value for value in values if not math.isnan(value)), default=math.nan)
-
-
-def largest(values: Sequence[float]) -> float:
-    return max((value for value in values if not math.isnan(value)), default=math.nan)
-
-
-def variance(values: Sequence[float]) -> float:
-    """Of the whole population, by Welford's method."""
-    if not all(map(math.isfinite, values)):
-        return math.nan
-    centre = squares = 0.0
-    for count, value in enumerate(values, 1):
-        delta = value - centre
-        centre += delta / count
-        squares += delta * (value - centre)
-    return squares / len(values)
-
-
-def quantile(q: float, values: Sequence[float]) -> float:
-    """Interpolated; NaN counts as the smallest value."""
-    if math.isnan(q) or not values:
-        return math.nan
-    if q < 0:
-        return -math.inf
-    if q > 1:
-        return math.inf
-    ordered = sorted(values, key=lambda value: (not math.isnan(value), value))
-    rank = q * (len(ordered) - 1)
-    below = max(0, math.floor(rank))
-    above = min(len(ordered) - 1, below + 1)
-    weight = rank - math.floor(rank)
-    return ordered[below] * (1 - weight) + ordered[above] * weight
-
-
-REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
-    "sum": compensated_sum,
-    "avg": mean,
-    "min": smallest,
-    "max": largest,
-    "count": lambda values: float(len(values)),
-    "group": lambda values: 1.0,
-    "stddev": lambda values: math.sqrt(variance(values)),
-    "stdvar": variance,
-}
-RANKINGS = ("topk", "bottomk")
-AGGREGATIONS = (*REDUCTIONS, *RANKINGS, "quantile")
-
-
-# --- functions of a window: (points, start, end, parameters) -> a value, or None where there are too few points
-
-
-def _extrapolated(points: Points, start: float, end: float, *, counter: bool, per_second: bool) -> float | None:
-    """The change over the whole window from the samples in it, as Prometheus extrapolates it (promql/functions.go)."""
-    if len(points) < 2:
-        return None
-    (first_time, first), (last_time, last) = points[0], points[-1]
-    change = last - first
-    if counter:
-        before = first
-        for _, value in points:
-            if value < before:
-                change += before
-            before = value
-    sampled = last_time - first_time
-    if sampled <= 0:
-        return None
-    interval = sampled / (len(points) - 1)
-    to_start, to_end = first_time - start, end - last_time
-    threshold = interval * 1.1
-    if to_start >= threshold:
-        to_start = interval / 2
-    if counter and change > 0 and first >= 0:
-        to_start = min(to_start, sampled * (first / change))  # a counter never was below zero
-    if to_end >= threshold:
-        to_end = interval / 2
-    result = change * ((sampled + to_start + to_end) / sampled)
-    return result / (end - start) if per_second else result
-
-
-def _instant(points: Points, *, counter: bool, per_second: bool) -> float | None:
-    if len(points) < 2:
-        return None
-    (before_time, before), (last_time, last) = points[-2], points[-1]
-    change = last if counter and last < before else last - before
-    if last_time <= before_time:
-        return None
-    return change / (last_time - before_time) if per_second else change
-
-
-def _regression(points: Points, intercept_time: float) -> tuple[float, float] | None:
-    """(slope, value at `intercept_time`) of the least-squares line."""
-    if len(points) < 2:
-        return None
-    if all(value == points[0][1] for _, value in points):
-        return (math.nan, math.nan) if math.isinf(points[0][1]) else (0.0, points[0][1])
-    times = [time - intercept_time for time, _ in points]
-    values = [value for _, value in points]
-    count = len(points)
-    sum_x, sum_y = compensated_sum(times), compensated_sum(values)
-    covariance = compensated_sum([x * y for x, y in zip(times, values, strict=True)]) - sum_x * sum_y / count
-    spread = compensated_sum([x * x for x in times]) - sum_x * sum_x / count
-    slope = divide(covariance, spread)
-    return slope, sum_y / count - slope * sum_x / count
-
-
-def _deriv(points: Points, start: float, end: float) -> float | None:
-    line = _regression(points, points[0][0]) if points else None
-    return None if line is None else line[0]
-
-
-def _predict_linear(points: Points, start: float, end: float, ahead: float) -> float | None:
-    line = _regression(points, end)
-    return None if line is None else line[0] * ahead + line[1]
-
-
-def _changes(points: Points, start: float, end: float) -> float:
-    pairs = itertools.pairwise(points)
-    return float(sum(b != a and not (math.isnan(a) and math.isnan(b)) for (_, a), (_, b) in pairs))
-
-
-def _resets(points: Points, start: float, end: float) -> float:
-    return float(sum(b < a for (_, a), (_, b) in itertools.pairwise(points)))
-
-
-def _over_time(reduce: Callable[[Sequence[float]], float]) -> Callable[..., float | None]:
-    return lambda points, start, end: reduce([value for _, value in points])
-
-
-WINDOWED: dict[str, Callable[..., float | None]] = {
-    "rate": lambda p, start, end: _extrapolated(p, start, end, counter=True, per_second=True),
-    "increase": lambda p, start, end: _extrapolated(p, start, end, counter=True, per_second=False),
-    "delta": lambda p, start, end: _extrapolated(p, start, end, counter=False, per_second=False),
-    "irate": lambda p, start, end: _instant(p, counter=True, per_second=True),
-    "idelta": lambda p, start, end: _instant(p, counter=False, per_second=False),
-    "deriv": _deriv,
-    "predict_linear": _predict_linear,
-    "changes": _changes,
-    "resets": _resets,
-    "avg_over_time": _over_time(mean),
-    "min_over_time": _over_time(smallest),
-    "max_over_time": _over_time(largest),
-    "sum_over_time": _over_time(compensated_sum),
-    "count_over_time": _over_time(lambda values: float(len(values))),
-    "last_over_time": _over_time(lambda values: values[-1]),
-    "present_over_time": _over_time(lambda values: 1.0),
-    "stddev_over_time": _over_time(lambda values: math.sqrt(variance(values))),
-    "stdvar_over_time": _over_time(variance),
-    "quantile_over_time": lambda p, start, end, q: quantile(q, [value for _, value in p]),
-}
+def kept(op: str, left: Any, right: Any) -> Flags:
+    """Which elements a comparison keeps."""
+    made: Flags = COMPARISONS[op](left, right)
+    return made

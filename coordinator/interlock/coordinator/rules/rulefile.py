@@ -1,7 +1,7 @@
 """Prometheus rule files -> rules. The only module that imports yaml.
 
-Read unchanged, with a few keys of ours beside Prometheus' own: x_action, x_dry_run, x_no_data. A key that nobody knows
-is an error that names the file, the group, the rule, the key, and the nearest known one.
+Read unchanged, with a few keys of ours beside Prometheus' own: x_action, x_dry_run, x_no_data, x_resolve_expr. A key
+that nobody knows is an error that names the file, the group, the rule, the key, and the nearest known one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import difflib
 import importlib.resources
 import reprlib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,8 +38,9 @@ _ALERT_KEYS = (
     "x_action",
     "x_dry_run",
     "x_no_data",
+    "x_resolve_expr",
 )
-_LATER = ("limit", "query_offset", "partial_response_strategy", "x_resolve_expr")  # known, and not supported
+_LATER = ("limit", "query_offset", "partial_response_strategy")  # known, and not supported
 
 
 def load_rules(files: Sequence[str], folder: Path) -> list[Rule]:
@@ -122,13 +124,12 @@ class _Loader(yaml.SafeLoader):
 def _group(group: dict[str, Any], name: str, file: str) -> list[Rule]:
     where = f"{file}: group {name!r}"
     _known(group, _GROUP_KEYS, where)
-    if "interval" in group:  # rules are evaluated when a sample arrives; the interval is only checked
-        _duration(group, "interval", where)
+    interval_s = _duration(group, "interval", where)
     shared = _texts(group, "labels", where)
     rules = []
     for number, item in enumerate(_sequence(group.get("rules") or [], f"{where}: rules"), 1):
         tree = _mapping(item, f"{where}: rule {number}")
-        rules.append(_rule(tree, number, shared, name, file))
+        rules.append(replace(_rule(tree, number, shared, name, file), interval_s=interval_s))
     return rules
 
 
@@ -144,6 +145,7 @@ def _rule(tree: dict[str, Any], number: int, shared: dict[str, str], group: str,
     text = _text(tree.get("expr"), f"{where}: expr")
     action: Action = _choice(tree, "x_action", get_args(Action), "notify", where)
     no_data: NoData = _choice(tree, "x_no_data", get_args(NoData), "keep" if action == "rollback" else "resolve", where)
+    resolve = _text(tree["x_resolve_expr"], f"{where}: x_resolve_expr") if "x_resolve_expr" in tree else None
     dry_run = tree.get("x_dry_run", False)
     if not isinstance(dry_run, bool):
         raise ConfigError(f"{_short(dry_run)} is not true or false", where=f"{where}: x_dry_run")
@@ -159,6 +161,8 @@ def _rule(tree: dict[str, Any], number: int, shared: dict[str, str], group: str,
         action=action,
         dry_run=dry_run,
         no_data=no_data,
+        resolve=None if resolve is None else parse(resolve, where=f"{where}: x_resolve_expr"),
+        resolve_text=resolve or "",
         group=group,
         file=file,
     )

@@ -1,148 +1,405 @@
-"""The series the engine knows, under dense ids: newest sample, window of samples, and who wants to know.
+"""The series the live engine knows, under dense ids: newest sample, ring of samples, and who wants to know. Pure.
 
-A selector is matched against a series once, when the series first appears; a sample then only marks the selectors that
-have it. A series ends when its publisher says goodbye (`end`), and falls silent when its newest sample is older than
-the lookback; a silent one keeps its id for `IDLE_EXPIRY_S`.
+Selectors are matched against a series once, when it is bound; then a sample only marks the selectors' slots that have
+it. A series ends when its publisher says goodbye (`end`), and falls silent when it brought no sample for several of its
+own intervals; a silent one is forgotten after `IDLE_EXPIRY_S`. Times are milliseconds, but for those a name says.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from interlock.broker.samples import NAME, Labels
+from interlock.coordinator.rules.columns import Columns
 from interlock.coordinator.rules.expression import Selector
+from interlock.coordinator.rules.labelsets import Ids, LabelTable
+from interlock.coordinator.rules.rings import Rings
+from interlock.coordinator.rules.values import Flags, Floats, Ints
 
-LOOKBACK_S = 300.0  # a sample counts for so long where no newer one comes; Prometheus' default
 IDLE_EXPIRY_S = 3600.0  # a series without samples for so long is forgotten, and what it held in place resolves
-MAX_WINDOW_SAMPLES = 36_000  # per series and window: one hour at 10 Hz; what is older falls out early
-MAX_SERIES = 500_000  # at some 1 kB each; a publisher that invents series without end stops here
+MAX_SERIES = 500_000  # at some 0.5 kB each; a publisher that invents series without end stops here
+MAX_PUBLISHER_SERIES = 50_000  # of one publisher: ten times what a source may announce at once
+STALE_INTERVALS = 20.0  # a series is silent after so many of its own intervals,
+STALE_FLOOR_S = 10.0  # but not before: what is sampled at 10 Hz in a migration is at 1 Hz after it
+MAX_TABLE = 4  # label sets interned for evaluations, as a multiple of the series there are; then the table starts anew
+
+PRESENT, FILTERED, MISSING, ENDED = 0, 1, 2, 3  # codes: a value; data, and the condition says no; silence; gone
+NOBODY = 0  # the series that never was: slots that are free belong to it
+_SLOT_BITS = 32
 
 
-class Watch:
-    """One selector of one rule: which series it has, in which slot, and which of them got a sample since last asked."""
+class Members:
+    """The series that one selector has, each in a slot of its own. Free slots belong to `NOBODY`."""
 
-    def __init__(self, selector: Selector, owner: int, window_s: float) -> None:
+    def __init__(self, selector: Selector, number: int, *, recorded: bool) -> None:
         self.selector = selector
-        self.owner = owner
-        self.window_s = window_s
-        self.slots: dict[int, int] = {}  # series id -> slot
-        self.touched: set[int] = set()  # series ids
-        self.unbound = True  # the set of series changed since `bind`
-
-    def bind(self) -> list[int]:
-        """Number the slots anew; the series' ids in slot order."""
-        self.slots = {number: slot for slot, number in enumerate(self.slots)}
-        self.touched.clear()
-        self.unbound = False
-        return list(self.slots)
-
-
-class SeriesStore:
-    """Samples in; what they touched out."""
-
-    def __init__(self, lookback_s: float = LOOKBACK_S) -> None:
-        self.lookback_s = lookback_s
-        self.ids: dict[Labels, int] = {}
-        self.labels: list[Labels] = []
-        self.times: list[float] = []
-        self.values: list[float] = []
-        self.points: list[deque[tuple[float, float]] | None] = []  # only where a window wants them
-        self.touched_owners: set[int] = set()
-        self.refused = 0  # samples of series beyond `MAX_SERIES`
-        self._windows: list[float] = []
-        self._feeds: list[list[Watch]] = []
-        self._silent: set[int] = set()
+        self.number = number
+        self.recorded = recorded
+        self.keep_ms = 0.0
+        self.ids: Ints = np.zeros(16, np.int64)
+        self.count = 0  # slots ever used
+        self.slots: dict[int, int] = {}
+        self.listeners: list[Any] = []  # nodes: added(slot), removed(slot), touched(slots)
         self._free: list[int] = []
-        self._by_metric: dict[str | None, list[Watch]] = {}
 
-    def watch(self, selector: Selector, owner: int, window_s: float = 0.0) -> Watch:
-        """A watch of a selector for rule number `owner`; all watches are made before the first sample."""
-        made = Watch(selector, owner, window_s)
-        self._by_metric.setdefault(selector.metric, []).append(made)
+    def add(self, series: int) -> int:
+        if self._free:
+            slot = self._free.pop()
+        else:
+            slot = self.count
+            self.count += 1
+            if slot >= len(self.ids):
+                self.ids = np.concatenate([self.ids, np.zeros_like(self.ids)])
+        self.ids[slot] = series
+        self.slots[series] = slot
+        return slot
+
+    def remove(self, series: int) -> int:
+        slot = self.slots.pop(series)
+        self.ids[slot] = NOBODY
+        self._free.append(slot)
+        return slot
+
+    def series(self) -> Ids:
+        """The ids there are."""
+        found = self.ids[: self.count]
+        present: Ids = found[found != NOBODY]
+        return present
+
+    def matches(self, labels: Labels) -> bool:
+        return self.selector.matches(labels)
+
+
+class SeriesStore(Columns):
+    """Samples in; what they touched out. The live `Source` of evaluations."""
+
+    FIELDS = {
+        "times": (np.float64, -np.inf),  # of the newest sample
+        "values": (np.float64, 0.0),
+        "taken_s": (np.float64, 0.0),  # when the newest sample was taken, by its publisher's clock
+        "code": (np.uint8, ENDED),
+        "interval": (np.float64, np.nan),  # between samples: the largest lately
+        "ring": (np.int64, -1),
+        "key": (np.int64, -1),  # its label set in the table
+        "generation": (np.int64, 0),
+        "publisher": (np.int64, -1),
+        "hidden": (np.bool_, False),  # a baseline: only baseline() sees it, and it never falls silent
+    }
+    times: Floats
+    values: Floats
+    taken_s: Floats
+    code: NDArray[np.uint8]
+    interval: Floats
+    ring: Ints
+    key: Ints
+    generation: Ints
+    publisher: Ints
+    hidden: Flags
+
+    def __init__(self, lookback_s: float) -> None:
+        super().__init__(1024)
+        self.lookback = lookback_s * 1000
+        self.rings = Rings()
+        self.labels: list[Labels | None] = [None]
+        self.numbers: dict[Labels, int] = {}
+        self.refused = 0  # samples of series beyond the limits
+        self.disordered = 0  # samples older than their series' newest: dropped
+        self.repeated = 0  # samples as old as it: the last one counts
+        self.unbound: deque[int] = deque()
+        self.members: list[Members] = []
+        self.feed: Ints = np.full((1024, 2), -1, np.int64)  # series -> (members << 32 | slot), as many as there are
+        self._table = LabelTable()
+        self._by_selector: dict[tuple[Selector, bool], Members] = {}
+        self._by_metric: dict[str | None, list[Members]] = {}
+        self._series_of: dict[str, dict[int, None]] = {}
+        self._free: list[int] = []
+        self._leaving: list[int] = []
+        self._publishers: dict[str, int] = {}
+        self._counts: dict[int, int] = {}
+
+    # --- selectors
+
+    def watch(self, selector: Selector, keep_ms: float = 0.0, *, recorded: bool = False) -> Members:
+        """The members of a selector; `keep_ms`: how far back somebody looks at their samples."""
+        made = self._by_selector.get((selector, recorded))
+        if made is None:
+            made = Members(selector, len(self.members), recorded=recorded)
+            self.members.append(made)
+            self._by_selector[selector, recorded] = made
+            self._by_metric.setdefault(selector.metric, []).append(made)
+            made.keep_ms = keep_ms
+            for series in list(self._candidates(selector.metric)):
+                self._join(made, series)
+        elif keep_ms > made.keep_ms:
+            made.keep_ms = keep_ms
+            for series in made.slots:
+                self._ring(series, keep_ms)
         return made
 
-    def append(self, labels: Labels, value: float, at: float) -> None:
-        """A sample. A time before the series' newest counts as that one; an equal time replaces it."""
-        number = self.ids.get(labels)
-        if number is None:
-            if len(self.ids) >= MAX_SERIES:
-                self.refused += 1
-                return
-            number = self._admit(labels)
-        at = max(at, self.times[number])
-        points = self.points[number]
-        if points is not None:
-            if points and points[-1][0] == at:
-                points.pop()
-            points.append((at, value))
-            oldest = at - self._windows[number]
-            while points[0][0] <= oldest:
-                points.popleft()
-        self.times[number] = at
-        self.values[number] = value
-        if number in self._silent:
-            self._silent.discard(number)
-        for watch in self._feeds[number]:
-            watch.touched.add(number)
-            self.touched_owners.add(watch.owner)
+    def watched(self) -> Iterable[Members]:
+        return self._by_selector.values()
 
-    def end(self, labels: Labels) -> None:
-        """The series reports no more; its id is free for another."""
-        number = self.ids.pop(labels, None)
-        if number is None:
-            return
-        for watch in self._feeds[number]:
-            watch.slots.pop(number, None)
-            watch.unbound = True
-            self.touched_owners.add(watch.owner)
-        self._feeds[number] = []
-        self.points[number] = None
-        self.labels[number] = ()
-        self.times[number] = float("-inf")
-        self._silent.discard(number)
-        self._free.append(number)
+    def forget(self, members: Members) -> None:
+        """Nobody asks for this selector any more."""
+        del self._by_selector[members.selector, members.recorded]
+        self._by_metric[members.selector.metric].remove(members)
+        for series, slot in members.slots.items():
+            row = self.feed[series]
+            row[row == (members.number << _SLOT_BITS | slot)] = -1
+        members.slots.clear()
+        members.listeners.clear()
 
-    def scan(self, at: float) -> None:
-        """Mark what fell silent since the last scan as touched, and forget what has been so for long."""
-        silent_since, idle_since = at - self.lookback_s, at - max(IDLE_EXPIRY_S, self.lookback_s)
-        for number in self.ids.values():
-            if self.times[number] <= silent_since and number not in self._silent:
-                self._silent.add(number)
-                for watch in self._feeds[number]:
-                    watch.touched.add(number)
-                    self.touched_owners.add(watch.owner)
-        for labels in [self.labels[number] for number in self._silent if self.times[number] <= idle_since]:
-            self.end(labels)
+    def _candidates(self, metric: str | None) -> Sequence[int] | dict[int, None]:
+        if metric is not None:
+            return self._series_of.get(metric, {})
+        return list(self.numbers.values())
 
-    def take_touched(self) -> set[int]:
-        """Owners of the watches that something happened to since the last call."""
-        taken, self.touched_owners = self.touched_owners, set()
-        return taken
+    # --- samples
 
-    def _admit(self, labels: Labels) -> int:
-        metric = dict(labels).get(NAME)
-        watches = [
-            watch
-            for candidates in (self._by_metric.get(metric, ()) if metric else (), self._by_metric.get(None, ()))
-            for watch in candidates
-            if watch.selector.matches(labels)
-        ]
-        window = max((watch.window_s for watch in watches), default=0.0)
-        points: deque[tuple[float, float]] | None = deque(maxlen=MAX_WINDOW_SAMPLES) if window else None
+    def admit(self, labels: Labels, publisher: str = "", *, hidden: bool = False) -> int:
+        """The id of a series, a new one if need be; -1 if there are too many."""
+        number = self.numbers.get(labels)
+        if number is not None:
+            return number
+        who = self._publishers.setdefault(publisher, len(self._publishers))
+        if len(self.numbers) >= MAX_SERIES or (publisher and self._counts.get(who, 0) >= MAX_PUBLISHER_SERIES):
+            return -1
         if self._free:
             number = self._free.pop()
-            self.labels[number], self.points[number] = labels, points
-            self._windows[number], self._feeds[number] = window, watches
+            self.labels[number] = labels
         else:
             number = len(self.labels)
             self.labels.append(labels)
-            self.points.append(points)
-            self._windows.append(window)
-            self._feeds.append(watches)
-            self.times.append(float("-inf"))
-            self.values.append(0.0)
-        self.ids[labels] = number
-        for watch in watches:
-            watch.slots[number] = -1
-            watch.unbound = True
+            self.fit(number + 1)
+            if number >= len(self.feed):
+                self.feed = np.concatenate([self.feed, np.full_like(self.feed, -1)])
+        self.numbers[labels] = number
+        self.publisher[number] = who
+        self._counts[who] = self._counts.get(who, 0) + 1
+        self.times[number], self.interval[number] = -np.inf, np.nan
+        self.code[number], self.key[number], self.hidden[number] = MISSING, -1, hidden
+        self.ring[number] = -1
+        self._series_of.setdefault(_metric(labels), {})[number] = None
+        self.unbound.append(number)
         return number
+
+    def bind(self, limit: int) -> None:
+        """Match up to `limit` new series against the selectors there are."""
+        for _ in range(min(limit, len(self.unbound))):
+            series = self.unbound.popleft()
+            labels = self.labels[series]
+            if labels is None:
+                continue
+            for candidates in (self._by_metric.get(_metric(labels), ()), self._by_metric.get(None, ())):
+                for members in candidates:
+                    self._join(members, series)
+
+    def append(self, ids: Ids, values: Floats, at: Floats | float, taken_s: Floats | float) -> Ids:
+        """Take in samples, one for each of these ids, and give back those that count."""
+        times = np.broadcast_to(np.asarray(at, float), ids.shape)
+        before = self.times[ids]
+        ended = self.code[ids] == ENDED
+        late = (times < before) | ended
+        if late.any():
+            self.refused += int(ended.sum())
+            self.disordered += int((late & ~ended).sum())
+            good = ~late
+            ids, values, times, before = ids[good], values[good], times[good], before[good]
+            taken_s = taken_s[good] if isinstance(taken_s, np.ndarray) else taken_s
+        gap = times - before
+        self.repeated += int((gap == 0).sum())
+        usual = self.interval[ids]
+        measured = np.fmax(gap, usual * 0.9)
+        self.interval[ids] = np.where(np.isfinite(gap) & (gap > 0), measured, usual)
+        self.times[ids] = times
+        self.values[ids] = values
+        self.taken_s[ids] = taken_s
+        self.code[ids] = PRESENT
+        rings = self.ring[ids]
+        windowed = rings >= 0
+        if windowed.any():
+            self.rings.append(rings[windowed], times[windowed], values[windowed])
+        return ids
+
+    def slots_of(self, ids: Ids) -> list[tuple[Members, Ints]]:
+        """The selectors that these series belong to, with the slots of each in order."""
+        keys = self.feed[ids].ravel()
+        keys = np.sort(keys[keys >= 0])
+        if not len(keys):
+            return []
+        who = keys >> _SLOT_BITS
+        starts = np.flatnonzero(np.diff(who, prepend=-1))
+        bounds = [*starts.tolist(), len(keys)]
+        slots = keys & (1 << _SLOT_BITS) - 1
+        return [
+            (self.members[number], slots[bounds[place] : bounds[place + 1]])
+            for place, number in enumerate(who[starts].tolist())
+        ]
+
+    def end(self, labels: Labels) -> int | None:
+        """The series reports no more. Its id is free for another after `release`."""
+        number = self.numbers.pop(labels, None)
+        if number is not None:
+            self.code[number] = ENDED
+            self._series_of[_metric(labels)].pop(number, None)
+            self._leaving.append(number)
+        return number
+
+    def release(self) -> bool:
+        """Free the ids of series that ended, when everybody has looked; whether there were any."""
+        some = bool(self._leaving)
+        for series in self._leaving:
+            for key in self.feed[series].tolist():
+                if key >= 0:
+                    members = self.members[key >> _SLOT_BITS]
+                    slot = members.remove(series)
+                    for listener in members.listeners:
+                        listener.removed(slot)
+            self.feed[series] = -1
+            if self.ring[series] >= 0:
+                self.rings.close(int(self.ring[series]))
+                self.ring[series] = -1
+            who = int(self.publisher[series])
+            self._counts[who] -= 1
+            self.labels[series] = None
+            self.times[series] = -np.inf
+            self.generation[series] += 1
+            self._free.append(series)
+        self._leaving.clear()
+        return some
+
+    def scan(self, at: float) -> tuple[Ids, list[Labels]]:
+        """(series that fell silent by now, label sets of those to forget)."""
+        count = len(self.labels)
+        age = at - self.times[:count]
+        own = np.maximum(self.interval[:count] * STALE_INTERVALS, STALE_FLOOR_S * 1000)
+        patience = np.fmin(own, self.lookback)  # all of the lookback, while its interval isn't known
+        late = (age >= patience) & ~self.hidden[:count]
+        code = self.code[:count]
+        silent = np.flatnonzero(late & (code == PRESENT))
+        self.code[silent] = MISSING
+        expired = np.flatnonzero(
+            (age > max(IDLE_EXPIRY_S * 1000, self.lookback)) & (code == MISSING) & np.isfinite(age)
+        )
+        return silent, [labels for series in expired.tolist() if (labels := self.labels[series]) is not None]
+
+    # --- Source
+
+    @property
+    def table(self) -> LabelTable:
+        return self._table
+
+    def renew_table(self) -> None:
+        """Forget interned label sets, when there are far more than series. Between evaluations only."""
+        if len(self._table) > max(100_000, MAX_TABLE * len(self.numbers)):
+            self._table = LabelTable()
+            self.key[:] = -1
+
+    def select(self, selector: Selector) -> Ids:
+        plain = selector if not selector.shifted else Selector(selector.matchers, alternatives=selector.alternatives)
+        watched = self._by_selector.get((plain, False))
+        if watched is not None:
+            return watched.series()
+        found = [
+            series
+            for series in self._candidates(selector.metric)
+            if not self.hidden[series] and (labels := self.labels[series]) is not None and selector.matches(labels)
+        ]
+        return np.array(found, np.int64)
+
+    def baselines(self, selector: Selector) -> Ids:
+        watched = self._by_selector.get((selector, True))
+        return np.empty(0, np.int64) if watched is None else watched.series()
+
+    def keys(self, series: Ids) -> Ids:
+        made = self.key[series]
+        if (made < 0).any():
+            for number in series[made < 0].tolist():
+                labels = self.labels[number]
+                self.key[number] = self._table.id(_shown_labels(labels) if labels is not None else ())
+            made = self.key[series]
+        return made
+
+    def latest(self, series: Ids, at: float, lookback: float) -> tuple[Flags, Floats, Floats]:
+        """As `Source` has it; a lookback of -1 leaves it to each series when it is silent."""
+        times, values, code = self.times[series], self.values[series], self.code[series]
+        found = (code != ENDED) & ((times > at - lookback) | self.hidden[series]) if lookback >= 0 else code == PRESENT
+        past = times > at
+        rings = self.ring[series]
+        searched = np.flatnonzero(past & (rings >= 0) & (code != ENDED))
+        found &= ~past
+        if len(searched):
+            some = rings[searched]
+            index = self.rings.search(some, at) - 1
+            place = self.rings.at(some, index)
+            there = (index >= self.rings.tail[some]) & (
+                self.rings.times[place] > at - (self.lookback if lookback < 0 else lookback)
+            )
+            found[searched], times[searched], values[searched] = (
+                there,
+                self.rings.times[place],
+                self.rings.values[place],
+            )
+        return found, times, values
+
+    def window(self, series: Ids, start: float, end: float) -> tuple[Ints, Floats, Floats]:
+        rings = self.ring[series]
+        has = rings >= 0
+        if has.all():
+            return self.rings.window(rings, start, end)
+        bounds, times, values = self.rings.window(rings[has], start, end)
+        counts = np.zeros(len(series), np.int64)
+        counts[has] = np.diff(bounds)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]), times, values
+
+    # --- inside
+
+    def _join(self, members: Members, series: int) -> None:
+        labels = self.labels[series]
+        if labels is None or bool(self.hidden[series]) != members.recorded or series in members.slots:
+            return
+        if not members.matches(_shown_labels(labels)):
+            return
+        slot = members.add(series)
+        key = members.number << _SLOT_BITS | slot
+        free = np.flatnonzero(self.feed[series] < 0)
+        if not len(free):
+            wider = np.full((len(self.feed), 2 * self.feed.shape[1]), -1, np.int64)
+            wider[:, : self.feed.shape[1]] = self.feed
+            free = np.array([self.feed.shape[1]])
+            self.feed = wider
+        self.feed[series, free[0]] = key
+        if members.keep_ms > 0:
+            self._ring(series, members.keep_ms)
+        for listener in members.listeners:
+            listener.added(slot)
+
+    def _ring(self, series: int, keep_ms: float) -> None:
+        ring = int(self.ring[series])
+        if ring >= 0:
+            self.rings.keep[ring] = max(float(self.rings.keep[ring]), keep_ms)
+            return
+        ring = self.rings.open(keep_ms)
+        if ring < 0:
+            self.rings.lost += 1
+            return
+        self.ring[series] = ring
+        if np.isfinite(self.times[series]):
+            one = np.array([ring])
+            self.rings.append(one, self.times[series : series + 1].copy(), self.values[series : series + 1].copy())
+
+
+BASELINE = "__baseline__"  # the label that keeps a recorded value apart from the series it was recorded of
+
+
+def _metric(labels: Labels) -> str:
+    return next((value for name, value in labels if name == NAME), "")
+
+
+def _shown_labels(labels: Labels) -> Labels:
+    return tuple(pair for pair in labels if pair[0] != BASELINE)

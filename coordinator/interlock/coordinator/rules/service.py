@@ -21,6 +21,7 @@ from interlock.broker.facts import AlertFiring
 from interlock.broker.role import held
 from interlock.broker.samples import labels
 from interlock.broker.security import load_security
+from interlock.coordinator.ownership import Places, places
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
 from interlock.coordinator.rules.intake import Intake
 from interlock.coordinator.rules.rule import Rule
@@ -46,17 +47,17 @@ async def run_rules(fleet: FleetConfig, ready: Ready) -> None:
         security = load_security(fleet, "rules")
         async with open_bus(fleet.broker, "rules", outbox=state / "outbox", security=security) as bus:
             controls = {name: host.control for name, host in fleet.hosts.items()}
-            await RuleService(bus, rules, controls).run(ready)
+            await RuleService(bus, rules, controls, places(fleet)).run(ready)
 
 
 class RuleService:
     """One bus, one engine."""
 
-    def __init__(self, bus: Bus, rules: Sequence[Rule], controls: dict[str, str]) -> None:
+    def __init__(self, bus: Bus, rules: Sequence[Rule], controls: dict[str, str], placed: Places | None = None) -> None:
         self._bus = bus
         self._rules = rules
         self._decisions = RuleDecisions(rules, controls)
-        self._intake = Intake()
+        self._intake = Intake(placed)
         self._reported: dict[str, str] = {}
         # the wall clock may be set back; deadlines may not
         self._wall = time.time() - trio.current_time()
@@ -73,6 +74,8 @@ class RuleService:
             async def follow() -> None:
                 async for event in log_feed:
                     self._send(nursery, self._decisions.follow(event, self._now()))
+                    for claim in self._decisions.in_flight.claims.news():
+                        _log.warning("%s", claim)
 
             async def take_in() -> None:
                 async for batches in feed:
@@ -147,6 +150,7 @@ class RuleService:
                 "rules_batches_lost_total": intake.lost,
                 "rules_late_total": intake.late,
                 "rules_series_refused_total": engine.refused + intake.oversized,
+                "rules_claims_total": intake.strange + self._decisions.in_flight.claims.total,
                 "rules_alerts_firing": len(self._decisions.firing()),
             }
             samples = {labels(name, host=TELEMETRY_HOST): float(value) for name, value in figures.items()}

@@ -1,0 +1,145 @@
+"""Rings of samples in one arena: the newest samples of each series that a window looks at. Pure.
+
+A ring holds `capacity` (a power of two) samples; sample number k of a ring lies at `base + (k & mask)`. A ring that is
+full lets go what its windows no longer need, and doubles otherwise; its old place is used again. The arena is address
+space that costs memory only where something was written.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+from interlock.coordinator.rules.values import Floats, Ints
+
+MAX_SAMPLES = 1 << 26  # of all rings together: 1 GiB of times and values; one more is refused and counted
+MAX_RING = 1 << 16  # samples of one ring: 1.8 hours at 10 Hz; what is older falls out early, and is counted
+FIRST = 16  # samples of a new ring
+
+_FIELDS = ("base", "mask", "head", "tail", "keep", "revised")
+
+
+class Rings:
+    """Columns by ring number. `head`: samples ever written; `tail`: the oldest that is still there."""
+
+    def __init__(self, samples: int = MAX_SAMPLES) -> None:
+        self.times: Floats = np.frombuffer(mmap.mmap(-1, samples * 8), np.float64)
+        self.values: Floats = np.frombuffer(mmap.mmap(-1, samples * 8), np.float64)
+        self.base: Ints = np.zeros(16, np.int64)
+        self.mask: Ints = np.zeros(16, np.int64)
+        self.head: Ints = np.zeros(16, np.int64)
+        self.tail: Ints = np.zeros(16, np.int64)
+        self.keep: Floats = np.zeros(16)  # milliseconds that its windows look back
+        self.revised: Ints = np.zeros(16, np.int64)  # how often a ring's newest sample was replaced
+        self.lost = 0  # samples that fell out before their time, or found no room
+        self._samples = samples
+        self._used = 0
+        self._count = 0
+        self._free_rings: list[int] = []
+        self._free_places: dict[int, list[int]] = {}
+
+    def open(self, keep_ms: float) -> int:
+        """A new ring that keeps samples for so long; -1 if there is no room for one."""
+        base = self._place(FIRST)
+        if base < 0:
+            return -1
+        if self._free_rings:
+            ring = self._free_rings.pop()
+        else:
+            ring = self._count
+            self._count += 1
+            if ring >= len(self.base):
+                for name in _FIELDS:
+                    setattr(self, name, np.concatenate([getattr(self, name), np.zeros_like(getattr(self, name))]))
+        self.base[ring], self.mask[ring], self.keep[ring] = base, FIRST - 1, keep_ms
+        self.head[ring] = self.tail[ring] = 0
+        return ring
+
+    def close(self, ring: int) -> None:
+        capacity = int(self.mask[ring]) + 1
+        self._free_places.setdefault(capacity, []).append(int(self.base[ring]))
+        self._free_rings.append(ring)
+        self.head[ring] = self.tail[ring] = 0
+
+    def append(self, rings: Ints, times: Floats, values: Floats) -> None:
+        """One sample for each of these rings, all of them different; newer than what they hold, or just as old."""
+        newest = (self.head[rings] - 1) & self.mask[rings]
+        again = (self.head[rings] > self.tail[rings]) & (self.times[self.base[rings] + newest] == times)
+        if again.any():
+            self.values[self.base[rings] + newest] = np.where(again, values, self.values[self.base[rings] + newest])
+            self.revised[rings[again]] += 1
+            rings, times, values = rings[~again], times[~again], values[~again]
+        full = self.head[rings] - self.tail[rings] > self.mask[rings]
+        if full.any():
+            for ring, now in zip(rings[full].tolist(), times[full].tolist(), strict=True):
+                self._make_room(ring, now)
+        place = self.base[rings] + (self.head[rings] & self.mask[rings])
+        self.times[place] = times
+        self.values[place] = values
+        self.head[rings] += 1
+
+    def at(self, rings: Ints, index: Ints) -> Ints:
+        """Where sample number `index` of each ring lies."""
+        place: Ints = self.base[rings] + (index & self.mask[rings])
+        return place
+
+    def search(self, rings: Ints, moment: float) -> Ints:
+        """The number of the first sample of each ring that is later than the moment."""
+        low, high = self.tail[rings].copy(), self.head[rings].copy()
+        while True:
+            open_ = low < high
+            if not open_.any():
+                return low
+            middle = (low + high) >> 1
+            later = self.times[self.at(rings, middle)] > moment
+            high = np.where(open_ & later, middle, high)
+            low = np.where(open_ & ~later, middle + 1, low)
+
+    def window(self, rings: Ints, start: float, end: float) -> tuple[Ints, Floats, Floats]:
+        """(bounds, times, values) of the samples in (start, end], ring after ring."""
+        low, high = self.search(rings, start), self.search(rings, end)
+        bounds = np.zeros(len(rings) + 1, np.int64)
+        np.cumsum(high - low, out=bounds[1:])
+        index = np.arange(bounds[-1]) + np.repeat(low - bounds[:-1], high - low)
+        place = self.at(np.repeat(rings, high - low), index)
+        return bounds, self.times[place], self.values[place]
+
+    @property
+    def used(self) -> int:
+        """Samples that there is room for in the rings there ever were: the memory is 16 bytes for each."""
+        return self._used
+
+    # --- inside
+
+    def _make_room(self, ring: int, now: float) -> None:
+        """Let go what is out of all windows; if that is less than half, double the ring."""
+        oldest = now - float(self.keep[ring])
+        one = np.array([ring])
+        kept_from = int(self.search(one, oldest)[0])
+        self.tail[ring] = kept_from
+        capacity = int(self.mask[ring]) + 1
+        if int(self.head[ring]) - kept_from <= capacity // 2:
+            return
+        base = self._place(2 * capacity) if 2 * capacity <= MAX_RING else -1
+        if base < 0:
+            if int(self.head[ring]) - kept_from == capacity:
+                self.tail[ring] += 1
+                self.lost += 1
+            return
+        index = np.arange(kept_from, int(self.head[ring]))
+        source = int(self.base[ring]) + (index & (capacity - 1))
+        target = base + (index & (2 * capacity - 1))
+        self.times[target] = self.times[source]
+        self.values[target] = self.values[source]
+        self._free_places.setdefault(capacity, []).append(int(self.base[ring]))
+        self.base[ring], self.mask[ring] = base, 2 * capacity - 1
+
+    def _place(self, capacity: int) -> int:
+        free = self._free_places.get(capacity)
+        if free:
+            return free.pop()
+        if self._used + capacity > self._samples:
+            return -1
+        self._used += capacity
+        return self._used - capacity
