@@ -20,7 +20,13 @@ from interlock.broker.config import AgentConfig
 from interlock.broker.errors import Refused
 from interlock.broker.facts import Fact
 
-ABOUT = {"agent": "tutor", "migration": "tutor-7", "epoch": 7, "instance": "tutor-r2-7.2", "lease_s": 600.0}
+ABOUT: dict[str, Any] = {
+    "agent": "tutor",
+    "migration": "tutor-7",
+    "epoch": 7,
+    "instance": "tutor-r2-7.2",
+    "lease_s": 600.0,
+}
 
 
 class House:
@@ -98,6 +104,18 @@ async def test_a_guest_whose_lease_is_not_renewed_is_ended(house: House, hosted:
         nursery.cancel_scope.cancel()
     stopped = [fact for fact in house.told if isinstance(fact, facts.InstanceStopped)]
     assert [(fact.host, fact.role, fact.expected) for fact in stopped] == [("beta", "candidate", True)]
+
+
+async def test_the_end_of_a_guest_is_told_as_soon_as_it_comes(house: House) -> None:
+    await house.ask("start")
+    process = house.guests.running[ABOUT["instance"]].instance.process
+    assert process is not None
+    process.kill()
+    with trio.fail_after(20):
+        said = await house.ask("exit")
+    assert said["code"] == -9
+    assert (await house.ask("renew"))["code"] == -9
+    await house.ask("stop")
 
 
 async def test_a_stream_to_another_hosts_guest_is_refused(house: House) -> None:

@@ -85,7 +85,12 @@ KINDS: dict[str, Callable[[str, str], str]] = {
         'probe = { kind = "http", port = "request", expect = { ok = true }, timeout_s = 0.5 }'
     ),
 }
-EXTRA = {"calc": "", "keep": "", "rep": 'idempotent = ["double"]\n', "web": "window = 8\n"}
+EXTRA = {
+    "calc": "",
+    "keep": "",
+    "rep": 'idempotent = ["double"]\n',
+    "web": "window = 8\nhand_over_s = 30\nhold_s = 60\n",
+}
 
 
 # --- the fleet

@@ -72,6 +72,10 @@ def answers_at(clients: Any, endpoint: str) -> str:
 def test_a_committed_move_serves_there_and_is_forwarded_to_from_here(fleet: Any, clients: Any, agent: str) -> None:
     fleet.calm()
     here, there = fleet.endpoint(agent), fleet.endpoint(agent, "beta")
+    if agent != "rep":  # what an agent keeps on the disk travels, whether it has hooks for state or not
+        folder = fleet.folder / "state" / "host-alpha" / "data" / agent
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "notes").write_text(f"of {agent}")
     keepers = Keepers(fleet.endpoint("keep"))
     before = kept(keepers.endpoint)
     with keepers, clients(here) as asking:
@@ -87,6 +91,9 @@ def test_a_committed_move_serves_there_and_is_forwarded_to_from_here(fleet: Any,
     assert kept(keepers.endpoint) == wanted
     if agent == "keep":
         assert kept(there) == wanted
+    if agent != "rep":
+        notes = fleet.folder / "state" / "host-beta" / "data" / agent / "notes"
+        assert notes.read_text() == f"of {agent}"
     status = fleet.cli("status", "--json").json
     assert (status["agents"][agent]["host"], status["agents"][agent]["endpoint"]) == ("beta", there)
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 LEASE_S = 3.0  # a guest lives so long without its slot's host: a rollback is due within 5 s
 RENEW_S = 0.5  # between renewals: several may be lost
+EXIT_S = 60.0  # for one question about its end, which is asked again
 ASK_S = 10.0  # for a question that the other host answers at once
 START_S = 30.0  # for it to start the process: a revision is read, a program begun
 DEAD = -9  # the exit code of what is dead by its lease
@@ -106,6 +107,7 @@ class Guest(Instance):
                 requests = await nursery.start(self._serve_port, number, "requests")
                 health = await nursery.start(self._serve_port, number, "health")
                 nursery.start_soon(self._keep, remote)
+                nursery.start_soon(self._await_exit, remote)
                 task_status.started((requests, health))
 
     async def _serve_port(self, number: int, port: str, *, task_status: trio.TaskStatus[str]) -> None:
@@ -151,6 +153,16 @@ class Guest(Instance):
                 remote.end(DEAD, f"{self._far.there} could not be asked for {LEASE_S:g} s: {trouble}")
                 return
             await trio.sleep(RENEW_S)
+
+    async def _await_exit(self, remote: RemoteProcess) -> None:
+        """Its end is known here as soon as there: requests go elsewhere before they are given to the dead again."""
+        while remote.returncode is None:
+            try:
+                said = await self._far.ask("exit", self._question(), EXIT_S)
+                if said.get("code") is not None:
+                    remote.end(int(said["code"]), str(said.get("words", "")))
+            except InterlockError:
+                await trio.sleep(RENEW_S)  # the lease decides
 
     async def check(self) -> Health:
         if self.revision.kind == "class":

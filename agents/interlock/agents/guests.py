@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 INVITED_S = 7 * 86_400.0  # a candidate may be started so long after it was received: approvals take days, at most
 MAX_LEASE_S = 60.0  # that anybody may ask for
+EXIT_S = 30.0  # for one question about the end of a guest; who asked asks again
 LOOK_S = 0.2  # between looks at leases
 TAIL_LINES = 6
 
@@ -63,6 +64,7 @@ class Guested:
     kept: bool = False
     adopted: bool = False
     turn: trio.Lock = field(default_factory=trio.Lock)
+    ended: trio.Event = field(default_factory=trio.Event)
 
 
 class Guests:
@@ -119,14 +121,23 @@ class Guests:
                 return {}
             case "start":
                 return await self._start(name, invitation, about)
-        if what == "renew" and name in self.adopted:
+        if name in self.adopted and what in ("renew", "exit"):
+            if what == "exit":
+                await trio.sleep(EXIT_S)
             return {"code": None, "words": ""}  # what is on its way to it may still arrive
         guest = self._guest(host, name)
         if guest.adopted:
             raise Refused(f"{name} is this host's own now")
+        return await self._answer_of(name, guest, what, about)
+
+    async def _answer_of(self, name: str, guest: Guested, what: str, about: dict[str, Any]) -> dict[str, Any]:
         match what:
             case "renew":
                 guest.lease_until = trio.current_time() + _lease(about)
+                return {"code": guest.code, "words": guest.words}
+            case "exit":
+                with trio.move_on_after(EXIT_S):
+                    await guest.ended.wait()
                 return {"code": guest.code, "words": guest.words}
             case "check":
                 health = await guest.instance.check()
@@ -212,6 +223,7 @@ class Guests:
         code = await instance.process.exited()
         if guest.instance is instance and not instance.stopping and not guest.adopted:
             guest.code, guest.words = code, instance.process.tail(TAIL_LINES)
+            guest.ended.set()
             log.warning("%s ended with code %d", name, code)
 
     async def _restart(self, name: str, guest: Guested) -> None:

@@ -94,6 +94,8 @@ async def _moved(
 async def _move(shell: SlotShell, giving: Instance, taking: Instance, evidence: Evidence) -> None:
     """The data folder, where they don't share one, and what is in memory."""
     folder = shell.around.place.data_dir / shell.agent
+    if isinstance(giving, Guest) and giving.state_port is None:  # before anything is put under a process that runs
+        raise TransferError("the old one, which runs, can't be told of another data folder: it has no hooks for state")
     moved: Moved | None = None
     if isinstance(taking, Guest):
         moved = await taking.send_folder(folder)
@@ -107,8 +109,6 @@ async def _move(shell: SlotShell, giving: Instance, taking: Instance, evidence: 
     elif isinstance(taking, Guest):
         await taking.restart()  # it opened what it keeps there when it began
         evidence |= {"bytes": 0, "restarted": True}
-    elif isinstance(giving, Guest):
-        raise TransferError("the old one, which runs, can't be told of another data folder: it has no hooks for state")
     else:
         _port(giving)
 
