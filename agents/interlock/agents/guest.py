@@ -71,6 +71,7 @@ class Guest(Instance):
     link: Link | None = None
     about: dict[str, Any] = field(default_factory=dict)
     initial: Path | None = None  # the data folder here, of which it gets what there is before it starts
+    restarting: bool = False  # and so not asked whether it is well: whoever restarts it waits for that
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)  # of its ends here
 
     here: ClassVar[bool] = False
@@ -165,6 +166,8 @@ class Guest(Instance):
                 await trio.sleep(RENEW_S)  # the lease decides
 
     async def check(self) -> Health:
+        if self.restarting:
+            return Health(True)
         if self.revision.kind == "class":
             return await super().check()
         began = trio.current_time()
@@ -204,7 +207,11 @@ class Guest(Instance):
 
     async def restart(self) -> None:
         """Its process anew, on the data folder as it is now; well once this returns. InterlockError."""
-        await self._far.ask("restart", self._question(), START_S + self.revision.start_timeout_s)
+        self.restarting = True
+        try:
+            await self._far.ask("restart", self._question(), START_S + self.revision.start_timeout_s)
+        finally:
+            self.restarting = False
 
     def _obituary(self, code: int) -> str:
         if code == DEAD and self.process is not None and self.process.tail():
