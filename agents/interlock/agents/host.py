@@ -252,7 +252,8 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 host.publish(
                     facts.HostUp(host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=_own(host))
                 )
-                for slot in known:
+                # first those whose migration is to be undone: they are promised back within 5 s
+                for slot in sorted(known, key=lambda slot: slot.slot.row.state is State.SERVING):
                     nursery.start_soon(slot.run)
                     slot.begin()
                 nursery.start_soon(host.follow_commands)

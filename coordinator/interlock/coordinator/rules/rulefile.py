@@ -66,6 +66,39 @@ def load_rules(files: Sequence[str], folder: Path) -> list[Rule]:
     return rules
 
 
+class RuleFiles:
+    """The rule files of a fleet file, and whether they changed since they were looked at."""
+
+    def __init__(self, files: Sequence[str], folder: Path) -> None:
+        self._files = files
+        self._folder = folder
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        """Since the last time this was asked. A file that is gone for now, as an editor leaves it, is no change."""
+        found = self._look()
+        if None in found or found == self._seen:
+            return False
+        self._seen = found
+        return True
+
+    def load(self) -> list[Rule]:
+        return load_rules(self._files, self._folder)
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        seen: list[tuple[int, int, int] | None] = []
+        for name in self._files:
+            if name == DEFAULT:
+                continue
+            try:
+                stat = (self._folder / name).stat()
+            except OSError:
+                seen.append(None)
+            else:
+                seen.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        return seen
+
+
 def default_rules() -> list[Rule]:
     source = importlib.resources.files("interlock.coordinator.rules").joinpath(DEFAULT_RULES)
     return parse_rules(source.read_text("utf-8"), file=DEFAULT_RULES)
