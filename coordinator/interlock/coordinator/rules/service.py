@@ -122,6 +122,7 @@ class RuleService:
                     if self._decisions.engine.backlog:  # a slice at a time: new series hold nobody up
                         await trio.lowlevel.checkpoint()
                         self._decisions.engine.bind()
+                        gc.freeze()  # what was made for them stays: the collector would walk it again and again
 
             nursery.start_soon(follow)
             await log_feed.caught_up.wait()
