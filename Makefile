@@ -12,7 +12,7 @@ SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LINTED := $(wildcard broker agents monitors coordinator tests examples)
 
-.PHONY: help demo test check bench bench-bus fuzz format clean
+.PHONY: help demo test check bench bench-bus bench-rules fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +44,10 @@ bench: $(STAMP)
 # One JSON object each. About ten minutes; with QUICK=--quick, two.
 bench-bus: $(STAMP)
 	@set -e; for name in bus events scale; do $(BIN)/python tests/benchmarks/bench_$$name.py $(QUICK); done
+
+# The rule engine alone, and from a publisher's send to the rollback, beside Prometheus and Alertmanager.
+bench-rules: $(STAMP)
+	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
 
 # Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.
 fuzz: $(STAMP)

@@ -80,12 +80,13 @@ class Hook:
 
     def __init__(self) -> None:
         self.badness = 0.0
+        self.filler = ""  # what is scraped beside it
         self.status = ""  # of the last call: firing or resolved
         hook = self
 
         class Page(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = f"bench_badness {hook.badness}\n".encode()
+                body = f"bench_badness {hook.badness}\n{hook.filler}".encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.send_header("Content-Length", str(len(body)))
@@ -125,14 +126,15 @@ def answers(endpoint: str) -> bool:
         return bool(sock.poll(int(UP_S * 1000)))
 
 
-def prometheus(rounds: int, folder: Path) -> dict[str, Any]:
-    """From the breach to the webhook, and to the old program answering."""
+def prometheus(rounds: int, folder: Path, filler: str = "", rules: str = RULES) -> dict[str, Any]:
+    """From the breach to the webhook, and to the old program answering. `filler`: series that are scraped beside it."""
     if not (shutil.which("prometheus") and shutil.which("prometheus-alertmanager")):
         return {"skipped": "not installed: prometheus, prometheus-alertmanager"}
     folder.mkdir()
     hook = Hook()
+    hook.filler = filler
     ports = {"prometheus": free_port(), "alertmanager": free_port(), "exporter": hook.port}
-    (folder / "rules.yml").write_text(RULES)
+    (folder / "rules.yml").write_text(rules)
     (folder / "prometheus.yml").write_text(PROMETHEUS.format(**ports))
     (folder / "alertmanager.yml").write_text(ALERTMANAGER.format(**ports))
     called: list[float] = []

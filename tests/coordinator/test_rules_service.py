@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -179,6 +180,26 @@ async def test_it_reports_its_own_figures() -> None:
                 if seen:
                     break
         assert {"rules_samples_total", "rules_evaluations_total", "rules_unresolved_total"} <= seen
+
+
+async def test_what_lives_as_long_as_the_engine_is_no_work_for_the_collector() -> None:
+    before = gc.get_freeze_count()
+    async with staged() as stage:
+        await stage.start_rules()
+        assert gc.get_freeze_count() > before
+    gc.unfreeze()
+
+
+async def test_rules_that_change_are_read_again_and_a_bad_file_leaves_the_old_ones() -> None:
+    async with staged() as stage:
+        await stage.start_rules()
+        file = Path(stage.fleet.path).parent / "rules.yml"
+        file.write_text("groups: [{name: g, rules: [{alert: broken, expr: '>'}]}]")
+        await stage.sample(0.97, lambda: bool(stage.of(AlertFiring)))
+        file.write_text(RULES.replace("alert: gpu-memory", "alert: renamed"))
+        await stage.sample(0.97, lambda: len(stage.of(AlertFiring)) > 1)
+        assert [event.body.rule for event in stage.of(AlertFiring)] == ["gpu-memory", "renamed"]  # type: ignore[attr-defined]
+        assert [event.body.rule for event in stage.of(AlertResolved)] == ["gpu-memory"]  # type: ignore[attr-defined]
 
 
 async def test_a_second_rule_engine_on_the_same_state_is_refused() -> None:

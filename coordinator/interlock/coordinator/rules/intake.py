@@ -25,6 +25,7 @@ Admit = Callable[[Labels, str], int]
 class _Source(msgspec.Struct):
     """What a source brought last: the numbers it gave its series, and the engine's ids of them."""
 
+    series: list[Announcement]  # as it announced them last
     numbers: list[int]
     version: int
     ids: Ints
@@ -58,7 +59,7 @@ class Intake:
         `version`: what ids mean is as it was while this is the same.
         """
         source = self._sources.get(batch.source)
-        plain = not (batch.series or batch.stale or batch.whole or batch.cached) and batch.delay <= LATE_S
+        plain = not (batch.stale or batch.cached) and batch.delay <= LATE_S
         place = (batch.epoch, batch.seq)
         newest = self._newest.get(batch.source)
         if (
@@ -68,6 +69,8 @@ class Intake:
             and newest[0] == batch.epoch
             and batch.seq > newest[1]
             and source.version == version
+            and (not batch.series or batch.series == source.series)  # a keyframe says again what is known
+            and (not batch.whole or batch.series)
             and source.numbers == batch.ids
             and len(batch.values) == len(batch.ids)
         ):
@@ -86,7 +89,8 @@ class Intake:
         if len(found) == len(batch.ids) == len(batch.values):
             if source is not None and np.array_equal(source.ids, ids):
                 ids = source.ids  # the same array: whoever remembers it need not compare
-            self._sources[batch.source] = _Source(batch.ids, version, ids)
+            announced = batch.series if batch.whole or source is None else source.series
+            self._sources[batch.source] = _Source(announced, batch.ids, version, ids)
         return ids, np.fromiter(found.values(), np.float64, len(found))
 
     def read(self, batch: Batch, now: float) -> tuple[list[tuple[Labels, float]], list[Labels]]:

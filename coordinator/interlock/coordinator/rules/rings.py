@@ -7,6 +7,7 @@ space that costs memory only where something was written.
 
 from __future__ import annotations
 
+import copy
 import mmap
 
 import numpy as np
@@ -81,6 +82,14 @@ class Rings:
         self.times[place] = time
         self.values[place] = values
         self.head[rings] = head + 1
+
+    def copied(self) -> Rings:
+        """The same samples in arrays of their own, to read."""
+        made = copy.copy(self)
+        made.times, made.values = self.times[: self._used].copy(), self.values[: self._used].copy()
+        for name in _FIELDS:
+            setattr(made, name, getattr(self, name).copy())
+        return made
 
     def fill(self, ring: int, times: Floats, values: Floats) -> None:
         """Begin a ring anew with these samples, oldest first; the newest of them, if they are too many."""

@@ -38,7 +38,7 @@ DIRECT_TIMEOUT_S = 1.0  # for one attempt at a host; the log delivers the same r
 FLUSH_S = 2.0  # for posts of an earlier life; a log that takes none must not keep rollbacks from leaving directly
 STALL_S = 1.0  # a tick that is so late found the process held up
 RELOAD_S = 1.0  # between looks at the rule files
-SNAPSHOT_S = 10.0  # between snapshots: what a killed engine forgets at most of its windows
+SNAPSHOT_S = 30.0  # between snapshots: what a killed engine forgets at most of its windows
 SNAPSHOT = "snapshot"  # in the role's state folder
 DIRECT_ATTEMPTS = 3  # a host that restarts its endpoint is back within that
 
@@ -119,9 +119,10 @@ class RuleService:
                         if sends:
                             self._send(nursery, sends)
                             await trio.lowlevel.checkpoint()  # a rollback leaves before the next batch is looked at
-                    while self._decisions.engine.backlog:
-                        await trio.lowlevel.checkpoint()  # binding many new series holds nobody up
+                    if self._decisions.engine.backlog:  # a slice at a time: new series hold nobody up
+                        await trio.lowlevel.checkpoint()
                         self._decisions.engine.bind()
+                        gc.freeze()  # what was made for them stays: the collector would walk it again and again
 
             nursery.start_soon(follow)
             await log_feed.caught_up.wait()

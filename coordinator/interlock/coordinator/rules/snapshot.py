@@ -12,12 +12,14 @@ import msgspec
 import numpy as np
 
 from interlock.broker.errors import InterlockError
+from interlock.broker.samples import Labels
 from interlock.coordinator.rules.engine import Engine
 from interlock.coordinator.rules.series import ENDED, MISSING, PRESENT
 from interlock.coordinator.rules.values import Floats, Ints
 
 VERSION = 1
 MAX_AGE_S = 300.0  # a sample counts for no longer (Prometheus' lookback): an older snapshot has nothing to say
+PIECE = 500  # label sets that are encoded in one go: while that lasts, nothing else runs
 MAX_BYTES = 2 << 30  # of a snapshot that is read
 
 
@@ -28,7 +30,7 @@ class BadSnapshot(InterlockError):
 class _Wire(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     version: int
     now: float
-    labels: list[list[tuple[str, str]]]
+    labels: list[msgspec.Raw]  # in pieces
     publishers: list[str]  # of each series
     hidden: bytes
     times: bytes
@@ -43,48 +45,61 @@ class _Wire(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class Frozen:
-    """The engine's state at one moment: copies of columns, quick to make. `encode` may run in another thread."""
+    """The engine's state at one moment: copies of columns, made in milliseconds. `encode` may run in another thread."""
 
     def __init__(self, engine: Engine, now: float) -> None:
         store = engine.store
-        known = np.flatnonzero(
-            (store.code[: len(store.labels)] != ENDED) & (store.times[: len(store.labels)] > -np.inf)
+        count = len(store.labels)
+        self._now = now
+        self._labels = store.labels.copy()
+        self._names = store.publisher_names()
+        columns = (store.code, store.times, store.values, store.taken_s, store.interval, store.hidden)
+        self._code, self._times, self._values, self._taken_s, self._interval, self._hidden = (
+            column[:count].copy() for column in columns
         )
-        rings = store.ring[known]
-        windowed = rings >= 0
-        bounds, times, values = store.rings.window(rings[windowed], -np.inf, np.inf)
-        counts = np.zeros(len(known), np.int64)
-        counts[windowed] = np.diff(bounds)
-        names = store.publisher_names()
-        self._labels = [store.labels[number] or () for number in known.tolist()]
-        self._publishers = [names[number] for number in store.publisher[known].tolist()]
-        self._columns = [
-            column[known].copy() for column in (store.hidden, store.times, store.values, store.taken_s, store.interval)
-        ]
-        self._rings = counts, times, values
+        self._publisher, self._ring = store.publisher[:count].copy(), store.ring[:count].copy()
+        self._rings = store.rings.copied()
         self._alerts = {running.rule.hash: running.alerts.dump() for running in engine.running if running.alerts}
         self._recorded = {
             running.rule.hash: [list(labels) for labels in running.recorded]
             for running in engine.running
             if running.recorded
         }
-        self._now = now
 
     def encode(self) -> bytes:
-        hidden, times, values, taken_s, interval, counts, ring_times, ring_values = (
-            column.tobytes() for column in (*self._columns, *self._rings)
-        )
+        known = np.flatnonzero((self._code != ENDED) & (self._times > -np.inf))
+        rings = self._ring[known]
+        bounds, ring_times, ring_values = self._rings.window(rings[rings >= 0], -np.inf, np.inf)
+        counts = np.zeros(len(known), np.int64)
+        counts[rings >= 0] = np.diff(bounds)
+        numbers = known.tolist()
+        pieces = [numbers[at : at + PIECE] for at in range(0, len(numbers), PIECE)]
         wire = _Wire(
-            version=VERSION, now=self._now, labels=[list(each) for each in self._labels], publishers=self._publishers,
-            hidden=hidden, times=times, values=values, taken_s=taken_s, interval=interval, counts=counts,
-            ring_times=ring_times, ring_values=ring_values, alerts=self._alerts, recorded=self._recorded,
-        )  # fmt: skip
+            version=VERSION,
+            now=self._now,
+            labels=[_raw([self._labels[number] or () for number in piece]) for piece in pieces],
+            publishers=[self._names[number] for number in self._publisher[known].tolist()],
+            hidden=self._hidden[known].tobytes(),
+            times=self._times[known].tobytes(),
+            values=self._values[known].tobytes(),
+            taken_s=self._taken_s[known].tobytes(),
+            interval=self._interval[known].tobytes(),
+            counts=counts.tobytes(),
+            ring_times=ring_times.tobytes(),
+            ring_values=ring_values.tobytes(),
+            alerts=self._alerts,
+            recorded=self._recorded,
+        )
         return msgspec.msgpack.encode(wire)
+
+
+def _raw(labels: list[Labels]) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.msgpack.encode(labels))
 
 
 def restore(engine: Engine, content: bytes, now: float) -> int:
     """Take up a snapshot in an engine that has seen nothing yet; how many series it had. BadSnapshot."""
-    wire, columns, counts, times, values = _decoded(content)
+    wire, found, columns, counts, times, values = _decoded(content)
     if not -1.0 <= now - wire.now <= MAX_AGE_S:
         raise BadSnapshot(f"it was made {now - wire.now:.0f} s ago", hint=f"at most {MAX_AGE_S:g} s")
     hidden = columns[0].astype(bool)
@@ -92,7 +107,7 @@ def restore(engine: Engine, content: bytes, now: float) -> int:
     ids: Ints = np.array(
         [
             store.admit(tuple((name, value) for name, value in labels), publisher, hidden=bool(flag))
-            for labels, publisher, flag in zip(wire.labels, wire.publishers, hidden, strict=True)
+            for labels, publisher, flag in zip(found, wire.publishers, hidden, strict=True)
         ],
         np.int64,
     )
@@ -123,11 +138,15 @@ def restore(engine: Engine, content: bytes, now: float) -> int:
     return int(good.sum())
 
 
-def _decoded(content: bytes) -> tuple[_Wire, list[Floats], Ints, Floats, Floats]:
+_Found = list[list[tuple[str, str]]]
+
+
+def _decoded(content: bytes) -> tuple[_Wire, _Found, list[Floats], Ints, Floats, Floats]:
     if len(content) > MAX_BYTES:
         raise BadSnapshot(f"it has {len(content)} bytes", hint=f"at most {MAX_BYTES}")
     try:
         wire = msgspec.msgpack.decode(content, type=_Wire)
+        labels = [each for raw in wire.labels for each in msgspec.msgpack.decode(raw, type=_Found)]
         columns: list[Any] = [np.frombuffer(wire.hidden, np.uint8)]
         for column in (wire.times, wire.values, wire.taken_s, wire.interval):
             columns.append(np.frombuffer(column, np.float64))
@@ -137,8 +156,8 @@ def _decoded(content: bytes) -> tuple[_Wire, list[Floats], Ints, Floats, Floats]
         raise BadSnapshot(f"it can't be read: {error}") from None
     if wire.version != VERSION:
         raise BadSnapshot(f"it is of version {wire.version}, not {VERSION}")
-    many = len(wire.labels)
+    many = len(labels)
     sizes = {len(wire.publishers), len(counts), *map(len, columns)}
     if sizes != {many} or len(times) != len(values) or (counts < 0).any() or int(counts.sum()) != len(times):
         raise BadSnapshot("its columns don't fit together")
-    return wire, columns, counts, times, values
+    return wire, labels, columns, counts, times, values
