@@ -163,6 +163,8 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
     check.add_argument("--strict", action="store_true", help="warnings count as errors")
     check.add_argument("--agents", type=whole_number, metavar="N", help="estimate the cost for so many agents")
     check.add_argument("--hosts", type=whole_number, metavar="N", help="on so many hosts (default: as the fleet file)")
+    test = act("test", "run promtool's unit-test files against our engine")
+    test.add_argument("files", nargs="+", type=Path, metavar="FILE")
     conformance = act("conformance", "run Prometheus' own test scripts (promqltest) against our engine; JSON")
     conformance.add_argument("files", nargs="+", type=Path, metavar="FILE")
     conformance.add_argument("--failures", action="store_true", help="say on standard error what differs")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from interlock.broker.config import load_fleet
 from interlock.broker.errors import ConfigError
-from interlock.coordinator.rules import check, conformance
+from interlock.coordinator.rules import check, conformance, unittests
 from interlock.coordinator.rules.check import Checked
-from interlock.coordinator.rules.rulefile import DEFAULT, default_rules, parse_rules
+from interlock.coordinator.rules.rule import Rule
+from interlock.coordinator.rules.rulefile import DEFAULT, default_rules, load_rules, parse_rules
 from interlock.coordinator.rules.vocabulary import Size
 from interlock.coordinator.terminal import say_json
 
@@ -21,7 +24,7 @@ SMALL_FLEET = (2, 77, "no fleet file")  # hosts and agents of a fleet as users r
 
 def run(chosen: argparse.Namespace) -> int:
     """The exit code: 0, or 13 if something is not as it should be. ConfigError for a file that can't be read."""
-    return {"check": _check, "conformance": _conformance}[chosen.act](chosen)
+    return {"check": _check, "test": _test, "conformance": _conformance}[chosen.act](chosen)
 
 
 def _check(chosen: argparse.Namespace) -> int:
@@ -48,6 +51,34 @@ def _check(chosen: argparse.Namespace) -> int:
         print(f"{len(rules)} rules: {', '.join(f'{count} {kind}' for kind, count in counts.items())}; {told}")
     wrong = counts["errors"] + (counts["warnings"] if chosen.strict else 0)
     return EXIT_FAILED if wrong else 0
+
+
+def _test(chosen: argparse.Namespace) -> int:
+    told: list[dict[str, object]] = []
+    failed = total = 0
+    for path in chosen.files:
+        found = unittests.parse_tests(text_of(path), file=str(path))
+        for test, differences in unittests.run(found, _rules_of(found, path)):
+            total += 1
+            failed += bool(differences)
+            told.append({"file": str(path), "test": test.name, "differences": [asdict(each) for each in differences]})
+            if not chosen.json:
+                print(f"{path}: {test.name}: {'FAILED' if differences else 'ok'}")
+                print("".join(f"  {line}\n" for each in differences for line in each.lines()), end="")
+    if chosen.json:
+        say_json({"tests": told, "failed": failed, "total": total})
+    else:
+        print(f"{total} tests, {failed} failed")
+    return EXIT_FAILED if failed else 0
+
+
+def _rules_of(found: unittests.TestFile, path: Path) -> list[Rule]:
+    """Of the files that a test file names, relative to itself, patterns among them; "default": the rules that ship."""
+    names: list[str] = []
+    for name in found.rule_files:
+        matching = [] if name == DEFAULT else sorted(glob.glob(name, root_dir=path.parent))
+        names += matching or [name]
+    return load_rules(names, path.parent) if names else []
 
 
 def _told(each: Checked) -> list[str]:
