@@ -11,6 +11,7 @@ from pathlib import Path
 
 from interlock.broker.config import load_fleet
 from interlock.broker.errors import ConfigError
+from interlock.coordinator import rules_history_verbs
 from interlock.coordinator.rules import check, conformance, unittests
 from interlock.coordinator.rules.check import Checked
 from interlock.coordinator.rules.rule import Rule
@@ -24,7 +25,15 @@ SMALL_FLEET = (2, 77, "no fleet file")  # hosts and agents of a fleet as users r
 
 def run(chosen: argparse.Namespace) -> int:
     """The exit code: 0, or 13 if something is not as it should be. ConfigError for a file that can't be read."""
-    return {"check": _check, "test": _test, "conformance": _conformance}[chosen.act](chosen)
+    acts = {
+        "check": _check,
+        "test": _test,
+        "eval": rules_history_verbs.evaluate,
+        "replay": rules_history_verbs.run_replay,
+        "explain": rules_history_verbs.run_explain,
+        "conformance": _conformance,
+    }
+    return acts[chosen.act](chosen)
 
 
 def _check(chosen: argparse.Namespace) -> int:
