@@ -51,10 +51,9 @@ class RuleDecisions:
     """The engine beside the migrations in flight. `controls`: where hosts listen that have not said so themselves."""
 
     def __init__(self, rules: Sequence[Rule], controls: Mapping[str, str]) -> None:
-        names = {rule.name for rule in rules}
-        twins = [(rule.name, made) for rule in rules if (made := twin(rule)) is not None and made.name not in names]
-        self.engine = Engine([*rules, *(made for _, made in twins)])
-        self._twins = {name: made.name for name, made in twins}
+        twins = _twins(rules)
+        self.engine = Engine([*rules, *twins.values()])
+        self._twins = {name: made.name for name, made in twins.items()}
         self._silent = set(self._twins.values())
         self._excused: list[Excused] = []
         self.in_flight = InFlight()
@@ -95,6 +94,15 @@ class RuleDecisions:
                 sends.append(_resolved(alert.rule, alert.labels))
             again = now + RESTORE_GRACE_S + EXCUSED_S  # until then what speaks for the candidate may not have come
             self._excused += [Excused(alert_key(alert.rule, alert.labels), name, again) for name in alert.blamed]
+        return sends
+
+    def reload(self, rules: Sequence[Rule], now: float) -> list[Send]:
+        """Other rules from now on; what is the same in both goes on as it was, and no rollback is decided twice."""
+        twins = _twins(rules)
+        self._twins = {name: made.name for name, made in twins.items()}
+        self._silent |= set(self._twins.values())  # a twin that goes says nothing either
+        sends = self._answer(self.engine.reload([*rules, *twins.values()], now), now)
+        self._silent = set(self._twins.values())
         return sends
 
     def firing(self) -> list[Transition]:
@@ -201,6 +209,12 @@ class RuleDecisions:
         )
         control = self.in_flight.control.get(migration.host) or self._controls.get(migration.host, "")
         return Send(topics.rollback(migration.host), body, id, "" if control.endswith(":*") else control)
+
+
+def _twins(rules: Sequence[Rule]) -> dict[str, Rule]:
+    """What is watched beside rules that could blame a candidate for others' faults (see blame.py), by their names."""
+    names = {rule.name for rule in rules}
+    return {rule.name: made for rule in rules if (made := twin(rule)) is not None and made.name not in names}
 
 
 def _rollback_id(migration: Migration) -> str:

@@ -16,7 +16,7 @@ from interlock.broker import topics
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.commands import RollBack
 from interlock.broker.config import FleetConfig
-from interlock.broker.errors import InterlockError, Refused, WireError
+from interlock.broker.errors import ConfigError, InterlockError, Refused, WireError
 from interlock.broker.facts import AlertFiring
 from interlock.broker.role import held
 from interlock.broker.samples import labels
@@ -24,6 +24,7 @@ from interlock.broker.security import load_security
 from interlock.coordinator.ownership import Places, places
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
 from interlock.coordinator.rules.intake import Intake
+from interlock.coordinator.rules.reloading import RuleFiles, follow
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import load_rules
 
@@ -47,15 +48,24 @@ async def run_rules(fleet: FleetConfig, ready: Ready) -> None:
         security = load_security(fleet, "rules")
         async with open_bus(fleet.broker, "rules", outbox=state / "outbox", security=security) as bus:
             controls = {name: host.control for name, host in fleet.hosts.items()}
-            await RuleService(bus, rules, controls, places(fleet)).run(ready)
+            await RuleService(bus, rules, controls, places(fleet), RuleFiles(fleet)).run(ready)
 
 
 class RuleService:
     """One bus, one engine."""
 
-    def __init__(self, bus: Bus, rules: Sequence[Rule], controls: dict[str, str], placed: Places | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        rules: Sequence[Rule],
+        controls: dict[str, str],
+        placed: Places | None = None,
+        files: RuleFiles | None = None,
+    ) -> None:
         self._bus = bus
         self._rules = rules
+        self._files = files
+        self._refused_files = 0
         self._decisions = RuleDecisions(rules, controls)
         self._intake = Intake(placed)
         self._reported: dict[str, str] = {}
@@ -100,7 +110,25 @@ class RuleService:
             nursery.start_soon(take_in)
             nursery.start_soon(self._tick, nursery)
             nursery.start_soon(self._report)
+            if self._files is not None:
+                nursery.start_soon(self._follow_files, self._files, nursery)
             ready()
+
+    async def _follow_files(self, files: RuleFiles, nursery: trio.Nursery) -> None:
+        def take(rules: Sequence[Rule]) -> None:
+            before = {rule.hash for rule in self._rules}
+            same = sum(rule.hash in before for rule in rules)
+            self._rules = rules
+            self._send(nursery, self._decisions.reload(rules, self._now()))
+            _log.info("rule files read again: %d rules, %d of them as before", len(rules), same)
+
+        def refuse(error: ConfigError) -> None:
+            self._refused_files += 1
+            _log.error(
+                "rule files changed and can't be read; the %d rules from before go on: %s", len(self._rules), error
+            )
+
+        await follow(files, take, refuse)
 
     def _now(self) -> float:
         return self._wall + trio.current_time()
@@ -150,6 +178,7 @@ class RuleService:
                 "rules_batches_lost_total": intake.lost,
                 "rules_late_total": intake.late,
                 "rules_series_refused_total": engine.refused + intake.oversized,
+                "rules_reload_errors_total": self._refused_files,
                 "rules_claims_total": intake.strange + self._decisions.in_flight.claims.total,
                 "rules_alerts_firing": len(self._decisions.firing()),
             }

@@ -56,7 +56,12 @@ METRICS: dict[str, Metric] = {
     **_metrics("agent_connection_bytes_total", f"{_AGENT} direction", HOT_S, _PLUS),
     **_metrics("rules_samples_total rules_evaluations_total rules_evaluation_errors_total", "host", CALM_S, _PLUS),
     **_metrics("rules_unresolved_total rules_batches_lost_total rules_late_total", "host", CALM_S, _PLUS),
-    **_metrics("rules_series_refused_total rules_claims_total rules_alerts_firing", "host", CALM_S, _PLUS),
+    **_metrics(
+        "rules_reload_errors_total rules_series_refused_total rules_claims_total rules_alerts_firing",
+        "host",
+        CALM_S,
+        _PLUS,
+    ),
     **_metrics("role_up", "host role name", 0.5, _FLAG),
     **_metrics("bus_dropped_total bus_link_up", "host link", 0.5, _PLUS),
     **_metrics("bus_lost_total", "host link source", 0.5, _PLUS),
