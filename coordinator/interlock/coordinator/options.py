@@ -159,7 +159,7 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
         return acts.add_parser(name, help=help, description=help, parents=[common])
 
     check = act("check", "what is wrong with rule files, what never fires, which tier each rule is in, and its cost")
-    check.add_argument("files", nargs="+", metavar="FILE", help='rule files; "default": the rules that ship')
+    check.add_argument("files", nargs="+", metavar="FILE", help='rule files; "default", "categories": those that ship')
     check.add_argument("--strict", action="store_true", help="warnings count as errors")
     check.add_argument("--agents", type=whole_number, metavar="N", help="estimate the cost for so many agents")
     check.add_argument("--hosts", type=whole_number, metavar="N", help="on so many hosts (default: as the fleet file)")

@@ -15,7 +15,7 @@ from interlock.coordinator import rules_history_verbs
 from interlock.coordinator.rules import check, conformance, unittests
 from interlock.coordinator.rules.check import Checked
 from interlock.coordinator.rules.rule import Rule
-from interlock.coordinator.rules.rulefile import DEFAULT, default_rules, load_rules, parse_rules
+from interlock.coordinator.rules.rulefile import SHIPPED, load_rules, parse_rules, shipped_rules
 from interlock.coordinator.rules.vocabulary import Size
 from interlock.coordinator.terminal import say_json
 
@@ -42,7 +42,9 @@ def _check(chosen: argparse.Namespace) -> int:
     for name in chosen.files:
         try:
             found = (
-                default_rules() if name == DEFAULT else parse_rules(text_of(Path(name)), file=name, problems=problems)
+                shipped_rules(name)
+                if name in SHIPPED
+                else parse_rules(text_of(Path(name)), file=name, problems=problems)
             )
         except ConfigError as error:
             problems.append(error)
@@ -82,10 +84,10 @@ def _test(chosen: argparse.Namespace) -> int:
 
 
 def _rules_of(found: unittests.TestFile, path: Path) -> list[Rule]:
-    """Of the files that a test file names, relative to itself, patterns among them; "default": the rules that ship."""
+    """Of the files that a test file names, relative to itself, patterns among them; or by the names of what ships."""
     names: list[str] = []
     for name in found.rule_files:
-        matching = [] if name == DEFAULT else sorted(glob.glob(name, root_dir=path.parent))
+        matching = [] if name in SHIPPED else sorted(glob.glob(name, root_dir=path.parent))
         names += matching or [name]
     return load_rules(names, path.parent) if names else []
 

@@ -12,7 +12,7 @@ import trio
 from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
 from interlock.coordinator.rules.rule import Rule
-from interlock.coordinator.rules.rulefile import DEFAULT, load_rules
+from interlock.coordinator.rules.rulefile import SHIPPED, load_rules
 
 LOOK_S = 1.0  # between looks at the files' times; somebody who wrote one expects it to hold within seconds
 
@@ -44,7 +44,9 @@ class RuleFiles:
 
 def _stamp(fleet: FleetConfig) -> Stamp:
     own = [Path(fleet.path)] if fleet.path else []
-    return tuple(_one(path) for path in (*own, *(fleet.folder / name for name in fleet.rules.files if name != DEFAULT)))
+    return tuple(
+        _one(path) for path in (*own, *(fleet.folder / name for name in fleet.rules.files if name not in SHIPPED))
+    )
 
 
 def _one(path: Path) -> tuple[int, int, int] | None:

@@ -27,8 +27,8 @@ from interlock.coordinator.rules.yamltree import (
     texts,
 )
 
-DEFAULT_RULES = "default_rules.yaml"  # beside this module
 DEFAULT = "default"  # in a list of files: the default rules, so that rules of one's own need not replace them
+SHIPPED = {DEFAULT: "default_rules.yaml", "categories": "category_rules.yaml"}  # beside this module, by their names
 
 _GROUP_KEYS = ("name", "interval", "labels", "rules")
 _RECORD_KEYS = ("record", "expr", "labels")
@@ -49,14 +49,14 @@ _ALERT_KEYS = (
 def load_rules(files: Sequence[str], folder: Path) -> list[Rule]:
     """The rules of these files (relative to `folder`), in their order; of none, the default rules that ship.
 
-    Among the files, "default" stands for those.
+    Among the files, the names of `SHIPPED` stand for what ships.
     """
     if not files:
         return default_rules()
     rules: list[Rule] = []
     for name in files:
-        if name == DEFAULT:
-            rules += default_rules()
+        if name in SHIPPED:
+            rules += shipped_rules(name)
             continue
         path = folder / name
         try:
@@ -70,8 +70,13 @@ def load_rules(files: Sequence[str], folder: Path) -> list[Rule]:
 
 
 def default_rules() -> list[Rule]:
-    source = importlib.resources.files("interlock.coordinator.rules").joinpath(DEFAULT_RULES)
-    return parse_rules(source.read_text("utf-8"), file=DEFAULT_RULES)
+    return shipped_rules(DEFAULT)
+
+
+def shipped_rules(name: str) -> list[Rule]:
+    """The rules of one of the files that ship."""
+    source = importlib.resources.files("interlock.coordinator.rules").joinpath(SHIPPED[name])
+    return parse_rules(source.read_text("utf-8"), file=SHIPPED[name])
 
 
 def parse_rules(text: str, *, file: str, problems: list[ConfigError] | None = None) -> list[Rule]:
