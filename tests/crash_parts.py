@@ -365,7 +365,7 @@ class Crash:
         if self.case.role != "permanent":
             self.result.violations.append(f"held, though the old revision was well: {done.json['reason']}")
         undone = self.fleet.cli("rollback", self.case.agent, "--json", timeout=90)
-        if undone.code != 10:
+        if undone.code != 0:
             self.result.violations.append(f"held, and not rolled back: {undone}")
 
     def _judge_end(self, old: str, to: str, done: Any) -> None:

@@ -152,7 +152,8 @@ def test_each_wrong_rule_of_a_file_is_named_and_the_exit_code_says_so(
         ("d", []),
     ]
     assert (
-        "the key 'x_action' is an alert's (a rule that records never fires" in told["rules"][2]["findings"][0]["text"]
+        "unknown key 'x_action' (it is an alert's; a rule that records never fires"
+        in told["rules"][2]["findings"][0]["text"]
     )
     Path("odd.yml").write_text("groups: [{name: g, rules: [{alert: a, expr: nothing > 1}]}]")
     assert main(["rules", "check", "odd.yml"]) == 0

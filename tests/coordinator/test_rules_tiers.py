@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,7 +112,7 @@ def check(engine: Engine, now: float) -> None:
 
 
 @pytest.mark.parametrize("text", POINTWISE + WINDOWED)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(script=steps)
 def test_both_tiers_agree_after_every_step(
     text: str, script: list[tuple[dict[Labels, float], list[Labels], float]]
@@ -134,3 +135,52 @@ def test_every_tier_says_why_a_rule_is_in_it() -> None:
     assert (engine.running[0].tier, engine.running[0].why) == ("batch", "topk looks at all elements together")
     assert made_of("a offset 5m").running[0].why == "it looks at another time (offset or @)"
     assert made_of("rate(a[1m]) > 1").running[0].tier == "incremental"
+
+
+fixed = st.lists(keys, min_size=1, max_size=6, unique=True)
+rounds = st.lists(st.lists(values, min_size=6, max_size=6), min_size=4, max_size=8)
+
+
+@pytest.mark.parametrize("text", POINTWISE + WINDOWED)
+@settings(max_examples=4, deadline=None)
+@given(first=fixed, second=fixed, script=rounds)
+def test_what_publishers_bring_again_and_again_is_planned_and_gives_the_same(
+    text: str, first: list[Labels], second: list[Labels], script: list[list[float]]
+) -> None:
+    engine = made_of(text)
+    engine.ingest([], [], 0.0, 90.0)
+    now = 90.0 + STARTUP_S
+    engine.tick(now)
+    second = [key for key in second if key not in first]
+    for found in script:
+        now += 0.5
+        engine.ingest(zip(first, found, strict=False), [], now, now, publisher="one")
+        engine.ingest(zip(second, reversed(found), strict=False), [], now, now, publisher="two")
+        now += 0.26
+        engine.tick(now)
+        check(engine, now)
+    if not engine.running[0].conflicted:
+        known = engine._plans._known["one"]
+        assert known[2] is not None
+
+
+@pytest.mark.parametrize("text", POINTWISE + WINDOWED)
+@settings(max_examples=4, deadline=None)
+@given(found=st.lists(keys, min_size=3, max_size=8, unique=True), script=rounds)
+def test_planned_batches_that_wait_together_give_the_same(
+    text: str, found: list[Labels], script: list[list[float]]
+) -> None:
+    engine = made_of(text)
+    engine.ingest([], [], 0.0, 90.0)
+    now = 90.0 + STARTUP_S
+    engine.tick(now)
+    for each in script:
+        now += 0.5
+        batches = []
+        for number in range(3):
+            ids = np.array([engine.admit(key, f"p{number}") for key in found[number::3]])
+            batches.append((ids, np.array([*each, *each][: len(ids)]), now, f"p{number}"))
+        engine.apply(batches, now)
+        now += 0.26
+        engine.tick(now)
+        check(engine, now)

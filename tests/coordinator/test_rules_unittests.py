@@ -52,6 +52,7 @@ groups:
 HEAD = """
 rule_files: [rules.yml]
 evaluation_interval: 10s
+group_eval_order: [first, second]  # without it, promtool's order is another one each time
 tests:
 """
 # name -> values of x{a="b"}, and of c_total

@@ -237,7 +237,8 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                         host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=sorted(host.slots)
                     )
                 )
-                for slot in host.slots.values():
+                # first those whose migration is to be undone: they are promised back within 5 s
+                for slot in sorted(host.slots.values(), key=lambda slot: slot.slot.row.state is State.SERVING):
                     nursery.start_soon(slot.run)
                     slot.begin()
                 nursery.start_soon(host.follow_commands)

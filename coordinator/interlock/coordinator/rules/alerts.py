@@ -8,7 +8,7 @@ before. `keep_firing_for` bridges gaps of the condition, `no_data` says what sil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -197,10 +197,10 @@ class Alerts(_Rows):
             for name in ("value", "sample_time", "since", "keep_until", "silent", "held"):
                 getattr(self, name)[row] = each[name]
 
-    def drop(self, labels: dict[str, str]) -> None:
-        """Forget a firing alert that ended elsewhere: the log says so."""
+    def keep_firing(self, known: Container[Labels]) -> None:
+        """Forget the firing alerts with other labels than these: they fire anew if their breach is still there."""
         for row in list(self.rows_of.values()):
-            if self._labels[row] == labels and self.state[row] == _FIRING:
+            if self.state[row] == _FIRING and tuple(sorted(self._labels[row].items())) not in known:
                 self._remove(row, "resolved")
 
     # --- out

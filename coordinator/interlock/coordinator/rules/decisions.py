@@ -20,7 +20,7 @@ from interlock.broker.wire import Event
 from interlock.coordinator.rules.alerts import RESTORE_GRACE_S, Transition
 from interlock.coordinator.rules.blame import twin, whose
 from interlock.coordinator.rules.clocks import Skew
-from interlock.coordinator.rules.engine import Engine
+from interlock.coordinator.rules.engine import Columns, Engine
 from interlock.coordinator.rules.inflight import AlertKey, InFlight, Migration, alert_key
 from interlock.coordinator.rules.rule import Rule
 
@@ -51,16 +51,28 @@ class RuleDecisions:
     """The engine beside the migrations in flight. `controls`: where hosts listen that have not said so themselves."""
 
     def __init__(self, rules: Sequence[Rule], controls: Mapping[str, str]) -> None:
-        twins = _twins(rules)
-        self.engine = Engine([*rules, *twins.values()])
-        self._twins = {name: made.name for name, made in twins.items()}
-        self._silent = set(self._twins.values())
+        self._twins: dict[str, str] = {}
+        self._silent: set[str] = set()
+        self.engine = Engine(self._with_twins(rules))
         self._excused: list[Excused] = []
         self.in_flight = InFlight()
         self._controls = controls
         self._log_clock = Skew()
         self._live = False
         self._undone: set[str] = set()  # ids of rollbacks that were decided, of migrations in flight
+
+    def _with_twins(self, rules: Sequence[Rule]) -> list[Rule]:
+        names = {rule.name for rule in rules}
+        twins = [(rule.name, made) for rule in rules if (made := twin(rule)) is not None and made.name not in names]
+        self._twins = {name: made.name for name, made in twins}
+        self._silent = set(self._twins.values())
+        return [*rules, *(made for _, made in twins)]
+
+    def reload(self, rules: Sequence[Rule], now: float) -> list[Send]:
+        """Other rules from now on; what is the same keeps its state, alerts of rules that are gone resolve."""
+        silent = set(self._silent)
+        made = self.engine.reload(self._with_twins(rules), now)
+        return self._answer([each for each in made if each.rule.name not in silent], now)
 
     def follow(self, event: Event, now: float) -> list[Send]:
         """An event of the log. A migration that begins is held against the rules that fire already."""
@@ -85,6 +97,10 @@ class RuleDecisions:
         """The log is read: alerts that it says are firing go on, those of rules that are gone resolve."""
         self._live = True
         sends = []
+        for running in self.engine.running:  # what a snapshot has and the log hasn't is over, or fires anew
+            name = running.rule.name
+            if name not in self._silent:
+                running.alerts.keep_firing({labels for rule, labels in self.in_flight.firing if rule == name})
         for fired in list(self.in_flight.firing.values()):
             alert = fired.alert
             known = self.engine.restore(
@@ -94,15 +110,6 @@ class RuleDecisions:
                 sends.append(_resolved(alert.rule, alert.labels))
             again = now + RESTORE_GRACE_S + EXCUSED_S  # until then what speaks for the candidate may not have come
             self._excused += [Excused(alert_key(alert.rule, alert.labels), name, again) for name in alert.blamed]
-        return sends
-
-    def reload(self, rules: Sequence[Rule], now: float) -> list[Send]:
-        """Other rules from now on; what is the same in both goes on as it was, and no rollback is decided twice."""
-        twins = _twins(rules)
-        self._twins = {name: made.name for name, made in twins.items()}
-        self._silent |= set(self._twins.values())  # a twin that goes says nothing either
-        sends = self._answer(self.engine.reload([*rules, *twins.values()], now), now)
-        self._silent = set(self._twins.values())
         return sends
 
     def firing(self) -> list[Transition]:
@@ -125,8 +132,12 @@ class RuleDecisions:
     ) -> list[Send]:
         return self._answer(self.engine.ingest(samples, ended, time, now, publisher=publisher), now)
 
-    def tick(self, now: float) -> list[Send]:
-        return self._answer(self.engine.tick(now), now)
+    def take(self, batches: Sequence[Columns], now: float) -> list[Send]:
+        """Batches in columns, of different publishers (`Engine.apply`)."""
+        return self._answer(self.engine.apply(batches, now), now)
+
+    def tick(self, now: float, *, backlog: bool = False) -> list[Send]:
+        return self._answer(self.engine.tick(now, backlog=backlog), now)
 
     # --- inside
 
@@ -153,12 +164,14 @@ class RuleDecisions:
         if alert.rule.action != "rollback" or alert.rule.dry_run:
             return {}
         open_ = [each for each in matching if _rollback_id(each) not in self._undone]
-        found = {each.migration: made for each in open_ if (made := self._whose(alert, each)) is not None}
+        found = {each.migration: made for each in open_ if (made := self._whose(alert, each, now)) is not None}
         key = alert_key(alert.rule.name, alert.labels)
         self._excused += [Excused(key, migration, now) for migration in found]
         return found
 
-    def _whose(self, alert: Transition, migration: Migration) -> Blame | None:
+    def _whose(self, alert: Transition, migration: Migration, now: float) -> Blame | None:
+        if self.engine.judges_absence(alert.rule) and (why := self.engine.partition(now)):
+            return Blame(who="host", why=why)
         names = {alert.rule.name, self._twins.get(alert.rule.name, "")}
         return whose(alert, migration, self.engine.breaches(names))
 
@@ -174,7 +187,7 @@ class RuleDecisions:
             alert, migration = firing.get(each.key), flying.get(each.migration)
             if alert is None or migration is None:
                 continue
-            if now < each.not_before or self._whose(alert, migration) is not None:
+            if now < each.not_before or self._whose(alert, migration, now) is not None:
                 each.gone_since = None
             elif each.gone_since is None:
                 each.gone_since = now
@@ -209,12 +222,6 @@ class RuleDecisions:
         )
         control = self.in_flight.control.get(migration.host) or self._controls.get(migration.host, "")
         return Send(topics.rollback(migration.host), body, id, "" if control.endswith(":*") else control)
-
-
-def _twins(rules: Sequence[Rule]) -> dict[str, Rule]:
-    """What is watched beside rules that could blame a candidate for others' faults (see blame.py), by their names."""
-    names = {rule.name for rule in rules}
-    return {rule.name: made for rule in rules if (made := twin(rule)) is not None and made.name not in names}
 
 
 def _rollback_id(migration: Migration) -> str:

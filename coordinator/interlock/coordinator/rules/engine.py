@@ -23,10 +23,11 @@ from interlock.coordinator.rules.alerts import Transition, always
 from interlock.coordinator.rules.clocks import Skew
 from interlock.coordinator.rules.evaluate import LOOKBACK_S, Evaluation
 from interlock.coordinator.rules.expression import Expression
-from interlock.coordinator.rules.graph import Graph
+from interlock.coordinator.rules.graph import Graph, reachable
 from interlock.coordinator.rules.language import parse
 from interlock.coordinator.rules.nodes import Node
 from interlock.coordinator.rules.operators import quietly
+from interlock.coordinator.rules.plans import Plan, Plans, together
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.running import Running, unnamed
 from interlock.coordinator.rules.series import BASELINE, ENDED, NOBODY, PRESENT, SeriesStore
@@ -38,8 +39,9 @@ BATCH_PERIOD_S = 0.25  # what is computed as a whole is computed this often wher
 IDLE_PERIOD_S = 1.0  # and this often where none do, if time alone can change it
 STARTUP_S = 5.0  # absence is judged after so much ingest: every publisher has sent a keyframe by then
 WATERMARK_S = 5.0  # without any sample for so long, the bus stands still and not the series: staleness waits
-BIND_AT_ONCE = 500  # new series that are matched against all selectors in one go: some 15 ms
+BIND_AT_ONCE = 250  # new series that are matched against all selectors in one go: some 10 ms
 MAX_PASSES = 16  # recorded series that feed each other settle within so many passes, or the rest waits for a sample
+TOGETHER = 3  # planned batches in one call: from so many on, joining them costs less than following each
 PARTITION_PUBLISHERS = 3  # so many publishers that fall silent together, and half of all, are a partition
 OVERDUE_INTERVALS = 3.0  # a publisher is silent when nothing came for so many of its series' intervals
 RECORDER = ""  # the publisher of what rules record
@@ -66,6 +68,8 @@ class Engine:
         self._began: float | None = None
         self._watermark = -math.inf
         self._next_scan = self._next_batch = -math.inf
+        self._queue: list[Running] = []
+        self._plans = Plans()
         self._arrange()
 
     @property
@@ -163,12 +167,23 @@ class Engine:
             self.errors.pop(gone.rule.where, None)
         self.running = kept
         self._arrange()
+        self._queue.clear()
         for running in kept:
-            running.marked = True
+            running.marked = False
+            running.mark(None)
         with quietly():
             made += self._settle([], now, None)
             made += self._release(now)
         return made
+
+    def refresh(self, ids: Ints, now: float) -> None:
+        """These series were filled in from elsewhere: whoever looks at them looks again."""
+        self._now_ms = milliseconds(now)
+        with quietly():
+            for running in self.running:
+                for node in reachable(running.root) if running.root is not None else ():
+                    node.renew()
+            self._tell(ids)
 
     def restore(
         self, rule: str, labels: dict[str, str], value: float, *, sample_time: float, since: float, now: float
@@ -256,20 +271,56 @@ class Engine:
         changed = [np.array(self._gone, np.int64)] if self._gone else []
         self._gone.clear()
         self.store.bind(BIND_AT_ONCE)
+        plans: list[Plan] = []
         latest = -math.inf
         for ids, values, time, publisher in batches:
             taken = time if math.isfinite(time) else now
             at = milliseconds(self._skew(publisher).in_order(taken, now))
-            good = ids >= 0
-            if not good.all():
-                self.store.refused += int((~good).sum())
-                changed.append(self.store.append(ids[good], values[good], at, taken))
+            plan = self._plans.of(self.store, publisher, ids, self.store.version) if len(ids) else None
+            if plan is None and len(ids) and ids.min() < 0:
+                self.store.refused += int((ids < 0).sum())
+                counted = self.store.append(ids[ids >= 0], values[ids >= 0], at, taken)
             else:
-                changed.append(self.store.append(ids, values, at, taken))
-            self.samples += len(changed[-1])
+                counted = self.store.append(ids, values, at, taken)
+            self.samples += len(counted)
             latest = max(latest, taken)
-        made = self._settle(changed, now, latest if batches else None)
+            if plan is not None and counted is ids:
+                plans.append(plan)
+            else:
+                changed.append(counted)
+        made = self._follow(plans, now, latest) if plans else []
+        made += self._settle(changed, now, latest if batches else None)
         return made + self._release(now)
+
+    def _follow(self, plans: Sequence[Plan], now: float, sample_time: float) -> list[Transition]:
+        """Let nodes and rules look as planned; a rule that can't, by now, looks as it does without a plan."""
+        made: list[Transition] = []
+        if len(plans) >= TOGETHER:
+            steps, looks = together(plans)
+            for step, slots in steps:
+                step(slots)
+            for running, slots in looks:
+                if self._as_planned(running, slots, now, sample_time):
+                    unique = np.unique(slots)
+                    made += running.see(unique, *running.at(unique), now)
+            return made
+        for plan in plans:
+            for _, _, _, bound in plan.steps:
+                bound()
+        for plan in plans:
+            for running, slots, fetch in plan.looks:
+                if self._as_planned(running, slots, now, sample_time):
+                    values, codes = fetch()
+                    made += running.see(slots, values, codes, now)
+        return made
+
+    def _as_planned(self, running: Running, slots: Ints, now: float, sample_time: float) -> bool:
+        running.sample_time = sample_time
+        if running.error or running.marked or running.conflicted or self._too_early(running, now):
+            running.mark(slots)
+            return False
+        self.evaluations += 1
+        return True
 
     def _begin(self, now: float) -> None:
         if self._began is None:
@@ -283,7 +334,11 @@ class Engine:
         for members in list(self.store.watched()):
             if not members.listeners:
                 self.store.forget(members)
-        for running in self.running:
+        self.store.version += 1
+        for place, running in enumerate(self.running):
+            running.place, running.queue = place, self._queue
+            if running.marked and running not in self._queue:
+                self._queue.append(running)
             if running.rule.resolve is not None:
                 running.alerts.resolved = self._resolver(running.rule.resolve)
         self._timed: list[Node] = list(self._graph.timed())
@@ -334,7 +389,7 @@ class Engine:
             self._next_batch = now + BATCH_PERIOD_S
             for running in self.running:
                 if running.timed and now >= running.last_evaluated + IDLE_PERIOD_S:
-                    running.marked = True
+                    running.mark(None)
             made += self._settle(changed, now, None, everything=True)
         else:
             made += self._settle(changed, now, None)
@@ -370,20 +425,22 @@ class Engine:
             if len(ids):
                 self._tell(ids)
         for _ in range(MAX_PASSES):
-            marked = [running for running in self.running if running.marked]
-            before = len(made)
+            if not self._queue:
+                break
+            marked = sorted(self._queue, key=lambda running: running.place)
+            self._queue.clear()
             looked = False
             for running in marked:
                 if sample_time is not None:
                     running.sample_time = sample_time
-                if running.tier == "sampled" or self._too_early(running, now):
+                late = running.root is None and not everything and not (running.small and not running.looks_back)
+                if running.tier == "sampled" or self._too_early(running, now) or late:
+                    self._queue.append(running)  # its turn comes
                     continue
-                if running.root is None and not everything and not (running.small and not running.looks_back):
-                    continue  # its turn comes
                 running.marked = False
                 looked = True
                 made += self._look(running, now)
-            if not looked or (len(made) == before and not any(running.marked for running in self.running)):
+            if not looked:
                 break
         return made
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from interlock.broker.samples import NAME, Labels
-from interlock.coordinator.rules.nodes import Cells, Codes, Node
+from interlock.coordinator.rules.nodes import Cells, Codes, Node, Planned
 from interlock.coordinator.rules.reductions import sums
 from interlock.coordinator.rules.series import ENDED, PRESENT
 from interlock.coordinator.rules.values import Floats, Ints, Runs
@@ -92,6 +92,17 @@ class Aggregated(Node):
     def touched(self, port: int, slots: Ints) -> None:
         self._recompute(np.unique(self._group[slots]))
 
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        groups = np.unique(self._group[slots])
+        if sum(self._size[group] for group in groups.tolist()) > MAX_AT_ONCE:
+            plan.do(self, port, lambda groups: self._waiting.update(groups.tolist()), groups)
+            return
+        self._sort()
+        members, starts = self._members(groups)
+        fetch = self.children[0].bound(members, plan.fresh)
+        plan.do(self, port, self._again, groups, lambda: self._note(groups, starts, *fetch()))
+        self.pass_on(groups, plan)
+
     def scan(self, at: float) -> None:
         if self._waiting:
             groups = np.array(sorted(self._waiting), np.int64)
@@ -128,19 +139,29 @@ class Aggregated(Node):
             self._bounds = np.searchsorted(self._group[self._order], np.arange(len(self._labels) + 1)).astype(np.int64)
             self._sorted = True
 
+    def _again(self, groups: Ints) -> None:
+        """Compute these groups, of which some may be named twice; who listens knows already."""
+        groups = np.unique(groups)
+        members, starts = self._members(groups)
+        self._note(groups, starts, *self.children[0].at(members))
+
     def _compute(self, groups: Ints) -> None:
         if not len(groups):
             return
         members, starts = self._members(groups)
-        values, codes = self.children[0].at(members)
+        self._note(groups, starts, *self.children[0].at(members))
+        self.emit(groups)
+
+    def _note(self, groups: Ints, starts: Ints, values: Floats, codes: Codes | None) -> None:
+        if codes is None:
+            codes = np.zeros(len(values), np.uint8)
         present = codes == PRESENT
         self._codes[groups] = np.minimum.reduceat(codes, starts)
         if present.all():
-            counts = np.diff(starts, append=len(members)).astype(float)
+            counts = np.diff(starts, append=len(values)).astype(float)
         else:
             counts = np.add.reduceat(present.astype(float), starts)
         self._values[groups] = _REDUCE[self._op](values, present, starts, counts)
-        self.emit(groups)
 
     def _members(self, groups: Ints) -> tuple[Ints, Ints]:
         """(the child's slots of these groups one after another, where each group begins)."""

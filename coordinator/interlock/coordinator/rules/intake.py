@@ -8,13 +8,26 @@ excuse a bad candidate.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
+import numpy as np
 
 from interlock.broker.samples import LATE_S, MAX_SOURCES, Announcement, Batch, Labels, SeriesReader, fits
 from interlock.coordinator.ownership import Places, owner
+from interlock.coordinator.rules.values import Floats, Ints
 
 REMEMBERED_S = 60.0  # a publisher's first batch older than this may be one that the broker remembered of a dead one
+
+Admit = Callable[[Labels, str], int]
+
+
+class _Source(msgspec.Struct):
+    """What a source brought last: the numbers it gave its series, and the engine's ids of them."""
+
+    numbers: list[int]
+    version: int
+    ids: Ints
 
 
 class Intake:
@@ -24,16 +37,57 @@ class Intake:
         self._placed = placed
         self._reader = SeriesReader()
         self._newest: OrderedDict[str, tuple[int, int]] = OrderedDict()  # source -> (epoch, seq)
+        self._sources: dict[str, _Source] = {}
         self.repeated = 0  # batches that came twice or late
         self.lost = 0  # batches that never came
         self.late = 0  # samples that tell of the past, since they waited on their way
         self.oversized = 0  # announcements of series with too many labels, or too long ones
         self.strange = 0  # announcements of series that are not their publisher's to measure
+        self.malformed = 0  # batches that bring a series twice, or not as many values as ids
 
     @property
     def unresolved(self) -> int:
         """Samples of series that were not announced (yet)."""
         return self._reader.unresolved
+
+    def columns(
+        self, batch: Batch, now: float, *, admit: Admit, version: int, end: Callable[[Labels], None]
+    ) -> tuple[Ints, Floats] | None:
+        """(the engine's ids, values) of a batch; None if it brings nothing. Series that ended are told to `end`.
+
+        `version`: what ids mean is as it was while this is the same.
+        """
+        source = self._sources.get(batch.source)
+        plain = not (batch.series or batch.stale or batch.whole or batch.cached) and batch.delay <= LATE_S
+        place = (batch.epoch, batch.seq)
+        newest = self._newest.get(batch.source)
+        if (
+            plain
+            and source is not None
+            and newest is not None
+            and newest[0] == batch.epoch
+            and batch.seq > newest[1]
+            and source.version == version
+            and source.numbers == batch.ids
+            and len(batch.values) == len(batch.ids)
+        ):
+            self.lost += batch.seq - newest[1] - 1
+            self._newest[batch.source] = place
+            return source.ids, np.array(batch.values)
+        samples, ended = self.read(batch, now)
+        for labels in ended:
+            end(labels)
+        if not samples:
+            return None
+        found = dict(samples)
+        if len(found) < len(samples) or len(batch.values) != len(batch.ids):
+            self.malformed += 1
+        ids = np.fromiter((admit(labels, batch.source) for labels in found), np.int64, len(found))
+        if len(found) == len(batch.ids) == len(batch.values):
+            if source is not None and np.array_equal(source.ids, ids):
+                ids = source.ids  # the same array: whoever remembers it need not compare
+            self._sources[batch.source] = _Source(batch.ids, version, ids)
+        return ids, np.fromiter(found.values(), np.float64, len(found))
 
     def read(self, batch: Batch, now: float) -> tuple[list[tuple[Labels, float]], list[Labels]]:
         """(samples, ended series) of a batch; both empty for one that was seen, or is of an epoch that is over."""
@@ -52,7 +106,8 @@ class Intake:
         self._newest[batch.source] = place
         self._newest.move_to_end(batch.source)
         while len(self._newest) > MAX_SOURCES:
-            self._newest.popitem(last=False)
+            gone, _ = self._newest.popitem(last=False)
+            self._sources.pop(gone, None)
         if batch.delay > LATE_S:
             self.late += len(samples)
             samples = []

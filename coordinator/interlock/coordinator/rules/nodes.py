@@ -22,6 +22,26 @@ from interlock.coordinator.rules.values import Flags, Floats, Ints
 
 Codes = NDArray[np.uint8]
 Cells = tuple[Floats, Codes]
+Fetch = Callable[[], tuple[Floats, Codes | None]]  # values and codes of some slots; no codes: every value is there
+
+
+Step = Callable[[Ints], object]
+
+
+class Planned(Protocol):
+    """What a batch of the same series does each time (plans.py)."""
+
+    fresh: Flags  # of each series: the batch brings a sample of it
+
+    def do(self, node: object, port: int, step: Step, slots: Ints, bound: Callable[[], object] | None = None) -> None:
+        """Each time, let the node take a step about these slots; `bound`: the same, with all worked out."""
+        ...
+
+    def look(self, rule: object, slots: Ints) -> None: ...
+
+
+class NoPlan(Exception):
+    """What this batch does differs from time to time."""
 
 
 class Listener(Protocol):
@@ -33,6 +53,10 @@ class Listener(Protocol):
 
     def touched(self, port: int, slots: Ints) -> None: ...
 
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        """As `touched`, for every time that it happens. NoPlan if that can't be said."""
+        ...
+
 
 class Node:
     """`conflicts`: how many label sets it can't tell apart; the rule is computed anew each time while there are any."""
@@ -42,6 +66,7 @@ class Node:
 
     def __init__(self, children: Iterable[Node]) -> None:
         self.children = tuple(children)
+        self.depth: int = 1 + max((child.depth for child in self.children), default=0)
         self.outs: list[tuple[Listener, int]] = []
 
     def at(self, slots: Ints) -> Cells:
@@ -57,6 +82,14 @@ class Node:
     def taken_s(self, slot: int) -> float:
         """When the newest sample behind a slot was taken, by its publisher's clock; -inf: unknown."""
         return max((child.taken_s(slot) for child in self.children), default=-np.inf)
+
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        """`at` for always the same slots. `fresh`: the series that have a sample then."""
+        return lambda: self.at(slots)
+
+    def pass_on(self, slots: Ints, plan: Planned) -> None:
+        for listener, port in self.outs:
+            listener.plan(port, slots, plan)
 
     def listen(self, listener: Listener, port: int) -> None:
         """Tell this one from now on, and at once of the slots that there are."""
@@ -78,6 +111,9 @@ class Node:
 
     def scan(self, at: float) -> None:
         """Time passed; milliseconds."""
+
+    def renew(self) -> None:
+        """The samples below are others than they were told to be."""
 
 
 class Leaf(Node):
@@ -111,6 +147,15 @@ class Leaf(Node):
     def touched(self, slots: Ints) -> None:
         self.emit(slots)
 
+    def plan(self, slots: Ints, plan: Planned) -> None:
+        self.pass_on(slots, plan)
+
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        ids, store = self.members.ids[slots], self.store
+        if fresh[ids].all():
+            return lambda: (store.values[ids], None)
+        return lambda: (store.values[ids], store.code[ids])
+
 
 class Passing(Node):
     """A node with the slots of its only child; what changes there changes here."""
@@ -140,6 +185,9 @@ class Passing(Node):
     def touched(self, port: int, slots: Ints) -> None:
         self.emit(slots)
 
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        self.pass_on(slots, plan)
+
 
 class Each(Passing):
     """Every element through a function of its value."""
@@ -151,6 +199,15 @@ class Each(Passing):
     def at(self, slots: Ints) -> Cells:
         values, codes = self.child.at(slots)
         return self._function(values), codes
+
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        fetch, function = self.child.bound(slots, fresh), self._function
+
+        def fetched() -> tuple[Floats, Codes | None]:
+            values, codes = fetch()
+            return function(values), codes
+
+        return fetched
 
 
 class Compared(Passing):
@@ -165,6 +222,16 @@ class Compared(Passing):
         values, codes = self.child.at(slots)
         return values, np.maximum(codes, ~self._keep(values, self._number))
 
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        fetch, keep, number = self.child.bound(slots, fresh), self._keep, self._number
+
+        def fetched() -> tuple[Floats, Codes | None]:
+            values, codes = fetch()
+            left_out = (~keep(values, number)).view(np.uint8)  # True is FILTERED
+            return values, left_out if codes is None else np.maximum(codes, left_out)
+
+        return fetched
+
 
 _MIRRORED = {">": "<", "<": ">", ">=": "<=", "<=": ">="}
 
@@ -178,6 +245,9 @@ class Relabelled(Passing):
 
     def at(self, slots: Ints) -> Cells:
         return self.child.at(slots)
+
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        return self.child.bound(slots, fresh)
 
     def labels(self, slot: int) -> Labels:
         return self._relabel(self.child.labels(slot))
@@ -217,6 +287,11 @@ class Silent(Passing):
         times = self._leaf.store.times[self._leaf.members.ids[slots]]
         self._silent[slots[times > self._clock() - self._window]] = False
         self.emit(slots)
+
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        self._fit()
+        plan.do(self, port, lambda slots: self._silent.__setitem__(slots, False), slots)
+        self.pass_on(slots, plan)
 
     def removed(self, port: int, slot: int) -> None:
         self._fit()
@@ -264,6 +339,9 @@ class Nothing(Node):
     def touched(self, port: int, slots: Ints) -> None:
         found = np.unique(slots)
         self._set(found, self.children[0].at(found)[1] == PRESENT)
+
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        plan.do(self, port, lambda slots: self.touched(port, slots), slots)
 
     def _set(self, slots: Ints, present: Flags) -> None:
         before = bool(self._count)

@@ -15,10 +15,10 @@ import numpy as np
 from interlock.broker.samples import NAME, Labels
 from interlock.coordinator.rules.expression import Matching
 from interlock.coordinator.rules.labelsets import METADATA
-from interlock.coordinator.rules.nodes import Cells, Codes, Node
+from interlock.coordinator.rules.nodes import Cells, Codes, Fetch, Node, NoPlan, Planned
 from interlock.coordinator.rules.operators import ARITHMETIC, COMPARISONS
 from interlock.coordinator.rules.series import ENDED, FILTERED, MISSING, PRESENT
-from interlock.coordinator.rules.values import Ints
+from interlock.coordinator.rules.values import Flags, Floats, Ints
 
 
 def signed(labels: Labels, matching: Matching) -> Labels:
@@ -64,7 +64,8 @@ class Paired(Node):
     def at(self, slots: Ints) -> Cells:
         left, left_codes = self.children[0].at(self._sides[0][slots])
         right, right_codes = self.children[1].at(self._sides[1][slots])
-        return self._function(left, right, np.maximum(left_codes, right_codes))
+        made: Cells = self._function(left, right, np.maximum(left_codes, right_codes))
+        return made
 
     def labels(self, slot: int) -> Labels:
         return self._labels[slot] or ()
@@ -75,20 +76,47 @@ class Paired(Node):
     def taken_s(self, slot: int) -> float:
         return max(child.taken_s(int(side[slot])) for child, side in zip(self.children, self._sides, strict=True))
 
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        left = self.children[0].bound(self._sides[0][slots], fresh)
+        right = self.children[1].bound(self._sides[1][slots], fresh)
+        function = self._function
+
+        def fetched() -> tuple[Floats, Codes | None]:
+            left_values, left_codes = left()
+            right_values, right_codes = right()
+            if left_codes is not None and right_codes is not None:
+                left_codes = np.maximum(left_codes, right_codes)
+            codes = right_codes if left_codes is None else left_codes
+            made: tuple[Floats, Codes | None] = function(left_values, right_values, codes)
+            return made
+
+        return fetched
+
     # --- told
 
     def touched(self, port: int, slots: Ints) -> None:
-        if port == self._many_port:
-            pairs = self._pair[slots]
-            pairs = pairs[pairs >= 0]
-        else:
-            narrow = self._narrow[slots]
-            pairs = narrow[narrow >= 0]
-            wide = slots[narrow == -2]
-            if len(wide):
-                pairs = np.concatenate([pairs, *(np.array(self._fan[slot], np.int64) for slot in wide.tolist())])
+        pairs = self._pairs(port, slots)
         if len(pairs) or self.conflicts:  # who can't trust the pairs looks at everything
             self.emit(pairs)
+
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        if self.conflicts:
+            raise NoPlan
+        pairs = self._pairs(port, slots)
+        if len(pairs):
+            self.pass_on(pairs, plan)
+
+    def _pairs(self, port: int, slots: Ints) -> Ints:
+        """The pairs that these slots of one side are in."""
+        if port == self._many_port:
+            pairs = self._pair[slots]
+            return pairs[pairs >= 0]
+        narrow = self._narrow[slots]
+        pairs = narrow[narrow >= 0]
+        wide = slots[narrow == -2]
+        if len(wide):
+            pairs = np.concatenate([pairs, *(np.array(self._fan[slot], np.int64) for slot in wide.tolist())])
+        return pairs
 
     def added(self, port: int, slot: int) -> None:
         key = signed(self.children[port].labels(slot), self._matching)
@@ -201,14 +229,19 @@ class Paired(Node):
         return kept
 
 
-def _function(op: str, *, returns_bool: bool) -> Callable[[Any, Any, Codes], Cells]:
+def _function(op: str, *, returns_bool: bool) -> Callable[[Any, Any, Any], Any]:
     if op in ARITHMETIC:
         compute = ARITHMETIC[op]
         return lambda left, right, codes: (compute(left, right), codes)
     compare = COMPARISONS[op]
     if returns_bool:
         return lambda left, right, codes: (compare(left, right).astype(float), codes)
-    return lambda left, right, codes: (left, np.maximum(codes, ~compare(left, right)))
+
+    def kept(left: Floats, right: Floats, codes: Codes | None) -> tuple[Floats, Codes]:
+        left_out = (~compare(left, right)).view(np.uint8)  # True is FILTERED
+        return left, left_out if codes is None else np.maximum(codes, left_out)
+
+    return kept
 
 
 class Combined(Node):
@@ -250,14 +283,23 @@ class Combined(Node):
     def _ruled(self, port: int, inner: Ints) -> Cells:
         """The elements of one side, as the other side lets them pass."""
         values, codes = self.children[port].at(inner)
-        group = self._group[port][inner]
+        return self._rule(self._group[port][inner], values, codes)
+
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        if self._op == "or":
+            return super().bound(slots, fresh)
+        inner = self._inner[slots]
+        fetch, group = self.children[0].bound(inner, fresh), self._group[0][inner]
+        return lambda: self._rule(group, *fetch())
+
+    def _rule(self, group: Ints, values: Floats, codes: Codes | None) -> Cells:
         some = self._present[self._watched][group] > 0
-        refused: Any = np.uint8(FILTERED)
         if self._op == "and":
             said = self._filtered[1][group] > 0
-            refused = np.where(said, np.uint8(FILTERED), np.uint8(MISSING))
-        passes = some if self._op == "and" else ~some
-        return values, np.where(passes | (codes != PRESENT), codes, refused)
+            refused: Any = np.where(some, np.uint8(PRESENT), np.where(said, np.uint8(FILTERED), np.uint8(MISSING)))
+        else:
+            refused = some.view(np.uint8)  # True is FILTERED
+        return values, refused if codes is None else np.where(codes != PRESENT, codes, refused)
 
     def labels(self, slot: int) -> Labels:
         return self.children[int(self._side[slot])].labels(int(self._inner[slot]))
@@ -321,15 +363,30 @@ class Combined(Node):
         if len(outer):
             self.emit(outer)
 
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        if port == self._watched:
+            counted = np.unique(slots)
+            fetch = self.children[port].bound(counted, plan.fresh)
+            plan.do(
+                self, port, lambda slots: self._count(port, np.unique(slots)), counted,
+                lambda: self._recount(port, counted, fetch()[1]),
+            )  # fmt: skip
+        outer = self._outer[port][slots]
+        outer = outer[outer >= 0]
+        if len(outer):
+            self.pass_on(outer, plan)
+
     # --- inside
 
     def _count(self, port: int, slots: Ints) -> None:
         self._recount(port, slots, self.children[port].at(slots)[1])
 
-    def _recount(self, port: int, slots: Ints, codes: Codes) -> None:
+    def _recount(self, port: int, slots: Ints, codes: Codes | None) -> None:
+        if codes is None:
+            codes = np.zeros(len(slots), np.uint8)
         before = self._code[port][slots]
         changed = before != codes
-        if not changed.any():
+        if not np.count_nonzero(changed):
             return
         slots, before, codes = slots[changed], before[changed], codes[changed]
         self._code[port][slots] = codes

@@ -27,8 +27,8 @@ class RuleFiles:
         self._seen = _stamp(fleet)
 
     def changed(self) -> bool:
-        """Whether a file is another one than at the last look."""
-        stamp = _stamp(self._fleet)
+        """Whether a file is another one than at the last look. That one is gone, as an editor leaves it, is none."""
+        stamp = tuple(new or old for new, old in zip(_stamp(self._fleet), self._seen, strict=True))
         before, self._seen = self._seen, stamp
         return stamp != before
 

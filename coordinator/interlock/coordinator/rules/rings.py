@@ -62,22 +62,44 @@ class Rings:
         self._free_rings.append(ring)
         self.head[ring] = self.tail[ring] = 0
 
-    def append(self, rings: Ints, times: Floats, values: Floats) -> None:
+    def append(self, rings: Ints, time: float, values: Floats) -> None:
         """One sample for each of these rings, all of them different; newer than what they hold, or just as old."""
-        newest = (self.head[rings] - 1) & self.mask[rings]
-        again = (self.head[rings] > self.tail[rings]) & (self.times[self.base[rings] + newest] == times)
-        if again.any():
-            self.values[self.base[rings] + newest] = np.where(again, values, self.values[self.base[rings] + newest])
+        base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
+        again = (head > self.tail[rings]) & (self.times[base + ((head - 1) & mask)] == time)
+        if np.count_nonzero(again):
+            place = base[again] + ((head[again] - 1) & mask[again])
+            self.values[place] = values[again]
             self.revised[rings[again]] += 1
-            rings, times, values = rings[~again], times[~again], values[~again]
-        full = self.head[rings] - self.tail[rings] > self.mask[rings]
-        if full.any():
-            for ring, now in zip(rings[full].tolist(), times[full].tolist(), strict=True):
-                self._make_room(ring, now)
-        place = self.base[rings] + (self.head[rings] & self.mask[rings])
-        self.times[place] = times
+            rings, values = rings[~again], values[~again]
+            base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
+        full = head - self.tail[rings] > mask
+        if np.count_nonzero(full):
+            for ring in rings[full].tolist():
+                self._make_room(ring, time)
+            base, mask = self.base[rings], self.mask[rings]
+        place = base + (head & mask)
+        self.times[place] = time
         self.values[place] = values
-        self.head[rings] += 1
+        self.head[rings] = head + 1
+
+    def fill(self, ring: int, times: Floats, values: Floats) -> None:
+        """Begin a ring anew with these samples, oldest first; the newest of them, if they are too many."""
+        times, values = times[-MAX_RING:], values[-MAX_RING:]
+        capacity = int(self.mask[ring]) + 1
+        while capacity < len(times):
+            capacity *= 2
+        if capacity > int(self.mask[ring]) + 1:
+            base = self._place(capacity)
+            if base < 0:
+                self.lost += len(times)
+                return
+            self._free_places.setdefault(int(self.mask[ring]) + 1, []).append(int(self.base[ring]))
+            self.base[ring], self.mask[ring] = base, capacity - 1
+        base = int(self.base[ring])
+        self.times[base : base + len(times)] = times
+        self.values[base : base + len(values)] = values
+        self.head[ring], self.tail[ring] = len(times), 0
+        self.revised[ring] += 1
 
     def at(self, rings: Ints, index: Ints) -> Ints:
         """Where sample number `index` of each ring lies."""
@@ -89,7 +111,7 @@ class Rings:
         low, high = self.tail[rings].copy(), self.head[rings].copy()
         while True:
             open_ = low < high
-            if not open_.any():
+            if not np.count_nonzero(open_):
                 return low
             middle = (low + high) >> 1
             later = self.times[self.at(rings, middle)] > moment

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from interlock.coordinator.rules.columns import Columns
-from interlock.coordinator.rules.nodes import Cells, Leaf, Passing
+from interlock.coordinator.rules.nodes import Cells, Leaf, Passing, Planned
 from interlock.coordinator.rules.rings import Rings
 from interlock.coordinator.rules.series import ENDED, MISSING, PRESENT
 from interlock.coordinator.rules.values import Flags, Floats, Ints, Matrix, Runs
@@ -73,7 +73,9 @@ class Windowed(Passing):
         self.state.fit(slot + 1)
         self._clear(slot)
         self.state.live[slot] = True
-        self._update(np.array([slot]))
+        ring = int(self._leaf.store.ring[self._leaf.members.ids[slot]])
+        if ring >= 0 and self._leaf.store.rings.head[ring]:
+            self._update(np.array([slot]))
         self.emit_added(slot)
 
     def removed(self, port: int, slot: int) -> None:
@@ -83,6 +85,10 @@ class Windowed(Passing):
     def touched(self, port: int, slots: Ints) -> None:
         self._update(slots)
         self.emit(slots)
+
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        plan.do(self, port, self._update, slots)
+        self.pass_on(slots, plan)
 
     def scan(self, at: float) -> None:
         """Windows that move on where no sample comes."""
@@ -94,6 +100,15 @@ class Windowed(Passing):
         if len(due):
             self._update(due)
             self.emit(due)
+
+    def renew(self) -> None:
+        members, rings = self._leaf.members, self._leaf.store.rings
+        slots = np.flatnonzero(self.state.live[: members.count])
+        slots = slots[self._leaf.store.ring[members.ids[slots]] >= 0]
+        ring = self._leaf.store.ring[members.ids[slots]]
+        self.state.tail[slots], self.state.seen[slots] = rings.tail[ring], rings.head[ring]
+        self._anchor(slots, ring, rings)
+        self._update(slots)
 
     def _clear(self, slot: int) -> None:
         for name, (_, default) in Rolling.FIELDS.items():
@@ -138,7 +153,7 @@ class Windowed(Passing):
                 values, found = state.total[slots] + state.total_lost[slots], some
                 if self._name == "avg_over_time":
                     values = values / count
-        if wild.any() and self._name not in ("count_over_time", "present_over_time", "last_over_time"):
+        if np.count_nonzero(wild) and self._name not in ("count_over_time", "present_over_time", "last_over_time"):
             values = values.copy()
             values[wild], found[wild] = self._anew(store, safe[wild], tail[wild], head[wild])
         return values, found & some
@@ -187,17 +202,17 @@ class Windowed(Passing):
         """Take in what the rings got, and let go what the window has left behind."""
         state, store = self.state, self._leaf.store
         rings = store.ring[self._leaf.members.ids[slots]]
-        if (rings < 0).any():
+        if np.count_nonzero(rings < 0):
             slots, rings = slots[rings >= 0], rings[rings >= 0]
         arena = store.rings
         state.looked[slots] = self._clock()
         revised = arena.revised[rings] != state.revised[slots]
-        if revised.any():
+        if np.count_nonzero(revised):
             state.revised[slots[revised]] = arena.revised[rings[revised]]
             self._anchor(slots[revised], rings[revised], arena)
         while True:
             new = arena.head[rings] > state.seen[slots]
-            if not new.any():
+            if not np.count_nonzero(new):
                 break
             self._take(slots[new], rings[new], arena)
         start = self._clock() - self._window
@@ -205,7 +220,7 @@ class Windowed(Passing):
             tail = state.tail[slots]
             oldest = arena.times[arena.at(rings, tail)]
             out = (tail < state.seen[slots]) & ((oldest <= start) | (tail < arena.tail[rings]))
-            if not out.any():
+            if not np.count_nonzero(out):
                 break
             self._drop(slots[out], rings[out], arena)
 
@@ -213,7 +228,7 @@ class Windowed(Passing):
         state = self.state
         seen = state.seen[slots]
         lost = seen < arena.tail[rings]  # the ring let go what was never looked at
-        if lost.any():
+        if np.count_nonzero(lost):
             self._anchor(slots[lost], rings[lost], arena)
             slots, rings, seen = slots[~lost], rings[~lost], seen[~lost]
         value = arena.values[arena.at(rings, seen)]
@@ -223,14 +238,14 @@ class Windowed(Passing):
         self._pair(slots, before, value, inside, 1)
         state.seen[slots] = seen + 1
         wrapped = (seen & arena.mask[rings]) == arena.mask[rings]
-        if wrapped.any():
+        if np.count_nonzero(wrapped):
             self._anchor(slots[wrapped], rings[wrapped], arena)
 
     def _drop(self, slots: Ints, rings: Ints, arena: Rings) -> None:
         state = self.state
         tail = state.tail[slots]
         lost = tail < arena.tail[rings]
-        if lost.any():
+        if np.count_nonzero(lost):
             self._anchor(slots[lost], rings[lost], arena)
             slots, rings, tail = slots[~lost], rings[~lost], tail[~lost]
         value = arena.values[arena.at(rings, tail)]

@@ -127,8 +127,8 @@ def _rule(tree: dict[str, Any], number: int, shared: dict[str, str], group: str,
     where = f"{file}: group {group!r}: rule {name!r}"
     for key in tree:
         if kind == "record" and key in _ALERT_KEYS and key not in _RECORD_KEYS:
-            hint = "a rule that records never fires: leave it out"
-            raise ConfigError(f"the key {key!r} is an alert's", where=where, hint=hint)
+            hint = "it is an alert's; a rule that records never fires"
+            raise ConfigError(f"unknown key {key!r}", where=where, hint=hint)
     known(tree, _ALERT_KEYS if kind == "alert" else _RECORD_KEYS, where)
     text = text_of(tree.get("expr"), f"{where}: expr")
     action: Action = choice(tree, "x_action", get_args(Action), "notify", where)

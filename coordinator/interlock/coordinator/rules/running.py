@@ -8,7 +8,7 @@ computed as a whole too: only at a moment is it clear whether two of them are th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from interlock.coordinator.rules.alerts import Alerts, Transition
 from interlock.coordinator.rules.expression import Call, Selector, parts, selectors
 from interlock.coordinator.rules.graph import Graph, NotIncremental, reachable
 from interlock.coordinator.rules.labelsets import METADATA, shown
-from interlock.coordinator.rules.nodes import Node
+from interlock.coordinator.rules.nodes import Codes, Node, Planned
+from interlock.coordinator.rules.pairs import Paired
 from interlock.coordinator.rules.retention import wanted
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.series import ENDED, FILTERED, MISSING, PRESENT, Members, SeriesStore
@@ -42,13 +43,17 @@ class Running:
         self.recorded: dict[Labels, int] = {}  # series that it records
         self.error = ""
         self.marked = False
+        self.queue: list[Running] = []  # those that are marked; the engine's
         self.touched: list[Ints] = []
+        self.place = 0  # among the rules
         self.last_evaluated = -np.inf
         self._store = store
         self._slot_of: dict[Labels, int] = {}
         self._rivals: dict[Labels, set[int]] = {}  # slots that have one key, where they are several
         self._orphans: set[Labels] = set()
         self._rows: Ints = np.full(16, -1, np.int64)
+        self._pairs: list[Paired] = []
+        self._new: list[int] = []
         self.members: list[Members] = []
         self.tier: Tier = "sampled" if rule.interval_s else "incremental"
         called = {part.function for part in parts(rule.expression) if isinstance(part, Call)}
@@ -60,6 +65,7 @@ class Running:
             except NotIncremental as reason:
                 self.tier, self.why = "batch", str(reason)
         if self.root is not None:
+            self._pairs = [node for node in reachable(self.root) if isinstance(node, Paired)]
             self.ear = Ear(self)
             self.root.listen(self.ear, 0)
         else:
@@ -79,7 +85,9 @@ class Running:
     @property
     def conflicted(self) -> bool:
         """It must be computed as a whole for now."""
-        return self.root is not None and (bool(self._rivals) or any(node.conflicts for node in reachable(self.root)))
+        if self._rivals:
+            return True
+        return any(node.conflicts for node in self._pairs)
 
     @property
     def small(self) -> bool:
@@ -99,7 +107,8 @@ class Running:
             self._rivals.setdefault(key, {other}).add(slot)
         self._rows[slot] = self.alerts.rows_of.get(key, -1)
         self._orphans.discard(key)
-        self.mark(np.array([slot]))
+        self._new.append(slot)
+        self.mark(None)
 
     def removed(self, port: int, slot: int) -> None:
         key = self.keys.pop(slot)
@@ -113,7 +122,7 @@ class Running:
         else:
             del self._slot_of[key]
             self._orphans.add(key)
-        self.marked = True
+        self.mark(None)
 
     def tick(self, now: float) -> list[Transition]:
         """What is due by now, by time alone."""
@@ -127,7 +136,9 @@ class Running:
         return made
 
     def mark(self, slots: Ints | None) -> None:
-        self.marked = True
+        if not self.marked:
+            self.marked = True
+            self.queue.append(self)
         if slots is not None:
             self.touched.append(slots)
 
@@ -135,6 +146,9 @@ class Running:
 
     def slots(self) -> Ints:
         """Those to look at now."""
+        if self._new:
+            self.touched.append(np.array([slot for slot in self._new if slot in self.keys], np.int64))
+            self._new.clear()
         if not self.touched:
             return np.empty(0, np.int64)
         found = self.touched[0] if len(self.touched) == 1 else np.unique(np.concatenate(self.touched))
@@ -147,19 +161,30 @@ class Running:
         slots = self.slots()
         made: list[Transition] = []
         if len(slots):
-            values, codes = self.root.at(slots)
-            rows = self._rows[slots]
-            odd = (codes == PRESENT) | (rows >= 0)
-            if self.rule.no_data == "fire":
-                odd |= codes == MISSING
-            if odd.any():
-                made = self._observe(slots[odd], values[odd], codes[odd], rows[odd], now)
+            made = self.see(slots, *self.root.at(slots), now)
         return made + self._end_orphans(now) if self._orphans else made
 
-    def _observe(self, slots: Ints, values: Floats, codes: Ints, rows: Ints, now: float) -> list[Transition]:
+    def at(self, slots: Ints) -> tuple[Floats, Codes]:
+        assert self.root is not None
+        return self.root.at(slots)
+
+    def see(self, slots: Ints, values: Floats, codes: Codes | None, now: float) -> list[Transition]:
+        """What these cells say. Most say nothing: no breach, and no alert to end."""
+        silence_fires = self.rule.no_data == "fire"
+        if codes is None:
+            codes = np.zeros(len(values), np.uint8)
+        elif not self.alerts.rows_of and not silence_fires and codes.tobytes().find(PRESENT) < 0:
+            return []
+        rows = self._rows[slots]
+        odd = (codes == PRESENT) | (rows >= 0)
+        if silence_fires:
+            odd |= codes == MISSING
+        return self._observe(slots[odd], values[odd], codes[odd], rows[odd], now) if np.count_nonzero(odd) else []
+
+    def _observe(self, slots: Ints, values: Floats, codes: Codes, rows: Ints, now: float) -> list[Transition]:
         made: list[Transition] = []
         going_on = (rows >= 0) & (codes == PRESENT)
-        if going_on.any():
+        if np.count_nonzero(going_on):
             rest = np.ones(len(slots), bool)
             rest[going_on] = self.alerts.refresh(rows[going_on], values[going_on], now)
             slots, values, codes = slots[rest], values[rest], codes[rest]
@@ -181,6 +206,12 @@ class Running:
             if transition is not None:
                 made.append(transition)
         return made
+
+    def load(self, alerts: Iterable[dict[str, Any]]) -> None:
+        """Take up alerts of a snapshot."""
+        self.alerts.load(alerts)
+        for slot, key in self.keys.items():
+            self._rows[slot] = self.alerts.rows_of.get(key, -1)
 
     def take_orphans(self) -> set[Labels]:
         gone, self._orphans = self._orphans, set()
@@ -212,6 +243,7 @@ class Running:
     def compare(self, found: dict[Labels, float], now: float) -> list[Transition]:
         """What a result as a whole says, by the alert's rule."""
         self.touched = []
+        self._new.clear()
         self._orphans.clear()
         made: list[Transition] = []
         sample_time = self.sample_time if self.sample_time is not None else now
@@ -264,6 +296,9 @@ class Ear:
     def touched(self, port: int, slots: Ints) -> None:
         self.running.mark(slots)
 
+    def plan(self, port: int, slots: Ints, plan: Planned) -> None:
+        plan.look(self.running, slots)
+
 
 class _Mark:
     """Listens to a selector for a rule that is computed as a whole."""
@@ -279,6 +314,9 @@ class _Mark:
 
     def touched(self, slots: Ints) -> None:
         self.running.mark(None)
+
+    def plan(self, slots: Ints, plan: Planned) -> None:
+        plan.do(self, 0, lambda slots: self.running.mark(None), slots)
 
 
 def unnamed(labels: Labels) -> Labels:

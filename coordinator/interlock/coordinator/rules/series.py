@@ -24,7 +24,8 @@ from interlock.coordinator.rules.values import Flags, Floats, Ints
 IDLE_EXPIRY_S = 3600.0  # a series without samples for so long is forgotten, and what it held in place resolves
 MAX_SERIES = 500_000  # at some 0.5 kB each; a publisher that invents series without end stops here
 MAX_PUBLISHER_SERIES = 50_000  # of one publisher: ten times what a source may announce at once
-STALE_INTERVALS = 20.0  # a series is silent after so many of its own intervals,
+LOOK_MS = 1000.0  # between looks at how often series bring samples
+STALE_INTERVALS = 10.0  # a series is silent after so many of its own intervals (those below a second count as one),
 STALE_FLOOR_S = 10.0  # but not before: what is sampled at 10 Hz in a migration is at 1 Hz after it
 MAX_TABLE = 4  # label sets interned for evaluations, as a multiple of the series there are; then the table starts anew
 
@@ -79,11 +80,12 @@ class SeriesStore(Columns):
     """Samples in; what they touched out. The live `Source` of evaluations."""
 
     FIELDS = {
-        "times": (np.float64, -np.inf),  # of the newest sample
+        "times": (np.float64, np.inf),  # of the newest sample; infinite: it ended, or is nobody's
         "values": (np.float64, 0.0),
         "taken_s": (np.float64, 0.0),  # when the newest sample was taken, by its publisher's clock
         "code": (np.uint8, ENDED),
-        "interval": (np.float64, np.nan),  # between samples: the largest lately
+        "looked": (np.float64, -np.inf),  # its newest sample, when intervals were last looked at
+        "interval": (np.float64, np.nan),  # between samples: the largest lately, as far as looks can tell
         "ring": (np.int64, -1),
         "key": (np.int64, -1),  # its label set in the table
         "generation": (np.int64, 0),
@@ -94,6 +96,7 @@ class SeriesStore(Columns):
     values: Floats
     taken_s: Floats
     code: NDArray[np.uint8]
+    looked: Floats
     interval: Floats
     ring: Ints
     key: Ints
@@ -117,8 +120,11 @@ class SeriesStore(Columns):
         self._by_selector: dict[tuple[Selector, bool], Members] = {}
         self._by_metric: dict[str | None, list[Members]] = {}
         self._series_of: dict[str, dict[int, None]] = {}
+        self.version = 0  # of what belongs to what: it grows where a series is bound or leaves
+        self._fed: list[int] = [0] * 1024  # how many places of `feed` are taken
         self._free: list[int] = []
         self._leaving: list[int] = []
+        self._next_look = -np.inf
         self._publishers: dict[str, int] = {}
         self._counts: dict[int, int] = {}
 
@@ -141,16 +147,23 @@ class SeriesStore(Columns):
                 self._ring(series, keep_ms)
         return made
 
+    def publisher_names(self) -> dict[int, str]:
+        return {number: name for name, number in self._publishers.items()}
+
     def watched(self) -> Iterable[Members]:
         return self._by_selector.values()
 
     def forget(self, members: Members) -> None:
         """Nobody asks for this selector any more."""
+        self.version += 1
         del self._by_selector[members.selector, members.recorded]
         self._by_metric[members.selector.metric].remove(members)
         for series, slot in members.slots.items():
             row = self.feed[series]
-            row[row == (members.number << _SLOT_BITS | slot)] = -1
+            kept = row[(row >= 0) & (row != (members.number << _SLOT_BITS | slot))]
+            row[:] = -1
+            row[: len(kept)] = kept
+            self._fed[series] = len(kept)
         members.slots.clear()
         members.listeners.clear()
 
@@ -178,10 +191,12 @@ class SeriesStore(Columns):
             self.fit(number + 1)
             if number >= len(self.feed):
                 self.feed = np.concatenate([self.feed, np.full_like(self.feed, -1)])
+                self._fed += [0] * len(self._fed)
         self.numbers[labels] = number
         self.publisher[number] = who
         self._counts[who] = self._counts.get(who, 0) + 1
-        self.times[number], self.interval[number] = -np.inf, np.nan
+        self.times[number] = self.looked[number] = -np.inf
+        self.interval[number] = np.nan
         self.code[number], self.key[number], self.hidden[number] = MISSING, -1, hidden
         self.ring[number] = -1
         self._series_of.setdefault(_metric(labels), {})[number] = None
@@ -190,6 +205,7 @@ class SeriesStore(Columns):
 
     def bind(self, limit: int) -> None:
         """Match up to `limit` new series against the selectors there are."""
+        self.version += bool(self.unbound)
         for _ in range(min(limit, len(self.unbound))):
             series = self.unbound.popleft()
             labels = self.labels[series]
@@ -199,31 +215,25 @@ class SeriesStore(Columns):
                 for members in candidates:
                     self._join(members, series)
 
-    def append(self, ids: Ids, values: Floats, at: Floats | float, taken_s: Floats | float) -> Ids:
-        """Take in samples, one for each of these ids, and give back those that count."""
-        times = np.broadcast_to(np.asarray(at, float), ids.shape)
+    def append(self, ids: Ids, values: Floats, at: float, taken_s: float) -> Ids:
+        """Take in samples of one moment, one for each of these ids, and give back those that count."""
         before = self.times[ids]
-        ended = self.code[ids] == ENDED
-        late = (times < before) | ended
-        if late.any():
+        if len(ids) and not before.max() < at:
+            ended = before == np.inf
+            late = before > at
             self.refused += int(ended.sum())
-            self.disordered += int((late & ~ended).sum())
-            good = ~late
-            ids, values, times, before = ids[good], values[good], times[good], before[good]
-            taken_s = taken_s[good] if isinstance(taken_s, np.ndarray) else taken_s
-        gap = times - before
-        self.repeated += int((gap == 0).sum())
-        usual = self.interval[ids]
-        measured = np.fmax(gap, usual * 0.9)
-        self.interval[ids] = np.where(np.isfinite(gap) & (gap > 0), measured, usual)
-        self.times[ids] = times
+            self.disordered += int(late.sum()) - int(ended.sum())
+            self.repeated += int((before == at).sum())
+            if np.count_nonzero(late):
+                ids, values = ids[~late], values[~late]
+        self.times[ids] = at
         self.values[ids] = values
         self.taken_s[ids] = taken_s
         self.code[ids] = PRESENT
         rings = self.ring[ids]
-        windowed = rings >= 0
-        if windowed.any():
-            self.rings.append(rings[windowed], times[windowed], values[windowed])
+        if len(rings) and rings.max() >= 0:
+            windowed = np.flatnonzero(rings >= 0)
+            self.rings.append(rings[windowed], at, values[windowed])
         return ids
 
     def slots_of(self, ids: Ids) -> list[tuple[Members, Ints]]:
@@ -246,6 +256,7 @@ class SeriesStore(Columns):
         number = self.numbers.pop(labels, None)
         if number is not None:
             self.code[number] = ENDED
+            self.times[number] = np.inf  # later than any sample
             self._series_of[_metric(labels)].pop(number, None)
             self._leaving.append(number)
         return number
@@ -253,6 +264,7 @@ class SeriesStore(Columns):
     def release(self) -> bool:
         """Free the ids of series that ended, when everybody has looked; whether there were any."""
         some = bool(self._leaving)
+        self.version += some
         for series in self._leaving:
             for key in self.feed[series].tolist():
                 if key >= 0:
@@ -261,13 +273,13 @@ class SeriesStore(Columns):
                     for listener in members.listeners:
                         listener.removed(slot)
             self.feed[series] = -1
+            self._fed[series] = 0
             if self.ring[series] >= 0:
                 self.rings.close(int(self.ring[series]))
                 self.ring[series] = -1
             who = int(self.publisher[series])
             self._counts[who] -= 1
             self.labels[series] = None
-            self.times[series] = -np.inf
             self.generation[series] += 1
             self._free.append(series)
         self._leaving.clear()
@@ -276,6 +288,9 @@ class SeriesStore(Columns):
     def scan(self, at: float) -> tuple[Ids, list[Labels]]:
         """(series that fell silent by now, label sets of those to forget)."""
         count = len(self.labels)
+        if at >= self._next_look:
+            self._next_look = at + LOOK_MS
+            self._measure_intervals(count)
         age = at - self.times[:count]
         own = np.maximum(self.interval[:count] * STALE_INTERVALS, STALE_FLOOR_S * 1000)
         patience = np.fmin(own, self.lookback)  # all of the lookback, while its interval isn't known
@@ -287,6 +302,14 @@ class SeriesStore(Columns):
             (age > max(IDLE_EXPIRY_S * 1000, self.lookback)) & (code == MISSING) & np.isfinite(age)
         )
         return silent, [labels for series in expired.tolist() if (labels := self.labels[series]) is not None]
+
+    def _measure_intervals(self, count: int) -> None:
+        """From look to look: nothing of this is paid for by a sample."""
+        times, looked, interval = self.times[:count], self.looked[:count], self.interval[:count]
+        gap = times - looked
+        some = (gap > 0) & (looked > -np.inf) & (times < np.inf)
+        interval[some] = np.fmax(gap[some], interval[some] * 0.9)
+        looked[:] = np.where(times < np.inf, times, looked)
 
     # --- Source
 
@@ -329,7 +352,7 @@ class SeriesStore(Columns):
         """As `Source` has it; a lookback of -1 leaves it to each series when it is silent."""
         times, values, code = self.times[series], self.values[series], self.code[series]
         found = (code != ENDED) & ((times > at - lookback) | self.hidden[series]) if lookback >= 0 else code == PRESENT
-        past = times > at
+        past = (times > at) & (code != ENDED)
         rings = self.ring[series]
         searched = np.flatnonzero(past & (rings >= 0) & (code != ENDED))
         found &= ~past
@@ -367,13 +390,13 @@ class SeriesStore(Columns):
             return
         slot = members.add(series)
         key = members.number << _SLOT_BITS | slot
-        free = np.flatnonzero(self.feed[series] < 0)
-        if not len(free):
+        place = self._fed[series]
+        self._fed[series] += 1
+        if place >= self.feed.shape[1]:
             wider = np.full((len(self.feed), 2 * self.feed.shape[1]), -1, np.int64)
             wider[:, : self.feed.shape[1]] = self.feed
-            free = np.array([self.feed.shape[1]])
             self.feed = wider
-        self.feed[series, free[0]] = key
+        self.feed[series, place] = key
         if members.keep_ms > 0:
             self._ring(series, members.keep_ms)
         for listener in members.listeners:
@@ -390,8 +413,7 @@ class SeriesStore(Columns):
             return
         self.ring[series] = ring
         if np.isfinite(self.times[series]):
-            one = np.array([ring])
-            self.rings.append(one, self.times[series : series + 1].copy(), self.values[series : series + 1].copy())
+            self.rings.append(np.array([ring]), float(self.times[series]), self.values[series : series + 1].copy())
 
 
 BASELINE = "__baseline__"  # the label that keeps a recorded value apart from the series it was recorded of

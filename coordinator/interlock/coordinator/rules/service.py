@@ -6,9 +6,11 @@ the broker.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import trio
 
@@ -19,20 +21,25 @@ from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError, InterlockError, Refused, WireError
 from interlock.broker.facts import AlertFiring
 from interlock.broker.role import held
-from interlock.broker.samples import labels
+from interlock.broker.samples import Batch, labels
 from interlock.broker.security import load_security
 from interlock.coordinator.ownership import Places, places
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
+from interlock.coordinator.rules.engine import Columns
 from interlock.coordinator.rules.intake import Intake
 from interlock.coordinator.rules.reloading import RuleFiles, follow
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import load_rules
+from interlock.coordinator.rules.snapshot import BadSnapshot, Frozen, restore
 
 TICK_S = 0.05  # between looks at deadlines: what `for` may be late by
 TELEMETRY_S = 1.0  # between our own samples
 TELEMETRY_HOST = "fleet"  # the rule engine belongs to no host
 DIRECT_TIMEOUT_S = 1.0  # for one attempt at a host; the log delivers the same rollback anyway
 FLUSH_S = 2.0  # for posts of an earlier life; a log that takes none must not keep rollbacks from leaving directly
+STALL_S = 1.0  # a tick that is so late found the process held up
+SNAPSHOT_S = 10.0  # between snapshots: what a killed engine forgets at most of its windows
+SNAPSHOT = "snapshot"  # in the role's state folder
 DIRECT_ATTEMPTS = 3  # a host that restarts its endpoint is back within that
 
 _log = logging.getLogger("interlock.rules")
@@ -48,29 +55,48 @@ async def run_rules(fleet: FleetConfig, ready: Ready) -> None:
         security = load_security(fleet, "rules")
         async with open_bus(fleet.broker, "rules", outbox=state / "outbox", security=security) as bus:
             controls = {name: host.control for name, host in fleet.hosts.items()}
-            await RuleService(bus, rules, controls, places(fleet), RuleFiles(fleet)).run(ready)
+            service = RuleService(bus, rules, controls, places(fleet))
+            service.keep(state / SNAPSHOT)
+            service.watch_files(RuleFiles(fleet))
+            await service.run(ready)
 
 
 class RuleService:
     """One bus, one engine."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        rules: Sequence[Rule],
-        controls: dict[str, str],
-        placed: Places | None = None,
-        files: RuleFiles | None = None,
-    ) -> None:
+    def __init__(self, bus: Bus, rules: Sequence[Rule], controls: dict[str, str], placed: Places | None = None) -> None:
         self._bus = bus
         self._rules = rules
-        self._files = files
         self._refused_files = 0
         self._decisions = RuleDecisions(rules, controls)
         self._intake = Intake(placed)
         self._reported: dict[str, str] = {}
+        self._snapshot: Path | None = None
+        self._files: RuleFiles | None = None
+        self._ticked = 0.0
         # the wall clock may be set back; deadlines may not
         self._wall = time.time() - trio.current_time()
+
+    def keep(self, path: Path) -> None:
+        """Keep what the engine knows in this file, and take up what an earlier life kept there."""
+        self._snapshot = path
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _log.warning("%s can't be read: %s", path, error)
+            return
+        try:
+            count = restore(self._decisions.engine, content, self._now())
+        except BadSnapshot as error:
+            _log.warning("%s is not taken up: %s", path, error)
+        else:
+            _log.info("%d series taken up from %s", count, path)
+
+    def watch_files(self, files: RuleFiles) -> None:
+        """Read these rule files again when they change."""
+        self._files = files
 
     async def run(self, ready: Ready) -> None:
         with trio.move_on_after(FLUSH_S):
@@ -89,13 +115,14 @@ class RuleService:
 
             async def take_in() -> None:
                 async for batches in feed:
-                    for batch in batches:
-                        now = self._now()
-                        samples, ended = self._intake.read(batch, now)
-                        sends = self._decisions.ingest(samples, ended, batch.time, now, publisher=batch.source)
+                    for group in apart(batches):
+                        sends = self._take(group)
                         if sends:
                             self._send(nursery, sends)
                             await trio.lowlevel.checkpoint()  # a rollback leaves before the next batch is looked at
+                    while self._decisions.engine.backlog:
+                        await trio.lowlevel.checkpoint()  # binding many new series holds nobody up
+                        self._decisions.engine.bind()
 
             nursery.start_soon(follow)
             await log_feed.caught_up.wait()
@@ -112,7 +139,15 @@ class RuleService:
             nursery.start_soon(self._report)
             if self._files is not None:
                 nursery.start_soon(self._follow_files, self._files, nursery)
+            nursery.start_soon(self._keep)
+            gc.collect()
+            gc.freeze()  # what lives as long as the engine is not looked at again and again
             ready()
+            try:
+                await trio.sleep_forever()
+            finally:
+                if self._snapshot is not None:
+                    _write(self._snapshot, Frozen(self._decisions.engine, self._now()))
 
     async def _follow_files(self, files: RuleFiles, nursery: trio.Nursery) -> None:
         def take(rules: Sequence[Rule]) -> None:
@@ -133,12 +168,34 @@ class RuleService:
     def _now(self) -> float:
         return self._wall + trio.current_time()
 
+    def _take(self, group: Sequence[Batch]) -> list[Send]:
+        """Batches of different publishers, as if they were one."""
+        now, engine = self._now(), self._decisions.engine
+        columns: list[Columns] = []
+        for batch in group:
+            found = self._intake.columns(batch, now, admit=engine.admit, version=engine.store.version, end=engine.end)
+            if found is not None:
+                columns.append((*found, batch.time, batch.source))
+        return self._decisions.take(columns, now)
+
     async def _tick(self, nursery: trio.Nursery) -> None:
+        self._ticked = self._now()
         while True:
             await trio.sleep(TICK_S)
             now = self._now()
+            late = now - self._ticked > TICK_S + STALL_S  # we were held up: samples wait that nobody has seen
+            self._ticked = now
             if now >= self._decisions.next_deadline():
-                self._send(nursery, self._decisions.tick(now))
+                self._send(nursery, self._decisions.tick(now, backlog=late))
+
+    async def _keep(self) -> None:
+        """The snapshot, once in a while."""
+        if self._snapshot is None:
+            return
+        while True:
+            await trio.sleep(SNAPSHOT_S)
+            frozen = Frozen(self._decisions.engine, self._now())
+            await trio.to_thread.run_sync(_write, self._snapshot, frozen)
 
     def _send(self, nursery: trio.Nursery, sends: Sequence[Send]) -> None:
         for send in sends:
@@ -188,3 +245,27 @@ class RuleService:
                 _log.warning("can't be evaluated now: %s: %s", where, error)
             self._reported = dict(engine.errors)
             await trio.sleep(TELEMETRY_S)
+
+
+def apart(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Groups of batches, in their order, in which each publisher is there once."""
+    group: list[Batch] = []
+    sources: set[str] = set()
+    for batch in batches:
+        if batch.source in sources:
+            yield group
+            group, sources = [], set()
+        group.append(batch)
+        sources.add(batch.source)
+    if group:
+        yield group
+
+
+def _write(path: Path, frozen: Frozen) -> None:
+    """Whole or not at all."""
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.write_bytes(frozen.encode())
+        fresh.replace(path)
+    except OSError as error:
+        _log.warning("no snapshot: %s", error)
