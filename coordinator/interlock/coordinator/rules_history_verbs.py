@@ -82,7 +82,7 @@ def run_explain(chosen: argparse.Namespace) -> int:
         raise ConfigError(
             f"there is no alert {chosen.alert!r}", where="interlock rules explain", hint=f"there are: {known}"
         )
-    taken = list(_taken(chosen, rules))
+    taken = list(_taken(chosen, [*named, *(rule for rule in rules if rule.kind == "record")]))
     until = moment(chosen.time) if chosen.time else math.inf
     taken = [each for each in taken if each.time <= until]
     made = [(at, each) for at, each in replay(taken, rules) if each.rule.name == chosen.alert]
