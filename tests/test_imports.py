@@ -17,7 +17,7 @@ ONLY_IN = {
     "zmq": {"broker/sockets.py"},
     "pynvml": {"monitors/nvml.py"},
     "promql_parser": {"coordinator/rules/language.py"},
-    "yaml": {"coordinator/rules/rulefile.py"},
+    "yaml": {"coordinator/rules/yamltree.py"},
     "rich": {"coordinator/screen.py"},
     "h11": {"agents/http1.py", "agents/probes.py"},  # a server's side and a client's
     "nacl": {"broker/crypto.py"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,3 +168,36 @@ async def test_who_waits_for_a_program_that_is_starting_finds_it_before_who_does
             await trio.sleep(2.0)  # by now the other tries once a second
             router = sockets.open("router", bind=endpoint)
             assert [(await router.receive())[-1] for _ in range(2)] == [b"waiting", b"patient"]
+
+
+SLOW = """
+import trio
+from interlock.broker.sockets import open_sockets
+
+async def main():
+    async with open_sockets(heartbeat_s=0.2) as sockets, trio.open_nursery() as nursery:
+        out = sockets.open("xpub", bind="tcp://127.0.0.1:*", send_limit=0)
+        slow = sockets.open("sub", connect=out.endpoint, subscribe=[""], receive_limit=10)
+        await out.receive()
+
+        async def flood():
+            while True:
+                for _ in range(200):
+                    out.send_nowait([bytes(1000)])
+                await trio.sleep(0.01)
+
+        nursery.start_soon(flood)
+        for _ in range(3):
+            await out.receive()  # it has connected anew, since its queue was full and no answer to its pings was read
+            for _ in range(11):
+                await slow.receive()
+        nursery.cancel_scope.cancel()
+
+trio.run(main)
+"""
+
+
+def test_a_subscriber_whose_queue_was_full_is_read_from_again_and_lives() -> None:
+    """libzmq ends the whole process otherwise: hence one of its own."""
+    ended = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

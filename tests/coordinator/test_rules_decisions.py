@@ -309,3 +309,32 @@ def test_a_series_with_labels_without_end_is_left_out_and_counted() -> None:
     odd = Batch(source="p", epoch=1, seq=1, time=100.0, series=[long, many], ids=[2, 3], values=[1.0, 1.0])
     assert intake.read(odd, 100) == ([], [])
     assert (intake.oversized, intake.unresolved) == (2, 2)
+
+
+def test_other_rules_decide_no_rollback_twice_and_a_rule_that_goes_ends_its_alert() -> None:
+    decisions = RuleDecisions(parse_rules(RULES, file="f"), {})
+    decisions.go_live(0.0)
+    decisions.follow(event(HostUp(host="alpha", control="tcp://x:1", pid=1, boot="b"), 0.0), 0.0)
+    decisions.follow(event(started(), 1.0), 1.0)
+    bad = [(labels("ratio", host="alpha"), 0.99)]
+    first = decisions.ingest(bad, [], 2.0, 2.0, publisher="alpha/monitor")
+    assert [type(send.body) for send in first] == [RollBack, AlertFiring]
+    other = RULES.replace("ratio > 0.95", "ratio > 0.9")  # not the same: its alert ends, and one of its own begins
+    sends = decisions.reload(parse_rules(other, file="f"), 3.0)
+    assert [type(send.body) for send in sends] == [AlertResolved, AlertFiring]
+    texts = RULES.replace("is full", "is quite full")  # only the text: the alert goes on
+    assert decisions.reload(parse_rules(texts.replace("0.95", "0.9", 1), file="f"), 4.0) == []
+    (gone,) = decisions.reload([], 5.0)
+    assert isinstance(gone.body, AlertResolved)
+
+
+def test_without_its_x_resolve_expr_an_alert_that_is_held_ends() -> None:
+    rule = "groups: [{name: g, rules: [{alert: a, expr: x > 5%s}]}]"
+    decisions = RuleDecisions(parse_rules(rule % ", x_resolve_expr: x < 2", file="f"), {})
+    decisions.go_live(0.0)
+    series = labels("x", host="alpha")
+    decisions.ingest([(series, 9.0)], [], 1.0, 1.0, publisher="p")
+    assert decisions.ingest([(series, 3.0)], [], 2.0, 2.0, publisher="p") == []
+    made = decisions.reload(parse_rules(rule % "", file="f"), 3.0)
+    made += decisions.tick(3.1)
+    assert [type(send.body) for send in made] == [AlertResolved]

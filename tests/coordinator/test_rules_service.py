@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +25,7 @@ from interlock.broker.facts import AlertFiring, AlertResolved, HostUp, Migration
 from interlock.broker.planes import serve_planes
 from interlock.broker.samples import labels
 from interlock.broker.wire import Event
+from interlock.coordinator.rules import reloading
 from interlock.coordinator.rules.service import run_rules
 
 PATIENCE_S = 30
@@ -168,6 +171,39 @@ async def test_a_rule_engine_that_was_restarted_neither_forgets_an_alert_nor_tel
         await stage.sample(0.5, lambda: bool(stage.of(AlertResolved)))
         assert len(stage.of(AlertFiring)) == 1
         assert stage.of(RollBack) == []
+
+
+SECOND = "  - {alert: second, expr: gpu_memory_used_ratio > 0.5}\n"
+
+
+@pytest.mark.parametrize("told_by", ["file", "signal"])
+async def test_rule_files_that_change_are_read_again_and_what_is_the_same_goes_on(
+    told_by: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if told_by == "signal":
+        monkeypatch.setattr(reloading, "LOOK_S", 3600.0)
+    caplog.set_level("INFO", "interlock.rules")
+
+    def write(text: str) -> None:
+        (stage.fleet.folder / "rules.yml").write_text(text)
+        if told_by == "signal":
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    async with staged() as stage:
+        await stage.start_rules()
+        await stage.sample(0.97, lambda: bool(stage.of(AlertFiring)))
+        write(RULES + SECOND)
+        await stage.sample(0.97, lambda: len(stage.of(AlertFiring)) == 2)
+        assert [event.body.rule for event in stage.of(AlertFiring)] == ["gpu-memory", "second"]  # type: ignore[union-attr]
+        write(RULES.replace("x_action", "x_acton"))
+        while "the 2 rules from before go on" not in caplog.text:  # noqa: ASYNC110  (the log has no event)
+            await trio.sleep(0.01)
+        assert "did you mean 'x_action'?" in caplog.text
+        assert stage.of(AlertResolved) == []
+        write(RULES)
+        await stage.until(lambda: bool(stage.of(AlertResolved)))
+        assert [event.body.rule for event in stage.of(AlertResolved)] == ["second"]  # type: ignore[union-attr]
+        assert len(stage.of(AlertFiring)) == 2
 
 
 async def test_it_reports_its_own_figures() -> None:

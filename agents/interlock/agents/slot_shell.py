@@ -64,7 +64,7 @@ from interlock.broker import commands, facts
 from interlock.broker.config import AgentConfig
 from interlock.broker.errors import InterlockError, LogError
 from interlock.broker.fields import Evidence
-from interlock.broker.samples import Labels
+from interlock.broker.samples import Labels, labels
 from interlock.broker.wire import encode
 
 if TYPE_CHECKING:  # no part of a start: a rollback may wait for it
@@ -475,6 +475,7 @@ class SlotShell:
         figures = self.gateway.snapshot(trio.current_time())
         trial = self.slot.row.state is State.LIVE
         found = samples(self.around.host, self.agent, views, figures, baseline, trial=trial)
+        found[labels("agent_category", host=self.around.host, agent=self.agent, category=self.config.category)] = 1.0
         ended = [key for key in self._reported if key not in found]
         self._reported = set(found)
         return found, ended

@@ -416,6 +416,11 @@ class Sockets:
         pings = heartbeat if heartbeat is not None else connect is not None
         tune(raw, connects=pings, heartbeat_s=self._heartbeat_s, starting=starting)
         apply(raw, tuning.of_kind(kind, manual=manual, mandatory=mandatory, relaxed=relaxed))
+        if pings and connect is not None and not immediate:
+            # When a queue is full libzmq reads no answer to its pings, and connects anew; it ends the process when
+            # the queue then is read from (4.3.5, `_input_stopped`), unless a new connection has a queue of its own.
+            # What comes to a SUB is not ours to bound otherwise; others get answers, as many as they asked for.
+            immediate, receive_limit = kind == "sub", receive_limit if kind == "sub" else 0
         limits: Options = {"RCVHWM": receive_limit, "SNDHWM": send_limit, "MAXMSGSIZE": max_message}
         apply(raw, limits | {"IPV6": int("[" in (bind or connect or "")), "IMMEDIATE": int(immediate)})
         if identity is not None:

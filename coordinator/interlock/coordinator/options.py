@@ -159,6 +159,26 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
     def act(name: str, help: str) -> argparse.ArgumentParser:
         return acts.add_parser(name, help=help, description=help, parents=[common])
 
+    check = act("check", "what is wrong with rule files, what never fires, which tier each rule is in, and its cost")
+    check.add_argument("files", nargs="+", metavar="FILE", help='rule files; "default", "categories": those that ship')
+    check.add_argument("--strict", action="store_true", help="warnings count as errors")
+    check.add_argument("--agents", type=whole_number, metavar="N", help="estimate the cost for so many agents")
+    check.add_argument("--hosts", type=whole_number, metavar="N", help="on so many hosts (default: as the fleet file)")
+    test = act("test", "run promtool's unit-test files against our engine")
+    test.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    evaluate = act("eval", "the value of an expression, of what the bus brings now or of a recording")
+    evaluate.add_argument("expression", metavar="EXPR")
+    replay = act("replay", "what rules would have done on a recorded day: each transition with its time")
+    replay.add_argument("recording", type=Path, metavar="RECORDING", help="what interlock watch --json printed")
+    explain = act("explain", "why an alert fires or not: each part of its expression, the samples, since when")
+    explain.add_argument("alert", metavar="ALERT")
+    for one in (evaluate, explain):
+        one.add_argument("--file", type=Path, metavar="RECORDING", help="what interlock watch --json printed")
+        when = "at this time (default: now, of a recording its end; explain: the last firing)"
+        one.add_argument("--time", metavar="TIME", help=when)
+    for one in (replay, explain):
+        whose = "instead of those of the fleet file, or those that ship; may be repeated"
+        one.add_argument("--rules", action="append", default=[], metavar="FILE", help=whose)
     conformance = act("conformance", "run Prometheus' own test scripts (promqltest) against our engine; JSON")
     conformance.add_argument("files", nargs="+", type=Path, metavar="FILE")
     conformance.add_argument("--failures", action="store_true", help="say on standard error what differs")

@@ -71,7 +71,7 @@ class _Rows(Columns):
 Resolved = Callable[[Labels], bool]
 
 
-def _always(key: Labels) -> bool:
+def always(key: Labels) -> bool:
     return True
 
 
@@ -83,7 +83,7 @@ class Alerts(_Rows):
         self.rule = rule
         self.rows_of: dict[Labels, int] = {}
         self.left: list[Labels] = []  # keys of rows that were given up since somebody looked
-        self.resolved: Resolved = _always  # what x_resolve_expr says of a label set
+        self.resolved: Resolved = always  # what x_resolve_expr says of a label set
         self._labels: list[dict[str, str]] = []
         self._keys: list[Labels] = []
         self._free: list[int] = []

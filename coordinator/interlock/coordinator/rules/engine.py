@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from interlock.broker.samples import MAX_SOURCES, Labels
-from interlock.coordinator.rules.alerts import Transition
+from interlock.coordinator.rules.alerts import Transition, always
 from interlock.coordinator.rules.clocks import Skew
 from interlock.coordinator.rules.evaluate import LOOKBACK_S, Evaluation
 from interlock.coordinator.rules.expression import Expression
@@ -154,6 +154,7 @@ class Engine:
             known = before.pop(rule.hash, None)
             if known is not None:
                 known.rule = known.alerts.rule = rule
+                known.alerts.resolved = always  # until x_resolve_expr is arranged anew, if there is one
                 kept.append(known)
             else:
                 kept.append(Running(rule, self.store, self._graph))

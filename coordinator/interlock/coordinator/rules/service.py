@@ -27,8 +27,9 @@ from interlock.coordinator.ownership import Places, places
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
 from interlock.coordinator.rules.engine import Columns
 from interlock.coordinator.rules.intake import Intake
+from interlock.coordinator.rules.reloading import RuleFiles, follow
 from interlock.coordinator.rules.rule import Rule
-from interlock.coordinator.rules.rulefile import RuleFiles, load_rules
+from interlock.coordinator.rules.rulefile import load_rules
 from interlock.coordinator.rules.snapshot import BadSnapshot, Frozen, restore
 
 TICK_S = 0.05  # between looks at deadlines: what `for` may be late by
@@ -37,7 +38,6 @@ TELEMETRY_HOST = "fleet"  # the rule engine belongs to no host
 DIRECT_TIMEOUT_S = 1.0  # for one attempt at a host; the log delivers the same rollback anyway
 FLUSH_S = 2.0  # for posts of an earlier life; a log that takes none must not keep rollbacks from leaving directly
 STALL_S = 1.0  # a tick that is so late found the process held up
-RELOAD_S = 1.0  # between looks at the rule files
 SNAPSHOT_S = 30.0  # between snapshots: what a killed engine forgets at most of its windows
 SNAPSHOT = "snapshot"  # in the role's state folder
 DIRECT_ATTEMPTS = 3  # a host that restarts its endpoint is back within that
@@ -57,7 +57,7 @@ async def run_rules(fleet: FleetConfig, ready: Ready) -> None:
             controls = {name: host.control for name, host in fleet.hosts.items()}
             service = RuleService(bus, rules, controls, places(fleet))
             service.keep(state / SNAPSHOT)
-            service.watch_files(fleet.rules.files, fleet.folder)
+            service.watch_files(RuleFiles(fleet))
             await service.run(ready)
 
 
@@ -67,6 +67,7 @@ class RuleService:
     def __init__(self, bus: Bus, rules: Sequence[Rule], controls: dict[str, str], placed: Places | None = None) -> None:
         self._bus = bus
         self._rules = rules
+        self._refused_files = 0
         self._decisions = RuleDecisions(rules, controls)
         self._intake = Intake(placed)
         self._reported: dict[str, str] = {}
@@ -93,9 +94,9 @@ class RuleService:
         else:
             _log.info("%d series taken up from %s", count, path)
 
-    def watch_files(self, names: Sequence[str], folder: Path) -> None:
+    def watch_files(self, files: RuleFiles) -> None:
         """Read these rule files again when they change."""
-        self._files = RuleFiles(names, folder)
+        self._files = files
 
     async def run(self, ready: Ready) -> None:
         with trio.move_on_after(FLUSH_S):
@@ -137,7 +138,9 @@ class RuleService:
             nursery.start_soon(take_in)
             nursery.start_soon(self._tick, nursery)
             nursery.start_soon(self._report)
-            nursery.start_soon(self._reload, nursery)
+            if self._files is not None:
+                nursery.start_soon(self._follow_files, self._files, nursery)
+            nursery.start_soon(self._keep)
             gc.collect()
             gc.freeze()  # what lives as long as the engine is not looked at again and again
             ready()
@@ -146,6 +149,22 @@ class RuleService:
             finally:
                 if self._snapshot is not None:
                     _write(self._snapshot, Frozen(self._decisions.engine, self._now()))
+
+    async def _follow_files(self, files: RuleFiles, nursery: trio.Nursery) -> None:
+        def take(rules: Sequence[Rule]) -> None:
+            before = {rule.hash for rule in self._rules}
+            same = sum(rule.hash in before for rule in rules)
+            self._rules = rules
+            self._send(nursery, self._decisions.reload(rules, self._now()))
+            _log.info("rule files read again: %d rules, %d of them as before", len(rules), same)
+
+        def refuse(error: ConfigError) -> None:
+            self._refused_files += 1
+            _log.error(
+                "rule files changed and can't be read; the %d rules from before go on: %s", len(self._rules), error
+            )
+
+        await follow(files, take, refuse)
 
     def _now(self) -> float:
         return self._wall + trio.current_time()
@@ -170,24 +189,14 @@ class RuleService:
             if now >= self._decisions.next_deadline():
                 self._send(nursery, self._decisions.tick(now, backlog=late))
 
-    async def _reload(self, nursery: trio.Nursery) -> None:
-        """Rules that changed, and the snapshot: both can wait for a second."""
-        kept = self._now()
+    async def _keep(self) -> None:
+        """The snapshot, once in a while."""
+        if self._snapshot is None:
+            return
         while True:
-            await trio.sleep(RELOAD_S)
-            if self._files is not None and self._files.changed():
-                try:
-                    rules = self._files.load()
-                except ConfigError as error:
-                    _log.error("the rules stay as they were: %s", error)
-                else:
-                    self._send(nursery, self._decisions.reload(rules, self._now()))
-                    self._rules = rules
-                    _log.info("%d rules read again", len(rules))
-            if self._snapshot is not None and self._now() >= kept + SNAPSHOT_S:
-                kept = self._now()
-                frozen = Frozen(self._decisions.engine, kept)
-                await trio.to_thread.run_sync(_write, self._snapshot, frozen)
+            await trio.sleep(SNAPSHOT_S)
+            frozen = Frozen(self._decisions.engine, self._now())
+            await trio.to_thread.run_sync(_write, self._snapshot, frozen)
 
     def _send(self, nursery: trio.Nursery, sends: Sequence[Send]) -> None:
         for send in sends:
@@ -227,6 +236,7 @@ class RuleService:
                 "rules_batches_lost_total": intake.lost,
                 "rules_late_total": intake.late,
                 "rules_series_refused_total": engine.refused + intake.oversized,
+                "rules_reload_errors_total": self._refused_files,
                 "rules_claims_total": intake.strange + self._decisions.in_flight.claims.total,
                 "rules_alerts_firing": len(self._decisions.firing()),
             }
