@@ -88,14 +88,16 @@ class NetFleet(TestFleet):
         self.host_of = agents
         super().__init__(folder, agents, head=HEAD)
 
-    def endpoint(self, agent: str) -> str:
-        return f"tcp://{MACHINES[self.host_of[agent]]}:{self.ports[agent]}"
+    def endpoint(self, agent: str, host: str = "") -> str:
+        port = self.ports[f"{agent}@{host}" if host else agent]
+        return f"tcp://{MACHINES[host or self.host_of[agent]]}:{port}"
 
     def _text(self, agents: dict[str, str], head: str) -> str:
         text = super()._text(agents, head)
         for name, machine in (
             *((name, "broker") for name in ("events", "feed", "telemetry_in", "telemetry_out")),
             *((host, host) for host in self.hosts),
+            *((f"link-{host}", host) for host in self.hosts),
         ):
             text = text.replace(f"127.0.0.1:{self.ports[name]}", f"{MACHINES[machine]}:{self.ports[name]}")
         return text

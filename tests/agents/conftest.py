@@ -29,7 +29,8 @@ from interlock.agents.resources import Card
 from interlock.agents.revisions import RevisionStore
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import Ask, AskRollBack, Row
-from interlock.agents.slot_shell import SlotShell, Surroundings
+from interlock.agents.slot_shell import SlotShell
+from interlock.agents.surroundings import Surroundings
 from interlock.broker import commands, facts
 from interlock.broker.commands import Breach
 from interlock.broker.config import AgentConfig, FleetConfig, HostConfig, parse_fleet

@@ -194,10 +194,27 @@ def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> N
         raw.execute("PRAGMA user_version = 99")
     raw.close()
     content = path.read_bytes()
-    with pytest.raises(LogError, match=r"newer version of Interlock \(format 99, this one knows 1\)"):
+    with pytest.raises(LogError, match=r"newer version of Interlock \(format 99, this one knows 2\)"):
         Journal.open(path)
     assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_of_the_first_version_is_taken_over_with_all_its_slots(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as raw:
+        old = module._SCHEMA.replace(",\n    place TEXT NOT NULL DEFAULT ''", "")
+        assert "place" not in old
+        raw.executescript(old)
+        raw.execute("INSERT INTO slots VALUES ('chat', 'v1', 'd1', NULL, NULL, 'serving', NULL, 3)")
+        raw.execute("PRAGMA user_version = 1")
+    raw.close()
+    for _ in range(2):
+        journal = Journal.open(path)
+        assert journal.slot("chat") == Row("chat", "v1", "d1", epoch=3)
+        journal.save_slot(Row("chat", "v1", "d1", state=State.FORWARDING, epoch=3, place="beta"), "moved")
+        journal.save_slot(Row("chat", "v1", "d1", epoch=3), "back")
+        journal.close()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from interlock.agents.slot_io import (
     AskHostLevel,
     AskRollBack,
     DrillEnded,
+    Forward,
     Gone,
     HandedBack,
     HandedOver,
@@ -25,6 +26,7 @@ from interlock.agents.slot_io import (
     HostRestored,
     Input,
     Moment,
+    Owned,
     Persist,
     PrepareEnded,
     Publish,
@@ -271,7 +273,10 @@ def test_an_old_revision_that_dies_while_it_is_verified_is_started_again_once_an
     assert play.facts()[0].level == 2
 
 
-@pytest.mark.parametrize("state", [s for s in State if s is not State.SERVING])
+ELSEWHERE = {State.ARRIVING, State.FORWARDING}
+
+
+@pytest.mark.parametrize("state", [s for s in State if s is not State.SERVING and s not in ELSEWHERE])
 def test_a_restarted_host_undoes_whatever_was_not_made_permanent(state: State) -> None:
     play = Play(Row("tutor", "r1", "d1", "r2", "d2", state, M, E))
     assert any(isinstance(a, Start) and (a.revision, a.role) == ("r1", "permanent") for a in play.actions)
@@ -280,6 +285,17 @@ def test_a_restarted_host_undoes_whatever_was_not_made_permanent(state: State) -
     (done,) = play.facts()
     assert (done.migration, done.breach.by, done.level) == (M, "host restarted", 2)
     assert play.slot.row == Row("tutor", "r1", "d1", epoch=E)
+
+
+def test_a_restarted_host_starts_nothing_of_an_agent_that_is_another_hosts() -> None:
+    moved = Play(Row("tutor", "r1", "d1", state=State.FORWARDING, migration=M, epoch=E, place="beta"))
+    assert [a for a in moved.actions if not isinstance(a, Publish)] == [Forward("beta")]
+    moved.ask(prepare(epoch=E + 1, migration="tutor-8"))
+    assert "it was moved to host beta" in moved.facts()[0].reason
+    arriving = Play(Row("tutor", "r2", "d2", state=State.ARRIVING, migration=M, epoch=E, place="alpha"))
+    assert [a for a in arriving.actions if not isinstance(a, Publish)] == []
+    assert any(isinstance(a, Start) for a in arriving(Owned()))
+    assert arriving.slot.row == Row("tutor", "r2", "d2", epoch=E)
 
 
 def test_what_can_not_be_taken_is_refused_with_the_reason() -> None:

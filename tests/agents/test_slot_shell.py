@@ -19,7 +19,8 @@ from interlock.agents.launch import Instance
 from interlock.agents.revisions import Revision
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import Ask, AskRollBack, Row, State
-from interlock.agents.slot_shell import SlotShell, Surroundings
+from interlock.agents.slot_shell import SlotShell
+from interlock.agents.surroundings import Surroundings
 from interlock.broker import commands, facts
 from interlock.broker.commands import Breach
 from interlock.broker.config import AgentConfig, RevisionConfig

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,3 +254,67 @@ def test_deviations_and_drills_are_kept_and_travel_in_a_snapshot() -> None:
     assert before.agents["echo"].drill == fleet.Drill("v1", {"1": 0.04}, [], 5.0)
     after = play(before.snapshot(before.position))
     assert after.to_json() == before.to_json()
+
+
+# --- moves to another host
+
+MOVING = msgspec.structs.replace(STARTED, target="beta")
+GUEST = facts.InstanceStarted(
+    host="beta", agent="echo", instance="echo-v2-7.2", revision="v2", role="candidate", pid=9, started=1.0
+)
+RECEIVED = facts.StepDone(host="beta", agent="echo", migration="echo-7", epoch=7, step="receive", command="c")
+ARRIVING = facts.SlotChanged(
+    host="beta", agent="echo", state="arriving", permanent="v2", migration="echo-7", epoch=7, endpoint="tcp://b"
+)
+MOVED = msgspec.structs.replace(COMMIT_DONE, evidence={"host": "beta", "endpoint": "tcp://b"})
+FORWARDING = facts.SlotChanged(
+    host="alpha", agent="echo", state="forwarding", permanent="v1", migration="echo-7", epoch=7, endpoint="tcp://e"
+)
+SERVES_THERE = facts.SlotChanged(host="beta", agent="echo", state="serving", permanent="v2", endpoint="tcp://b")
+BETA_UP = facts.HostUp(host="beta", control="tcp://127.0.0.1:2", pid=11, boot="b", agents=["echo"])
+
+
+def place(view: Fleet) -> tuple[str, str, str, str]:
+    agent = view.agents["echo"]
+    return agent.host, agent.permanent, agent.state, agent.endpoint
+
+
+def test_until_the_commit_an_agent_that_moves_is_where_it_was() -> None:
+    view = play(UP, SERVING, MOVING, RECEIVED, GUEST, CANARY, ARRIVING)
+    assert place(view) == ("alpha", "v1", "live", "tcp://e")
+    assert view.migrations["echo-7"].host == "alpha"
+
+
+def test_the_commit_of_its_own_host_takes_it_to_the_other_one_for_good() -> None:
+    view = play(UP, SERVING, MOVING, CANARY, ARRIVING, MOVED, FORWARDING, SERVES_THERE, ended("committed"))
+    assert place(view) == ("beta", "v2", "serving", "tcp://b")
+    play_into(view, [UP, SERVING])  # its old host says what it likes
+    assert place(view) == ("beta", "v2", "serving", "tcp://b")
+    again = Fleet()
+    play_into(again, [view.snapshot(view.position)])
+    assert place(again) == ("beta", "v2", "serving", "tcp://b")
+
+
+def test_no_host_takes_an_agent_over_by_saying_so() -> None:
+    stolen = msgspec.structs.replace(MOVED, host="beta")
+    for body in (SERVES_THERE, BETA_UP, ARRIVING, stolen):
+        view = play(UP, SERVING, MOVING, CANARY, body)
+        assert place(view)[0] == "alpha", body
+    not_ordered = play(UP, SERVING, STARTED, CANARY, MOVED)
+    assert place(not_ordered)[0] == "alpha"
+    moved = play(UP, SERVING, MOVING, CANARY, MOVED, ended("committed"), UP, SERVING, FORWARDING)
+    assert place(moved)[0] == "beta"
+
+
+def test_what_a_host_says_of_a_candidate_that_it_runs_is_no_claim_and_a_move_holds_before_the_file() -> None:
+    view = Fleet({"echo": "alpha"})
+    said = [UP, SERVING, MOVING, RECEIVED, GUEST, ARRIVING, CANARY, MOVED, FORWARDING, SERVES_THERE, UP]
+    play_into(view, said)
+    assert view.claims.total == 0
+    assert place(view) == ("beta", "v2", "serving", "tcp://b")
+
+
+def test_a_rolled_back_move_leaves_it_where_it_was() -> None:
+    view = play(UP, SERVING, MOVING, RECEIVED, GUEST, CANARY, ROLLED_BACK, SERVING, ended("rolled-back"))
+    assert place(view)[0] == "alpha"
+    assert not view.agents["echo"].moved

@@ -85,7 +85,12 @@ KINDS: dict[str, Callable[[str, str], str]] = {
         'probe = { kind = "http", port = "request", expect = { ok = true }, timeout_s = 0.5 }'
     ),
 }
-EXTRA = {"calc": "", "keep": "", "rep": 'idempotent = ["double"]\n', "web": "window = 8\n"}
+EXTRA = {
+    "calc": "",
+    "keep": "",
+    "rep": 'idempotent = ["double"]\n',
+    "web": "window = 8\nhand_over_s = 30\nhold_s = 60\n",
+}
 
 
 # --- the fleet
@@ -106,7 +111,8 @@ class TestFleet:
         self.tag = uuid.uuid4().hex
         self.env = {**os.environ, "INTERLOCK_LOG": "INFO", "INTERLOCK_FLEET": str(self.path)}
         self.hosts = sorted(set(agents.values()))
-        names = [*BUS, *self.hosts, *agents]
+        others = [f"{name}@{host}" for name, home in agents.items() for host in self.hosts if host != home]
+        names = [*BUS, *self.hosts, *agents, *(f"link-{host}" for host in self.hosts), *others]
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         for name in KINDS:
             shutil.copytree(AGENTS / name, folder / name)
@@ -122,11 +128,14 @@ class TestFleet:
         text = f"{textwrap.dedent(head)}[broker]\n{bus}"
         for host in self.hosts:
             text += f'[hosts.{host}]\ncontrol = "tcp://127.0.0.1:{self.ports[host]}"\n'
+            text += f'link = "tcp://127.0.0.1:{self.ports[f"link-{host}"]}"\n'
         for name, host in agents.items():
             kind = name.partition("-")[0]
             text += (
                 f'[agents.{name}]\nhost = "{host}"\nendpoint = "{self.endpoint(name)}"\nserve = "r1"\nlevel = "low"\n'
             )
+            places = ", ".join(f'{there} = "{self.endpoint(name, there)}"' for there in self.hosts if there != host)
+            text += f"endpoints = {{ {places} }}\n" if places else ""
             text += f'health_period_s = 0.3\ncompare = {{ ignore = ["revision"] }}\n{EXTRA[kind]}'
             for revision, trigger in (("r1", "-"), ("r2", "-"), ("odd", str(self.folder / f"{name}.trigger"))):
                 text += (
@@ -134,8 +143,10 @@ class TestFleet:
                 )
         return text
 
-    def endpoint(self, agent: str) -> str:
-        return f"{'http' if agent.startswith('web') else 'tcp'}://127.0.0.1:{self.ports[agent]}"
+    def endpoint(self, agent: str, host: str = "") -> str:
+        """Of the agent's own host, or of the one that it may be moved to."""
+        port = self.ports[f"{agent}@{host}" if host else agent]
+        return f"{'http' if agent.startswith('web') else 'tcp'}://127.0.0.1:{port}"
 
     # --- running
 
@@ -287,8 +298,8 @@ class TestFleet:
     def cli(self, *argv: str, timeout: float = WAIT_S) -> Done:
         return self.start_cli(*argv).done(timeout)
 
-    def migrate(self, agent: str, to: str, strategy: str = "rapid") -> Running:
-        return self.start_cli("migrate", agent, "--to", to, "--strategy", strategy, "--json")
+    def migrate(self, agent: str, to: str, strategy: str = "rapid", *more: str) -> Running:
+        return self.start_cli("migrate", agent, "--to", to, "--strategy", strategy, "--json", *more)
 
     def other(self, agent: str) -> str:
         """The good revision that does not serve now."""

@@ -11,7 +11,7 @@ from crash_parts import Askers
 from load_parts import HEAD, load
 
 MIGRATIONS, EVERY = 20, 10
-KEPT = {"host-alpha/backups", "host-alpha/data", "coordinator/records"}  # made by the first migration
+KEPT = {"host-alpha/backups", "host-alpha/data", "coordinator/records", "rules/snapshot"}  # made by the first migration
 DESCRIPTORS = 4  # more or fewer from one look to the next: connections that are just being made
 
 

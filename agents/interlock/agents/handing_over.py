@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from interlock.agents.folders import Moved
+from interlock.agents.guest import Guest
 from interlock.agents.launch import Instance
 from interlock.agents.slot_io import BeginHandBack, BeginHandOver, HandedBack, HandedOver
 from interlock.agents.state_ports import StatePort, carry
+from interlock.agents.token_gateway import TokenGateway
 from interlock.agents.transfer import TransferError
 from interlock.broker.config import AgentConfig
 from interlock.broker.errors import InterlockError
@@ -74,18 +77,40 @@ async def _moved(
                 step = f"{_owed(shell, giving)} were not answered"
                 await shell.gateway.drained(source)
                 step = f"{giving.view.revision} did not stop working"
-                await _port(giving).quiesce(limit_s)
+                if giving.state_port is not None and not isinstance(shell.gateway, TokenGateway):
+                    await giving.state_port.quiesce(limit_s)
                 evidence["quiesced_s"] = round(trio.current_time() - began, 4)
                 step = "the state was not over"
-                end = await carry(_port(giving), _port(taking))
-                evidence |= {"bytes": end.size, "pieces": end.pieces, "sha256": end.sha256.hex()}
+                await _move(shell, giving, taking, evidence)
                 reason = ""
-            except InterlockError as error:
+            except (InterlockError, OSError) as error:
                 reason = str(error)
         if reason is None:
             reason = f"{step} within {limit_s:g} s"
     evidence["held_s"] = round(trio.current_time() - began, 4)
     return "it was called off" if reason is None else reason
+
+
+async def _move(shell: SlotShell, giving: Instance, taking: Instance, evidence: Evidence) -> None:
+    """The data folder, where they don't share one, and what is in memory."""
+    folder = shell.around.place.data_dir / shell.agent
+    if isinstance(giving, Guest) and giving.state_port is None:  # before anything is put under a process that runs
+        raise TransferError("the old one, which runs, can't be told of another data folder: it has no hooks for state")
+    moved: Moved | None = None
+    if isinstance(taking, Guest):
+        moved = await taking.send_folder(folder)
+    elif isinstance(giving, Guest):
+        moved = await giving.bring_folder(folder)
+    if moved is not None:
+        evidence |= {"data_files": moved.files, "data_bytes": moved.bytes}
+    if giving.state_port is not None:
+        end = await carry(giving.state_port, _port(taking))
+        evidence |= {"bytes": end.size, "pieces": end.pieces, "sha256": end.sha256.hex()}
+    elif isinstance(taking, Guest):
+        await taking.restart()  # it opened what it keeps there when it began
+        evidence |= {"bytes": 0, "restarted": True}
+    else:
+        _port(giving)
 
 
 def _owed(shell: SlotShell, instance: Instance) -> str:
@@ -104,7 +129,12 @@ def _port(instance: Instance) -> StatePort:
 
 
 async def resume(shell: SlotShell, name: str) -> None:
-    """This instance works, the others of the slot don't. What can't be told says so in its health check."""
+    """This instance works, the others of the slot don't. What can't be told says so in its health check.
+
+    Where there is a token, who has it works: it is not given by two.
+    """
+    if isinstance(shell.gateway, TokenGateway):
+        return
     async with trio.open_nursery() as nursery:
         for other in list(shell.instances.values()):
             nursery.start_soon(_tell, other, other.name == name)

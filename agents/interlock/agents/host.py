@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from interlock.agents.arrivals import FROM, here
 from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
+from interlock.agents.moves import Moves
 from interlock.agents.process import guarded, host_marker, kill_marked
 from interlock.agents.revisions import RevisionStore
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import Ask, AskRollBack, Renew, Row, State
-from interlock.agents.slot_shell import SlotShell, Surroundings, import_rest
+from interlock.agents.slot_shell import SlotShell, import_rest
+from interlock.agents.surroundings import Surroundings
 from interlock.broker import commands, facts, signing, topics
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.config import AgentConfig, FleetConfig, load_fleet, source_of
@@ -66,6 +69,7 @@ class Host:
         self.security = security
         self.gate = None if security is None else Gate(security, f"host {name}")
         self.slots: dict[str, SlotShell] = {}
+        self.moves: Moves | None = None
         self._began = time.time()
         self._given: dict[str, None] = {}  # by id, the oldest first
         self._refusals: dict[str, facts.CommandRefused] = {}  # not in the journal yet
@@ -123,7 +127,8 @@ class Host:
             case commands.RollBack() if slot is not None:
                 slot.give(AskRollBack(body))
             case (
-                commands.Prepare()
+                commands.Receive()
+                | commands.Prepare()
                 | commands.Drill()
                 | commands.StartCandidate()
                 | commands.Shadow()
@@ -142,13 +147,22 @@ class Host:
         slot = self.slots.get(body.agent)
         if done is not None:
             self.bus.post(topics.host_fact(self.name), decode_body(done), id=f"{id}/done")
+        elif isinstance(body, commands.Receive) and self.moves is not None:
+            if self._is_new(id):
+                self.moves.begin_to_receive(body, id)
         elif slot is None:
             self._refuse(body, id, f"there is no agent {body.agent!r} on host {self.name}")
-        elif id not in self._given:
-            self._given[id] = None
-            if len(self._given) > GIVEN_KEPT:
-                del self._given[next(iter(self._given))]
+        elif self._is_new(id):
             slot.give(Ask(body, id))
+
+    def _is_new(self, id: str) -> bool:
+        """Whether this process has not been given the command yet."""
+        if id in self._given:
+            return False
+        self._given[id] = None
+        if len(self._given) > GIVEN_KEPT:
+            del self._given[next(iter(self._given))]
+        return True
 
     def _refuse(self, body: commands.HostCommand, asked: str, reason: str) -> None:
         refused = facts.CommandRefused(
@@ -222,9 +236,11 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
         living: trio.Nursery = await outer.start(_shielded)
         try:
             around = _surroundings(host, state, place, living)
+            host.moves = Moves(host, host.bus.sockets, around)
             await trio.to_thread.run_sync(_collect_revisions, host, around.store)
-            for agent, config in sorted(host.fleet.agents_of(host.name).items()):
+            for agent, config in sorted((await trio.to_thread.run_sync(agents_here, host)).items()):
                 await _open_slot(host, around, agent, config)
+            known = list(host.slots.values())  # others may arrive meanwhile, and run by themselves
             async with trio.open_nursery() as nursery:
                 if host.gate is not None:
                     await nursery.start(host.gate.serve, host.bus.sockets)
@@ -232,19 +248,18 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 control = await nursery.start(
                     direct, host.bus.sockets, host.fleet.hosts[host.name].control, host.accept
                 )
+                await nursery.start(host.moves.run)
                 host.publish(
-                    facts.HostUp(
-                        host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=sorted(host.slots)
-                    )
+                    facts.HostUp(host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=_own(host))
                 )
                 # first those whose migration is to be undone: they are promised back within 5 s
-                for slot in sorted(host.slots.values(), key=lambda slot: slot.slot.row.state is State.SERVING):
+                for slot in sorted(known, key=lambda slot: slot.slot.row.state is State.SERVING):
                     nursery.start_soon(slot.run)
                     slot.begin()
                 nursery.start_soon(host.follow_commands)
                 nursery.start_soon(host.report)
                 with trio.move_on_after(FIRST_NEWS_S):
-                    for slot in host.slots.values():
+                    for slot in known:
                         await slot.first_news.wait()
                 ready(_lacking(host))
                 up = [name for name, slot in sorted(host.slots.items()) if slot.slot.permanent_up]
@@ -255,8 +270,34 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                 async with trio.open_nursery() as ending:
                     for slot in host.slots.values():
                         ending.start_soon(slot.end)
+                    if host.moves is not None:
+                        ending.start_soon(host.moves.guests.end)
                 living.cancel_scope.cancel()
             host.publish(facts.HostDown(host=host.name))
+
+
+def _own(host: Host) -> list[str]:
+    """The agents that are here, and not only on their way to or from here."""
+    elsewhere = (State.ARRIVING, State.FORWARDING)
+    return [name for name, slot in sorted(host.slots.items()) if slot.slot.row.state not in elsewhere]
+
+
+def agents_here(host: Host) -> dict[str, AgentConfig]:
+    """By the fleet file, and by the journal, which holds before it: who was moved here, or away and is forwarded to.
+
+    Forwarding ends once the fleet file says that the agent is elsewhere, and names no endpoint of it here any more.
+    """
+    found = host.fleet.agents_of(host.name)
+    for agent, row in host.journal.slots().items():
+        config = host.fleet.agents.get(agent)
+        if config is None or config.host == host.name:
+            continue
+        if row.state is State.FORWARDING and host.name not in config.endpoints:
+            host.journal.drop_slot(agent, f"the fleet file says that it is on {config.host}: no more forwarding")
+            log.info("%s: it is on host %s, and nothing is forwarded there any more", agent, config.host)
+        elif row.state is State.FORWARDING or host.journal.mark(f"{FROM}{agent}"):
+            found[agent] = here(config, host.name)
+    return found
 
 
 def _lacking(host: Host) -> dict[str, str]:
@@ -264,7 +305,7 @@ def _lacking(host: Host) -> dict[str, str]:
     return {
         name: f"revision {slot.slot.row.permanent}: {slot.trouble}"[:MAX_TROUBLE]
         for name, slot in sorted(host.slots.items())
-        if not slot.slot.permanent_up
+        if not slot.slot.permanent_up and name in _own(host)
     }
 
 
@@ -305,7 +346,9 @@ async def _open_slot(host: Host, around: Surroundings, agent: str, config: Agent
         row = await trio.to_thread.run_sync(_first_row, host, around.store, agent, config)
     gateway = open_gateway(agent, config, around.place.sockets)
     endpoint = await around.nursery.start(gateway.run)
-    host.slots[agent] = SlotShell(Slot(host.name, row, endpoint=endpoint), config, gateway, around)
+    host.slots[agent] = shell = SlotShell(Slot(host.name, row, endpoint=endpoint), config, gateway, around)
+    if row.state in (State.ARRIVING, State.FORWARDING):
+        shell.first_news.set()
 
 
 def _collect_revisions(host: Host, store: RevisionStore) -> None:

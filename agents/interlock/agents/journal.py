@@ -22,7 +22,7 @@ from interlock.agents.slot_io import Row, State
 from interlock.agents.trees import StorageError, sha256_of
 from interlock.broker.errors import LogError, Refused
 
-FORMAT = 1  # user_version of the file
+FORMAT = 2  # user_version of the file
 DONE_KEPT = 10_000  # results of commands, the oldest go first; a command is not repeated after its deadline
 ENTRIES_KEPT = 50_000  # lines of the journal itself
 COPY_PAGES = 4096  # of a database copied before the time is looked at: some 16 MiB
@@ -31,7 +31,8 @@ BUSY_MS = 5000  # a backup tool or a reader may hold the file for so long
 _SCHEMA = """
 CREATE TABLE slots (
     agent TEXT PRIMARY KEY, permanent TEXT NOT NULL, permanent_digest TEXT NOT NULL,
-    candidate TEXT, candidate_digest TEXT, state TEXT NOT NULL, migration TEXT, epoch INTEGER NOT NULL
+    candidate TEXT, candidate_digest TEXT, state TEXT NOT NULL, migration TEXT, epoch INTEGER NOT NULL,
+    place TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE names (agent TEXT NOT NULL, name TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (agent, name)) STRICT;
 CREATE TABLE done (number INTEGER PRIMARY KEY AUTOINCREMENT, command TEXT UNIQUE NOT NULL, result BLOB NOT NULL) STRICT;
@@ -111,7 +112,7 @@ class Journal:
                 )
             db.execute("INSERT OR IGNORE INTO names VALUES (?, ?, ?)", (row.agent, row.permanent, row.permanent_digest))
             db.execute(
-                f"INSERT OR REPLACE INTO slots ({_ROW}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO slots ({_ROW}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     row.agent,
                     row.permanent,
@@ -121,11 +122,18 @@ class Journal:
                     row.state.value,
                     row.migration,
                     row.epoch,
+                    row.place,
                 ),
             )
             _write_entry(db, row.agent, entry, at)
             if done is not None:
                 _write_done(db, *done)
+
+    def drop_slot(self, agent: str, entry: str) -> None:
+        """Forget a slot: its agent is another host's."""
+        with self._writing() as db:
+            db.execute("DELETE FROM slots WHERE agent = ?", (agent,))
+            _write_entry(db, agent, entry, None)
 
     def names(self, agent: str) -> dict[str, str]:
         """The digest of each revision name that was ever permanent."""
@@ -207,16 +215,16 @@ class Journal:
                 raise
 
 
-_ROW = "agent, permanent, permanent_digest, candidate, candidate_digest, state, migration, epoch"
+_ROW = "agent, permanent, permanent_digest, candidate, candidate_digest, state, migration, epoch, place"
 
 
-def _row(values: tuple[str, str, str, str | None, str | None, str, str | None, int]) -> Row:
-    agent, permanent, permanent_digest, candidate, candidate_digest, state, migration, epoch = values
+def _row(values: tuple[str, str, str, str | None, str | None, str, str | None, int, str]) -> Row:
+    agent, permanent, permanent_digest, candidate, candidate_digest, state, migration, epoch, place = values
     try:
         known = State(state)
     except ValueError:
         known = State.ROLLING_BACK  # of another version of this program: what nobody knows is undone
-    return Row(agent, permanent, permanent_digest, candidate, candidate_digest, known, migration, epoch)
+    return Row(agent, permanent, permanent_digest, candidate, candidate_digest, known, migration, epoch, place)
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
@@ -234,6 +242,9 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     if version == 0:
         for statement in _SCHEMA.split(";"):
             connection.execute(statement)
+    elif version == 1:  # agents did not move then
+        connection.execute("ALTER TABLE slots ADD COLUMN place TEXT NOT NULL DEFAULT ''")
+    if version < FORMAT:
         connection.execute(f"PRAGMA user_version = {FORMAT}")
     connection.execute("COMMIT")
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import trio
@@ -79,6 +80,7 @@ class Instance:
     state_port: StatePort | None = None  # where it keeps state in memory that can be handed over
     token: TokenFile | None = None  # of a program without an endpoint
     stopping: bool = False
+    here: ClassVar[bool] = True  # it runs on this host
     start_s: float | None = None  # seconds from its start until it was healthy
     _files: list[Path] = field(default_factory=list)  # in the folder of the sockets
 
@@ -226,7 +228,7 @@ class Instance:
             self.start_s = trio.current_time() - began
             evidence: dict[str, object] = {"start_s": self.start_s, "pid": self.process.pid}
             if self.control is not None:
-                gaps = await self._learn_contract(needed)
+                gaps = await self.learn_contract(needed)
                 if gaps:
                     give(Gone(self.name, "contract", "; ".join(gaps), time.time()))
                     return False
@@ -238,7 +240,7 @@ class Instance:
         give(Gone(self.name, "start-failed", self._with_tail(reason), time.time()))
         return False
 
-    async def _learn_contract(self, needed: dict[str, HandlerContract]) -> list[str]:
+    async def learn_contract(self, needed: dict[str, HandlerContract]) -> list[str]:
         """What the instance handles; returns what it should and does not."""
         assert self.control is not None
         try:

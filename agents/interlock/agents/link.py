@@ -54,6 +54,10 @@ class Link:
             return self._session
         raise Unreachable(f"no connection within {timeout:g} s", where=f"{self.there} at {self._endpoint}")
 
+    async def until_changed(self) -> None:
+        """Returns once the link came up, or went down, after this was asked."""
+        await self._changed.wait()
+
     async def ask(self, what: str, about: dict[str, Any], timeout: float) -> dict[str, Any]:
         """As of `Session`. It waits for a session, and asks again in the next one if that breaks: each is done once."""
         until = trio.current_time() + timeout
@@ -189,6 +193,8 @@ class LinkDoor:
         try:
             came = link_protocol.decode(frames)
             session = self._sessions.get(peer)
+            if self._gate is not None:  # each message anew: a key may have been revoked
+                self._gate.admit(user, policy.link)
             if isinstance(came.message, Hello):
                 session = self._begin(socket, nursery, user, peer, came.message)
             if session is not None:

@@ -22,6 +22,7 @@ from interlock.agents.gateway import Gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Instance, Place
 from interlock.agents.levels import Whole, back_up
+from interlock.agents.link import Link
 from interlock.agents.measured import dependencies, folder_bytes, memory_available, tree_memory
 from interlock.agents.preflight import preflight
 from interlock.agents.resources import FRESH_S, Card, Judgement, Needs, Room, judge
@@ -33,6 +34,7 @@ from interlock.broker.errors import ConfigError, InterlockError, Refused
 from interlock.broker.fields import Evidence
 
 READ_AGAIN_S = 0.25  # between looks at readings that lack the old one's share; a monitor reads a card once a second
+LINK_S = 10.0  # for the other host to answer, its link to come up included
 BACKUPS_KEPT = 5  # per agent, where the fleet file does not name the host; each holds the code of one revision
 
 Cards = Callable[[str], Awaitable[list[Card] | None]]  # the GPUs of the host, and what an agent has there
@@ -47,7 +49,7 @@ class Preparation:
     command: Prepare
     row: Row
     permanent: Instance | None
-    gateway: Gateway
+    gateway: Gateway | None
     store: RevisionStore
     journal: Journal
     backups: Path
@@ -58,6 +60,7 @@ class Preparation:
     config: AgentConfig | None = None
     baseline: dict[str, float] | None = None
     judgement: Judgement | None = None
+    link_to: Callable[[str], Link] | None = None  # the way to another host
 
 
 class _Failed(Exception):
@@ -72,12 +75,17 @@ async def prepare(given: Preparation) -> PrepareEnded:
     evidence: Evidence = {}
     ended = PrepareEnded(migration, True, evidence=evidence)
     try:
-        fleet, recorded = await _record(given)
-        evidence["digest"] = recorded.digest
+        if given.command.host:
+            fleet = await _check_move(given, evidence)
+        else:
+            fleet, recorded = await _record(given)
+            evidence["digest"] = recorded.digest
         async with trio.open_nursery() as nursery:
             if given.permanent is not None:
                 nursery.start_soon(_measure, given, evidence)
-            await _check(given, fleet, recorded, evidence)
+            if not given.command.host:
+                await _check(given, fleet, recorded, evidence)
+            await _check_old(given, evidence)
             backup = await _back_up(given, fleet)
             evidence["backup"] = {
                 "path": str(backup.path),
@@ -136,12 +144,74 @@ async def _check(given: Preparation, fleet: FleetConfig, recorded: Revision, evi
     evidence["rollback_class"] = "cold" if cold else "warm"
     if failed is not None:
         raise _Failed(failed.check, failed.reason + _cold_hint(failed, judged), failed.evidence)
-    _check_state(given, recorded, evidence, cold=cold)
+    _check_state(given, recorded.config, evidence, cold=cold)
     await _check_comparison(given, recorded, evidence)
-    await _check_old(given, evidence)
 
 
-def _check_state(given: Preparation, recorded: Revision, evidence: Evidence, *, cold: bool) -> None:
+async def receive(given: Preparation) -> PrepareEnded:
+    """What the host finds out that an agent is to move to: is the revision sound there, and is there room for it?"""
+    migration = given.command.migration
+    evidence: Evidence = {}
+    try:
+        fleet, recorded = await _record(given)
+        evidence |= {"digest": recorded.digest, "host": given.host}
+        _place_in(fleet, given, given.host)
+        await _check(given, fleet, recorded, evidence)
+    except _Failed as failed:
+        return PrepareEnded(
+            migration, False, check=failed.check, reason=f"on host {given.host}: {failed}", evidence=failed.evidence
+        )
+    except InterlockError as error:
+        return PrepareEnded(migration, False, check="receive", reason=f"on host {given.host}: {error}")
+    return PrepareEnded(migration, True, digest=recorded.digest, evidence=evidence)
+
+
+def _place_in(fleet: FleetConfig, given: Preparation, host: str) -> None:
+    """Both hosts must be reachable for each other, and clients must be told where the agent is then."""
+    config, agent = given.config, given.command.agent
+    assert config is not None
+    where = f"the fleet file of host {given.host}"
+    if config.serves == "nothing":
+        raise _Failed("place", f"{agent} has no endpoint: an agent without a port can't move to another host yet", {})
+    if not config.endpoint_at(host):
+        hint = f'agents.{agent}.endpoints = {{ {host} = "..." }}'
+        raise _Failed("place", f"{where} does not say where clients find {agent} on {host}: add {hint}", {})
+    for name in (given.host, host):
+        if name not in fleet.hosts or not fleet.hosts[name].link:
+            raise _Failed("place", f"{where} does not say where other hosts reach {name}: add hosts.{name}.link", {})
+
+
+async def _check_move(given: Preparation, evidence: Evidence) -> FleetConfig:
+    """The other host has looked at the revision already; is there a way to it, and what is to travel?"""
+    command = given.command
+    try:
+        fleet = await trio.to_thread.run_sync(given.load)
+        config = given.config = fleet.agents.get(command.agent)
+        if config is None or command.to not in config.revisions:
+            raise ConfigError(f"has no revision {command.to!r}", where=f"the fleet file of host {given.host}")
+    except ConfigError as error:
+        raise _Failed("fleet-file", str(error), {}) from None
+    _place_in(fleet, given, command.host)
+    about = {"agent": command.agent, "migration": command.migration, "epoch": command.epoch}
+    try:
+        if given.link_to is None:
+            raise ConfigError("this host has no link")
+        said = await given.link_to(command.host).ask("invited", about, LINK_S)
+    except InterlockError as error:
+        raise _Failed("link", f"host {command.host} can't be asked: {error}", {}) from None
+    evidence |= {"digest": str(said.get("digest", "")), "rollback_class": "warm", "host": command.host}
+    if functions_of(config.compare):  # they run here, beside the old one
+        _, recorded = await _record(given)
+        await _check_comparison(given, recorded, evidence)
+        evidence["digest"] = recorded.digest
+    _check_state(given, config.revisions[command.to], evidence, cold=False)
+    kept = await trio.to_thread.run_sync(folder_bytes, given.place.data_dir / command.agent)
+    if kept:
+        evidence |= {"hands_over": True, "data_bytes": kept}
+    return fleet
+
+
+def _check_state(given: Preparation, config: RevisionConfig, evidence: Evidence, *, cold: bool) -> None:
     """Whether state in memory is to be handed over, and whether it can be."""
     old = given.permanent
     if old is None or old.state_port is None:
@@ -150,10 +220,9 @@ def _check_state(given: Preparation, recorded: Revision, evidence: Evidence, *, 
     if cold:
         reason = "it keeps state in memory, and to hand that over both must run at once: there is no room for both"
         raise _Failed("state", reason, {})
-    if recorded.config.kind == "exec" and recorded.config.state is None:
-        reason = (
-            f"revision {given.row.permanent} keeps state in memory, and {recorded.name} has no table `state` to take it"
-        )
+    if config.kind == "exec" and config.state is None:
+        to = given.command.to
+        reason = f"revision {given.row.permanent} keeps state in memory, and {to} has no table `state` to take it"
         raise _Failed("state", reason, {})
 
 
@@ -220,7 +289,7 @@ async def _check_comparison(given: Preparation, recorded: Revision, evidence: Ev
         place = given.place
         bench = Bench(recorded, place.base, place.marker, place.run_dir, place.log_dir, place.environment)
         finding = await check_functions(bench, functions)
-        evidence["preflight"][finding.check] = finding.reason
+        evidence.setdefault("preflight", {})[finding.check] = finding.reason
         if not finding.ok:
             raise _Failed(finding.check, finding.reason, finding.evidence)
 
@@ -243,6 +312,7 @@ async def _measure(given: Preparation, evidence: Evidence) -> None:
     seconds = given.command.baseline_s
     await trio.sleep(seconds)
     assert given.permanent is not None
+    assert given.gateway is not None
     latencies = given.gateway.latencies(given.permanent.name, seconds, trio.current_time())
     given.baseline = baseline(latencies)
     evidence["baseline"] = {"seconds": seconds, "response_s": given.baseline} | measured(latencies)

@@ -14,10 +14,12 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from interlock.agents.ladder import Ascent, Rung, Sign
-from interlock.agents.rolling_back import AWAY, RollingBack
+from interlock.agents.relocating import Relocating
+from interlock.agents.rolling_back import AWAY
 from interlock.agents.slot_base import Handed
 from interlock.agents.slot_io import (
     Action,
+    Arrived,
     Ask,
     AskHostLevel,
     AskRollBack,
@@ -29,6 +31,7 @@ from interlock.agents.slot_io import (
     EndDrill,
     EndHandOver,
     EndShadow,
+    Forward,
     Gone,
     HandedBack,
     HandedOver,
@@ -36,6 +39,7 @@ from interlock.agents.slot_io import (
     HostRestored,
     Input,
     Moment,
+    Owned,
     Persist,
     PrepareEnded,
     Publish,
@@ -78,7 +82,7 @@ ON_TRIAL = {
 }  # fmt: skip
 
 
-class Slot(RollingBack):
+class Slot(Relocating):
     """One agent's place on a host. `handle` is the only way in."""
 
     # --- start
@@ -86,6 +90,10 @@ class Slot(RollingBack):
     def begin(self, now: Moment) -> list[Action]:
         """What a host does first with the slot: undo what a crash left, and start the permanent revision."""
         actions: list[Action] = []
+        if self.row.state is State.ARRIVING:
+            return [self._changed()]
+        if self.row.state is State.FORWARDING:
+            return [Forward(self.row.place), self._changed()]
         if self.row.state is State.DRILLING and self.row.migration is None:
             self._set(State.SERVING)  # nothing was on trial
         if self.row.state is not State.SERVING:
@@ -114,14 +122,14 @@ class Slot(RollingBack):
                 return []
             case PrepareEnded():
                 return self._prepare_ended(given)
-            case Healthy():
-                return self._healthy(given, now)
-            case Gone():
-                return self._gone(given, now)
+            case Healthy() | Gone():
+                return self._healthy(given, now) if isinstance(given, Healthy) else self._gone(given, now)
             case ShadowEnded() | DrillEnded():
                 return self._shadow_over(given) if isinstance(given, ShadowEnded) else self._drill_over(given)
             case HandedOver() | HandedBack():
                 return self._of_the_state(given, now)
+            case Arrived() | Owned():
+                return self._of_two_hosts(given, now)
             case Verified():
                 return self._verified(given, now)
             case AskHostLevel() | HostRestored() | Restored():
@@ -145,6 +153,8 @@ class Slot(RollingBack):
             return f"its epoch {command.epoch} is older than {self.row.epoch}"
         step = step_of(command)
         if isinstance(command, commands.Prepare):
+            if self.row.state is State.FORWARDING:
+                return f"it was moved to host {self.row.place}"
             if self.row.state is not State.SERVING:
                 return f"migration {self.row.migration} is in flight ({self.row.state})"
             if not self.permanent_up and not command.sick_ok:
@@ -182,8 +192,9 @@ class Slot(RollingBack):
         match command:
             case commands.Prepare():
                 self.row = replace(
-                    self.row, state=target, candidate=command.to, migration=command.migration, epoch=command.epoch
-                )
+                    self.row, state=target, candidate=command.to, migration=command.migration, epoch=command.epoch,
+                    place=command.host,
+                )  # fmt: skip
                 self.lease_until = now.mono + STANDBY_LEASE_S + command.baseline_s
                 return [Persist(self.row, "prepare"), BeginPrepare(command), self._changed()]
             case commands.Drill():
@@ -203,14 +214,16 @@ class Slot(RollingBack):
             case commands.CutOver():
                 return self._cut_over(command, given.id, target, now)
             case commands.Commit():
-                return self._commit(command, given.id)
+                return self._commit_elsewhere(command) if self.row.place else self._commit(command, given.id)
+            case commands.Receive():
+                raise AssertionError("it concerns no slot")
 
     def _start_candidate(self, command: commands.StartCandidate, target: State, now: Moment) -> list[Action]:
         """Beside the old one; or, cold, in its place: requests wait while one is stopped and the other starts."""
         self._set(target)
         self._counted = False
         self.lease_until = now.mono + STANDBY_LEASE_S
-        self.candidate = self._name(self.row.candidate or "")
+        self.candidate = self._name(self.row.candidate or "", epoch=self.row.epoch if self.row.place else 0)
         old = self.permanent if command.cold else None
         start = Start(
             self.candidate, self.row.candidate or "", self.row.candidate_digest or "", "candidate",
@@ -253,6 +266,7 @@ class Slot(RollingBack):
             candidate_digest=None,
             state=State.SERVING,
             migration=None,
+            place="",
         )
         self.permanent, self.permanent_up, self.candidate = new, True, None
         self.candidate_up, self.exclusive = False, False
@@ -398,19 +412,12 @@ class Slot(RollingBack):
         return self._roll_back(Breach(by="host lease-expired", reason=reason, sample_time=now.wall), now)
 
 
+_STEPS: dict[type[HostCommand], commands.Step] = {
+    commands.Receive: "receive", commands.Prepare: "prepare", commands.Drill: "drill",
+    commands.StartCandidate: "start-candidate", commands.Shadow: "shadow", commands.HandOver: "hand-over",
+    commands.CutOver: "cut-over", commands.Commit: "commit",
+}  # fmt: skip
+
+
 def step_of(command: HostCommand) -> commands.Step:
-    match command:
-        case commands.Prepare():
-            return "prepare"
-        case commands.Drill():
-            return "drill"
-        case commands.StartCandidate():
-            return "start-candidate"
-        case commands.Shadow():
-            return "shadow"
-        case commands.HandOver():
-            return "hand-over"
-        case commands.CutOver():
-            return "cut-over"
-        case commands.Commit():
-            return "commit"
+    return _STEPS[type(command)]

@@ -15,6 +15,11 @@ RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)  # before the n-th restart in 
 STEADY_S = 30.0  # a permanent instance that ran for so long begins a new row
 
 
+def forwarder(agent: str, place: str) -> str:
+    """What a gateway calls an agent that is on another host."""
+    return f"{agent}@{place}"
+
+
 @dataclass
 class Handed:
     """Where the state is that an agent keeps in memory. `at`: since when the candidate has it; 0: it has none.
@@ -60,6 +65,10 @@ class SlotBase:
         share = 0.0
         if self.row.state is State.HANDING_OVER or self.handed.returning:
             return ()  # requests wait: whoever answered one now would change what is being handed over
+        if self.row.state is State.ARRIVING:
+            return ()
+        if self.row.state is State.FORWARDING:
+            return ((forwarder(self.row.agent, self.row.place), 1.0),)
         if self.candidate is not None and self.row.state is State.LIVE:
             share = self.share
         elif self.candidate is not None and self.row.state is State.KEPT and not self.permanent_up:
@@ -94,7 +103,7 @@ class SlotBase:
 
     def _forget_candidate(self) -> None:
         self.row = replace(
-            self.row, state=State.SERVING, candidate=None, candidate_digest=None, migration=None
+            self.row, state=State.SERVING, candidate=None, candidate_digest=None, migration=None, place=""
         )  # the epoch stays: older ones are refused for good
         self.candidate, self.candidate_up, self.exclusive = None, False, False
         self.lease_until, self.share, self.ascent = None, 0.0, None
@@ -106,9 +115,10 @@ class SlotBase:
     def _set(self, state: State) -> None:
         self.row = replace(self.row, state=state)
 
-    def _name(self, revision: str) -> str:
+    def _name(self, revision: str, *, epoch: int = 0) -> str:
+        """`epoch`: of one that runs on another host, where names of this host say nothing."""
         self._born += 1
-        return f"{self.row.agent}-{revision}-{self._born}"
+        return f"{self.row.agent}-{revision}-{f'{epoch}.' if epoch else ''}{self._born}"
 
     def _changed(self) -> Publish:
         return Publish(

@@ -23,6 +23,8 @@ class State(StrEnum):
     SHADOWING = "shadowing"
     HANDING_OVER = "handing-over"  # requests wait, while the state goes from the old instance to the candidate
     LIVE = "live"  # the candidate has a share of the live requests
+    ARRIVING = "arriving"  # it comes from another host, which has not said yet that it moved: nobody serves here
+    FORWARDING = "forwarding"  # it moved to another host: requests that come here are passed on
     ROLLING_BACK = "rolling-back"  # live requests go to the permanent revision; it is not verified yet
     KEPT = (
         "kept"  # the permanent revision could not be brought back; the candidate, healthy, serves for a human to look
@@ -111,6 +113,21 @@ class HandedBack(msgspec.Struct, frozen=True):
     evidence: Evidence = {}
 
 
+class Arrived(msgspec.Struct, frozen=True):
+    """The other host has written that it will serve, or it won't."""
+
+    migration: str
+    ok: bool
+    reason: str = ""
+    endpoint: str = ""
+
+
+class Owned(msgspec.Struct, frozen=True):
+    """Of an agent that is arriving: it is ours now. `instance` ran here as a guest, and still does."""
+
+    instance: str = ""
+
+
 class Verified(msgspec.Struct, frozen=True):
     """The permanent revision answered (a live request or a probe) after the route went back to it, or did not.
 
@@ -165,8 +182,8 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Input = (
-    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | HandedOver | HandedBack | Verified
-    | DrillEnded | AskHostLevel | HostRestored | Restored | Tick
+    Ask | AskRollBack | Renew | PrepareEnded | Healthy | Gone | ShadowEnded | HandedOver | HandedBack | Arrived | Owned
+    | Verified | DrillEnded | AskHostLevel | HostRestored | Restored | Tick
 )  # fmt: skip
 
 # --- what comes out
@@ -251,6 +268,20 @@ class Resume(msgspec.Struct, frozen=True):
     instance: str
 
 
+class BeginCommit(msgspec.Struct, frozen=True):
+    """Have the other host write that it will serve; the shell answers Arrived."""
+
+    command: commands.Commit
+    candidate: str
+
+
+class Forward(msgspec.Struct, frozen=True):
+    """From now on what comes here goes to the other host; `candidate` is the guest that is that host's own now."""
+
+    place: str
+    candidate: str = ""
+
+
 class Rescue(msgspec.Struct, frozen=True):
     """Send again, to where live requests go now, what the instance has in flight."""
 
@@ -293,7 +324,8 @@ class Publish(msgspec.Struct, frozen=True):
 
 Action = (
     Persist | Route | BeginTrial | BeginPrepare | BeginDrill | EndDrill | Start | Stop | BeginShadow | EndShadow
-    | BeginHandOver | BeginHandBack | EndHandOver | Resume | Rescue | Verify | RestoreHost | Restore | Publish
+    | BeginHandOver | BeginHandBack | EndHandOver | Resume | BeginCommit | Forward | Rescue | Verify | RestoreHost
+    | Restore | Publish
 )  # fmt: skip
 
 
@@ -308,3 +340,4 @@ class Row(msgspec.Struct, frozen=True):
     state: State = State.SERVING
     migration: str | None = None
     epoch: int = 0  # the newest seen; older ones are refused
+    place: str = ""  # the other host that it moves to, or moved to

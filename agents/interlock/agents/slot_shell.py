@@ -10,27 +10,26 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import trio
 
 from interlock.agents.compare import Pair
-from interlock.agents.figures import InstanceView, samples, slow_threshold
+from interlock.agents.figures import samples, slow_threshold
+from interlock.agents.forwarding import forward, give_away
 from interlock.agents.front import admit
 from interlock.agents.gateway import Gateway
 from interlock.agents.handing_over import hand_back, hand_over, resume
 from interlock.agents.instance import HandlerContract
-from interlock.agents.journal import Journal
-from interlock.agents.launch import Instance, Place
-from interlock.agents.revisions import RevisionStore
+from interlock.agents.launch import Instance
+from interlock.agents.making import make_instance
 from interlock.agents.slot import Slot
 from interlock.agents.slot_io import (
     Action,
+    BeginCommit,
     BeginDrill,
     BeginHandBack,
     BeginHandOver,
@@ -40,6 +39,7 @@ from interlock.agents.slot_io import (
     EndDrill,
     EndHandOver,
     EndShadow,
+    Forward,
     Gone,
     Healthy,
     Input,
@@ -59,17 +59,16 @@ from interlock.agents.slot_io import (
     Verified,
     Verify,
 )
+from interlock.agents.surroundings import Surroundings
 from interlock.broker import commands, facts
-from interlock.broker.config import AgentConfig, FleetConfig
+from interlock.broker.config import AgentConfig
 from interlock.broker.errors import InterlockError, LogError
-from interlock.broker.facts import Fact
 from interlock.broker.fields import Evidence
 from interlock.broker.samples import Labels
 from interlock.broker.wire import encode
 
 if TYPE_CHECKING:  # no part of a start: a rollback may wait for it
     from interlock.agents.comparer import Comparer
-    from interlock.agents.resources import Card
     from interlock.agents.shadow import ShadowRun
 
 log = logging.getLogger(__name__)
@@ -81,32 +80,6 @@ AT_ONCE = (  # of a rollback
     Route, BeginHandBack, EndShadow, EndDrill, EndHandOver, Resume, Rescue, Verify, Start, Stop,
 )  # fmt: skip
 JOURNAL_RETRY_S = 1.0  # between attempts to write to a disk that is full
-
-
-@dataclass
-class Surroundings:
-    """What the slots of a host share."""
-
-    host: str
-    place: Place
-    store: RevisionStore
-    journal: Journal
-    publish: Callable[[Fact], None]
-    load: Callable[[], FleetConfig]  # the fleet file as it is now
-    backups: Path
-    next_number: Callable[[], int]
-    nursery: trio.Nursery  # owns the instances; lives as long as the host
-    cards: Callable[[str], Awaitable[list[Card] | None]] = field(default=lambda agent: _no_cards())
-    neighbours: Callable[[], list[SlotShell]] = field(default=list)  # all slots of the host
-
-    def up(self, agent: str) -> bool | None:
-        """Whether an agent of this host is healthy; None if it is not of this host."""
-        found = [shell.slot.permanent_up for shell in self.neighbours() if shell.agent == agent]
-        return found[0] if found else None
-
-
-async def _no_cards() -> None:
-    """No monitor tells of a GPU."""
 
 
 @dataclass
@@ -144,6 +117,8 @@ class SlotShell:
     _shadow: ShadowRun | None = None
     _drill: trio.CancelScope | None = None
     _handing: trio.CancelScope | None = None
+    forwards: trio.CancelScope | None = None  # the way to the host that the agent moved to
+    opened: trio.CancelScope | None = None  # of the gateway and of `run`, of an agent that arrived while the host ran
     _ended: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _comparer: Comparer | None = None
     _reported: set[Labels] = field(default_factory=set)
@@ -213,6 +188,10 @@ class SlotShell:
             case BeginHandOver():
                 self._handing = trio.CancelScope()
                 self.around.nursery.start_soon(hand_over, self, action, self._handing)
+            case BeginCommit():
+                self.around.nursery.start_soon(give_away, self, action)
+            case Forward():
+                await forward(self, action)
             case RestoreHost():
                 self.around.nursery.start_soon(_recovering().restore_host, self, action)
             case Restore():
@@ -290,7 +269,7 @@ class SlotShell:
         preparation = Preparation(
             host=around.host, command=command, row=self.slot.row, permanent=permanent,
             gateway=self.gateway, store=around.store, journal=around.journal, backups=around.backups,
-            place=around.place, load=around.load, cards=around.cards, up=around.up,
+            place=around.place, load=around.load, cards=around.cards, up=around.up, link_to=around.link_to,
         )  # fmt: skip
         ended = await prepare(preparation)
         self.baseline = preparation.baseline
@@ -309,15 +288,7 @@ class SlotShell:
             return  # nobody wants it any more
         around = self.around
         try:
-            revision = await trio.to_thread.run_sync(around.store.get, self.agent, start.revision, start.digest)
-            instance = Instance(
-                name=start.instance,
-                agent=self.agent,
-                config=self.config,
-                recorded=revision,
-                place=around.place,
-                view=InstanceView(start.revision, start.role),
-            )
+            instance = await make_instance(self, start)
             await instance.start(around.nursery, around.next_number())
         except InterlockError as error:
             log.error("%s can't be started: %s", start.instance, error)
@@ -325,7 +296,8 @@ class SlotShell:
             return
         self.instances[start.instance] = instance
         assert instance.process is not None
-        self._publish_started(instance)
+        if instance.here:
+            self._publish_started(instance)
         if start.instance not in (self.slot.permanent, self.slot.candidate):  # it was called off while it started
             await self.stop(start.instance)
             return
@@ -341,6 +313,21 @@ class SlotShell:
 
         await instance.watch(start, self._needed(start), report)
         if not instance.stopping and instance.process.returncode is not None:
+            await self.stop(instance.name)
+
+    def adopt(self, instance: Instance) -> None:
+        """An instance that ran here for another host's slot is this one's own, as it is."""
+        self.instances[instance.name] = instance
+        instance.view.role = "permanent"
+        admit(self.gateway, instance)
+        self.around.nursery.start_soon(self._watch_end, instance)
+        self.around.nursery.start_soon(self._watch_adopted, instance)
+
+    async def _watch_adopted(self, instance: Instance) -> None:
+        row = self.slot.row
+        start = Start(instance.name, row.permanent, row.permanent_digest, "permanent")
+        await instance.watch(start, {}, lambda given: None if instance.stopping else self.give(given))
+        if not instance.stopping and instance.process is not None and instance.process.returncode is not None:
             await self.stop(instance.name)
 
     async def _watch_end(self, instance: Instance) -> None:
@@ -374,6 +361,8 @@ class SlotShell:
         self.instances.pop(name, None)
         self._ended.unpark_all()
         view = instance.view
+        if not instance.here:
+            return
         self.around.publish(
             facts.InstanceStopped(
                 host=self.around.host, agent=self.agent, instance=name, revision=view.revision,
@@ -492,7 +481,7 @@ class SlotShell:
 
     @property
     def on_trial(self) -> bool:
-        return self.slot.row.state is not State.SERVING
+        return self.slot.row.state not in (State.SERVING, State.ARRIVING, State.FORWARDING)
 
 
 def moment() -> Moment:

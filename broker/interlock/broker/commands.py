@@ -126,6 +126,17 @@ class RunDrill(_Body, frozen=True, kw_only=True, tag="run-drill"):
 # coordinator -> host, topic command/<host>/
 
 
+class Receive(_Body, frozen=True, kw_only=True, tag="receive"):
+    """To the host that an agent is to move to: check and record revision `to`, and let that host have it run here."""
+
+    migration: MigrationId
+    agent: AgentName
+    epoch: Epoch
+    deadline: Deadline
+    to: RevisionName
+    source: Annotated[str, says("the host that the agent is on")]
+
+
 class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     """Check and record revision `to`, back up the serving one and measure its baseline."""
 
@@ -142,6 +153,7 @@ class Prepare(_Body, frozen=True, kw_only=True, tag="prepare"):
     sick_ok: Annotated[bool, says("go on though the serving revision is not healthy: it is no verified way back")] = (
         False
     )
+    host: Annotated[str, says("the host that the agent moves to, which received it; empty: it stays")] = ""
 
 
 class Drill(_Body, frozen=True, kw_only=True, tag="drill"):
@@ -250,7 +262,7 @@ class RenewLease(_Body, frozen=True, kw_only=True, tag="renew-lease"):
     lease_s: Annotated[Span, says("seconds from now, for which the lease holds")]
 
 
-Step = Literal["prepare", "drill", "start-candidate", "hand-over", "shadow", "cut-over", "commit"]
+Step = Literal["receive", "prepare", "drill", "start-candidate", "hand-over", "shadow", "cut-over", "commit"]
 
 Command = (
     Migrate
@@ -260,6 +272,7 @@ Command = (
     | StartWave
     | StopWave
     | RollCall
+    | Receive
     | Prepare
     | Drill
     | StartCandidate
@@ -270,4 +283,4 @@ Command = (
     | RollBack
     | RenewLease
 )
-HostCommand = Prepare | Drill | StartCandidate | Shadow | HandOver | CutOver | Commit
+HostCommand = Receive | Prepare | Drill | StartCandidate | Shadow | HandOver | CutOver | Commit

@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args
 import msgspec
 from msgspec.structs import replace
 
-from interlock.broker.bounds import check_command, check_environment, check_place, check_values
+from interlock.broker.agent_checks import check_handlers, check_host_places, check_revision, near
+from interlock.broker.bounds import check_place, check_values
 from interlock.broker.errors import ConfigError
 from interlock.broker.freeze import Window, parse_zone
 from interlock.broker.strategies import (
@@ -36,8 +37,6 @@ _ENDPOINT = re.compile(
     r"(tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._*-]+):(\d{1,5}|\*)|ipc://.+|(http|stream)://[A-Za-z0-9._*-]+:\d{1,5})"
 )
 
-_HTTP_NAME = re.compile(r"[A-Z]+ /\S*")  # a method and a path
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 HOSTS_PER_S = (
     400  # hosts for each second between the pings of a link: what they cost a broker stays below 5 % of a core
@@ -128,6 +127,7 @@ class HostConfig(_Config, frozen=True, kw_only=True):
     """A host: a process that runs agents, one machine or a part of one."""
 
     control: str  # where this host takes rollbacks and leases directly (ROUTER)
+    link: str = ""  # where other hosts reach this one to move agents (ROUTER); empty: none moves to or from here
     monitor: bool = True  # `interlock up` starts a monitor for it
     backups: int = 5  # newest backups kept of each agent: one is made whenever a migration of it begins
 
@@ -216,6 +216,7 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
     """An agent: where it runs, what its clients connect to, and the revisions there are of it."""
 
     host: str  # one of [hosts]
+    endpoints: dict[str, str] = {}  # by host: where clients find it once it was moved there
     endpoint: str = ""  # tcp:// or ipc:// for ZeroMQ clients, http://, stream:// for other TCP; empty: it has no port
     serve: str  # the revision that serves until another is committed
     revisions: dict[str, RevisionConfig]  # by name; a name that was committed once keeps its content for good
@@ -241,6 +242,10 @@ class AgentConfig(_Config, frozen=True, kw_only=True):
         if not self.endpoint:
             return "nothing"
         return "connections" if self.endpoint.startswith("stream://") else "requests"
+
+    def endpoint_at(self, host: str) -> str:
+        """Where clients find it on a host; "" if it can't be there."""
+        return self.endpoints.get(host, self.endpoint if host == self.host else "")
 
     @property
     def strategy_name(self) -> StrategyName:
@@ -402,6 +407,8 @@ def _check(fleet: FleetConfig, where: str) -> None:
         if name in RESERVED:
             raise ConfigError(f"no host may be called {name!r}", where=f"{where}: hosts", hint="choose another name")
         endpoint(host.control, f"hosts.{name}.control")
+        if host.link:
+            endpoint(host.link, f"hosts.{name}.link")
     for name in fleet.strategies:
         if name not in BUILT_IN:
             raise ConfigError(f"unknown strategy {name!r}", where=f"{where}: strategies", hint=", ".join(BUILT_IN))
@@ -414,19 +421,21 @@ def _check(fleet: FleetConfig, where: str) -> None:
             endpoint(agent.endpoint, f"{key}.endpoint", public=True)
         if agent.host not in fleet.hosts:
             raise ConfigError(
-                f"unknown host {agent.host!r}", where=f"{where}: {key}.host", hint=_near(agent.host, fleet.hosts)
+                f"unknown host {agent.host!r}", where=f"{where}: {key}.host", hint=near(agent.host, fleet.hosts)
             )
         if agent.serve not in agent.revisions:
             raise ConfigError(
                 f"unknown revision {agent.serve!r}",
                 where=f"{where}: {key}.serve",
-                hint=_near(agent.serve, agent.revisions),
+                hint=near(agent.serve, agent.revisions),
             )
+        for there, place in check_host_places(fleet, agent, f"{where}: {key}.endpoints"):
+            endpoint(place, f"{key}.endpoints.{there}", public=True)
         _check_needed(fleet, name, f"{where}: {key}.depends")
-        _check_handlers(agent, f"{where}: {key}")
+        check_handlers(agent, f"{where}: {key}")
         for revision_name, revision in agent.revisions.items():
             check_name(revision_name, where=f"{where}: {key}.revisions")
-            _check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
+            check_revision(fleet, agent, revision, f"{where}: {key}.revisions.{revision_name}")
 
 
 def _check_needed(fleet: FleetConfig, name: str, where: str) -> None:
@@ -435,7 +444,7 @@ def _check_needed(fleet: FleetConfig, name: str, where: str) -> None:
             raise ConfigError(
                 f"{needed!r} is no other agent of this fleet, and no endpoint",
                 where=where,
-                hint=_near(needed, {other: None for other in fleet.agents if other != name}),
+                hint=near(needed, {other: None for other in fleet.agents if other != name}),
             )
 
 
@@ -445,86 +454,9 @@ def _check_freeze(freeze: FreezeConfig, where: str) -> None:
         Window.parse(window.start, window.end, where=f"{where}.windows[{number}]")
 
 
-def _check_revision(fleet: FleetConfig, agent: AgentConfig, revision: RevisionConfig, where: str) -> None:
-    if bool(revision.entry) == bool(revision.command):
-        raise ConfigError("needs an entry or a command, and not both", where=where)
-    if revision.entry and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", revision.entry):
-        raise ConfigError(f"entry {revision.entry!r} is not module:Class", where=where)
-    if revision.entry and agent.endpoint.startswith(("http", "stream")):
-        scheme = agent.endpoint.partition(":")[0]
-        raise ConfigError(
-            f"a class agent answers ZeroMQ requests, its endpoint is {scheme}",
-            where=where,
-            hint="use a tcp:// endpoint",
-        )
-    if revision.command and revision.probe is None:
-        raise ConfigError(
-            "a program needs a probe", where=where, hint='for example probe = { kind = "tcp", port = "request" }'
-        )
-    if revision.probe is not None and revision.probe.kind == "script" and not revision.probe.command:
-        raise ConfigError("a script probe needs a command", where=where)
-    if revision.command:
-        check_command(revision.command, where)
-    if revision.state is not None:
-        _check_state(agent, revision, f"{where}.state")
-    if revision.probe is not None and revision.probe.command:
-        check_command(revision.probe.command, f"{where}.probe")
-    check_environment(revision.env, where)
-
-
-def _check_state(agent: AgentConfig, revision: RevisionConfig, where: str) -> None:
-    state = revision.state
-    assert state is not None
-    if revision.entry:
-        raise ConfigError("a class has snapshot() and restore() for it", where=where, hint="leave the table out")
-    if agent.endpoint.startswith("stream"):
-        raise ConfigError(
-            "connections of a protocol of its own can't be held while state is handed over", where=where,
-            hint="leave the table out, and keep what must last in the agent's data folder",
-        )  # fmt: skip
-    for key in ("give", "take", "quiesce", "resume"):
-        command = getattr(state, key)
-        if not command and key in ("give", "take"):
-            raise ConfigError("needs a command", where=f"{where}.{key}")
-        if command:
-            check_command(command, f"{where}.{key}")
-
-
-def _check_handlers(agent: AgentConfig, where: str) -> None:
-    if agent.endpoint.startswith("http"):
-        listed = agent.idempotent if isinstance(agent.idempotent, list) else []
-        for key, names in (("idempotent", listed), ("side_effects", agent.side_effects)):
-            for name in names:
-                _check_request(name, f"{where}.{key}")
-    for name, handler in agent.compare.handlers.items():
-        place = f"{where}.compare.handlers.{name}"
-        if agent.endpoint.startswith("http"):
-            _check_request(name, place)
-        if handler.function and not _FUNCTION.fullmatch(handler.function):
-            raise ConfigError(f"function {handler.function!r} is not module:function", where=place)
-        if handler.function and (handler.ignore is not None or handler.tolerance is not None):
-            raise ConfigError("a function decides alone", where=place, hint="leave ignore and tolerance out")
-        if handler.mode == "exact" and (
-            handler.function or handler.ignore is not None or handler.tolerance is not None
-        ):
-            raise ConfigError(
-                "exact compares bytes", where=place, hint="leave ignore, tolerance and function out, or the mode"
-            )
-
-
 def source_of(fleet: FleetConfig, revision: RevisionConfig, *, where: str) -> Path:
     """The folder of a revision's code; ConfigError if it is not there."""
     folder = (fleet.folder / revision.source).resolve()
     if not folder.is_dir():
         raise ConfigError("there is no such folder", where=f"{where}: source {folder}")
     return folder
-
-
-def _near(name: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
-
-
-def _check_request(name: str, where: str) -> None:
-    if not _HTTP_NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} names no request", where=where, hint='write "METHOD /path", as in "GET /ask"')

@@ -198,6 +198,7 @@ class MigrationStarted(_Body, frozen=True, kw_only=True, tag="migration-started"
     request: Annotated[str, says("the id of the event that asked")]
     settings: Annotated[Evidence, says("the strategy's figures as they were then; they hold to the end")] = {}
     wave: Annotated[str, says("the wave that it is part of")] = ""
+    target: Annotated[str, says("the host that the agent moves to; empty: it stays where it is")] = ""
 
 
 class MigrationRefused(_Body, frozen=True, kw_only=True, tag="migration-refused"):

@@ -147,6 +147,7 @@ def is_insecure(fleet: FleetConfig) -> bool:
 def _check_loopback(fleet: FleetConfig) -> None:
     endpoints = {f"broker.{name}": getattr(fleet.broker, name) for name in PLACES}
     endpoints |= {f"hosts.{name}.control": host.control for name, host in fleet.hosts.items()}
+    endpoints |= {f"hosts.{name}.link": host.link for name, host in fleet.hosts.items() if host.link}
     for key, endpoint in endpoints.items():
         if isinstance(endpoint, str) and not _LOOPBACK.fullmatch(endpoint):
             raise ConfigError(

@@ -19,6 +19,7 @@ from interlock.broker.freeze import parse_zone
 from interlock.broker.strategies import BUILT_IN, STRATEGY_OF, Level, StrategyConfig, StrategyName
 from interlock.coordinator.fitting import fitted
 from interlock.coordinator.fleet import Alert, Fleet
+from interlock.coordinator.placing import placed, target_of
 
 Name = TypeVar("Name", bound=str)
 ORDER: list[StrategyName] = list(BUILT_IN)  # the later, the more careful
@@ -62,6 +63,7 @@ class Case:
     settings: Settings
     objections: list[ConfigError]
     deviations: list[str]
+    target: str = ""  # the host that it moves to
 
 
 def consider(
@@ -79,16 +81,17 @@ def consider(
     in_flight: the migration that the agent is in, or "". undo: it moves a member of a wave back, and a rule that fires
     is no reason against that.
     """
-    agent = config.agents.get(asked.agent)
-    if agent is None:
+    if asked.agent not in config.agents:
         raise ConfigError(f"there is no agent {asked.agent!r}", hint=near(asked.agent, config.agents))
+    agent = placed(asked.agent, config, fleet)
+    target = target_of(asked.host, asked.agent, agent, config, fleet)
     revision = agent.revisions.get(asked.to)
     if revision is None:
         raise ConfigError(f"agent {asked.agent} has no revision {asked.to!r}", hint=near(asked.to, agent.revisions))
     choice = choose(asked, agent, risk.get(asked.agent))
     if asked.accept not in CLASSES:
         raise ConfigError(f"there is no class of rollback {asked.accept!r}", hint="cold or hand-over")
-    objections = list(_state(asked, agent, fleet, in_flight))
+    objections = list(_state(asked, agent, fleet, in_flight, target))
     objections += [] if undo else list(_alerts(asked, agent, fleet))
     deviations = []
     for alert in _about(asked.agent, fleet) if asked.because else ():
@@ -111,7 +114,7 @@ def consider(
         strategy=possible, start_timeout_s=revision.start_timeout_s, accept=asked.accept, sick_ok=bool(asked.because),
         left_out=left_out, hand_over_s=agent.hand_over_s,
     )  # fmt: skip
-    return Case(agent, slot.permanent if slot else "", choice, settings, objections, deviations)
+    return Case(agent, slot.permanent if slot else "", choice, settings, objections, deviations, target)
 
 
 def choose(asked: commands.Migrate, agent: AgentConfig, risk: Level | None) -> Choice:
@@ -160,7 +163,9 @@ def _known(name: str, names: list[Name], what: str) -> Name:
     raise ConfigError(f"there is no {what} {name!r}", hint=near(name, names))
 
 
-def _state(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet, in_flight: str) -> Iterator[ConfigError]:
+def _state(
+    asked: commands.Migrate, agent: AgentConfig, fleet: Fleet, in_flight: str, target: str
+) -> Iterator[ConfigError]:
     """Why the fleet is in no state to move this agent."""
     slot = fleet.agents.get(asked.agent)
     yield from busy(asked.agent, agent, fleet, in_flight)
@@ -168,7 +173,7 @@ def _state(asked: commands.Migrate, agent: AgentConfig, fleet: Fleet, in_flight:
         yield ConfigError(
             f"host {agent.host} does not serve {asked.agent} yet", hint="restart the host to add an agent"
         )
-    if slot is not None and slot.permanent == asked.to:
+    if slot is not None and slot.permanent == asked.to and not target:
         yield ConfigError(f"{asked.agent} serves revision {asked.to} already")
 
 

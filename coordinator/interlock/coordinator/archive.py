@@ -17,6 +17,7 @@ from interlock.broker.wire import Event
 from interlock.coordinator import records
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.emit import Emit
+from interlock.coordinator.observers import hosts_of
 from interlock.coordinator.recorder import Recorder
 
 log = logging.getLogger("interlock.coordinator")
@@ -26,7 +27,7 @@ RECORDED = 64  # migrations whose series are recorded at once, at some 1 MB each
 GATHER_S = 60.0  # for reading one migration's events back: a broker that is slower has other worries
 
 T = TypeVar("T")
-_Ended = tuple[str, str, str, int]  # migration, agent, host, epoch
+_Ended = tuple[str, str, tuple[str, str], int]  # migration, agent, its host and where it was to move to, epoch
 
 
 class Archive:
@@ -40,7 +41,7 @@ class Archive:
         self._core = core
         self._folder = folder
         self._recorders: dict[str, tuple[Recorder, trio.CancelScope]] = {}
-        self._hosts: dict[str, str] = {}  # of migrations that have begun
+        self._hosts: dict[str, tuple[str, str]] = {}  # of migrations that have begun: where, and where to
         self._ended: dict[str, _Ended] = {}  # to be written, the oldest first
         self._changed = trio.Event()
 
@@ -50,11 +51,13 @@ class Archive:
         if self._folder is None:
             return
         if isinstance(body, facts.MigrationStarted):
-            self._hosts[body.migration] = body.host
+            self._hosts[body.migration] = (body.host, body.target)
         elif isinstance(body, facts.MigrationEnded):
             known = self._core.fleet.migrations.get(body.migration)  # begun before the snapshot that was read
-            host = self._hosts.pop(body.migration, "") or (known.host if known is not None else "")
-            ended = (body.migration, body.agent, host, body.epoch)
+            places = self._hosts.pop(body.migration, None) or (
+                (known.host, known.target) if known is not None else ("", "")
+            )
+            ended = (body.migration, body.agent, places, body.epoch)
             self._ended[body.migration] = ended
             while len(self._ended) > records.KEPT:
                 del self._ended[next(iter(self._ended))]
@@ -86,7 +89,7 @@ class Archive:
                     if number not in self._recorders and len(self._recorders) < RECORDED and not migration.said_end:
                         recorder, scope = Recorder(number, migration.started.agent), trio.CancelScope()
                         self._recorders[number] = (recorder, scope)
-                        nursery.start_soon(_listen, self._bus, migration.started.host, recorder, scope)
+                        nursery.start_soon(_listen, self._bus, hosts_of(migration), recorder, scope)
                 await trio.sleep(LOOK_S)
 
     async def _keep(self, folder: Path) -> None:
@@ -96,16 +99,17 @@ class Archive:
         while True:
             self._changed = trio.Event()
             while self._ended:
-                migration, agent, host, epoch = self._ended.pop(next(iter(self._ended)))
-                await self._write(folder, migration, agent, host, epoch)
+                migration, agent, places, epoch = self._ended.pop(next(iter(self._ended)))
+                await self._write(folder, migration, agent, places, epoch)
             await self._changed.wait()
 
-    async def _write(self, folder: Path, migration: str, agent: str, host: str, epoch: int) -> None:
+    async def _write(self, folder: Path, migration: str, agent: str, places: tuple[str, str], epoch: int) -> None:
         if not records.is_name(migration):
             return
+        host, target = places
         try:
             with trio.fail_after(GATHER_S):
-                record = await records.gather(self._bus, migration, agent, host, epoch=epoch)
+                record = await records.gather(self._bus, migration, agent, host, target=target, epoch=epoch)
         except (InterlockError, trio.TooSlowError) as error:
             log.warning("no record of %s was written: its events could not be read: %s", migration, error)
             return
@@ -120,10 +124,11 @@ async def _in_thread(what: str, act: Callable[[], T]) -> T | None:
         return None
 
 
-async def _listen(bus: Bus, host: str, recorder: Recorder, scope: trio.CancelScope) -> None:
+async def _listen(bus: Bus, hosts: list[str], recorder: Recorder, scope: trio.CancelScope) -> None:
     reader = SeriesReader()
     with scope:
-        async with bus.samples([topics.telemetry(host, "host"), topics.telemetry(host, "monitor")]) as feed:
+        wanted = [topics.telemetry(host, publisher) for host in hosts for publisher in ("host", "monitor")]
+        async with bus.samples(wanted) as feed:
             async for batches in feed:
                 for batch in batches:
                     samples, _ = reader.read(batch)

@@ -235,8 +235,8 @@ def _migrate(chosen: argparse.Namespace) -> int:
     async def run(bus: Bus, fleet: FleetConfig) -> int:
         report = await verbs.migrate(
             bus, fleet, chosen.agent, chosen.to, strategy=chosen.strategy, level=chosen.level, accept=chosen.accept,
-            because=chosen.because, timeout=chosen.timeout, detach=chosen.detach, tell=output.tell, note=note,
-            begun=started.append,
+            because=chosen.because, host=chosen.host, timeout=chosen.timeout, detach=chosen.detach, tell=output.tell,
+            note=note, begun=started.append,
         )  # fmt: skip
         output.end(report)
         return report.exit_code

@@ -20,6 +20,7 @@ from interlock.coordinator.emit import Emit
 from interlock.coordinator.fleet import SNAPSHOT_BYTES, Fleet
 from interlock.coordinator.migration import Migration
 from interlock.coordinator.ownership import places
+from interlock.coordinator.placing import placed
 from interlock.coordinator.steps import DRILL_S, Terms, plan
 from interlock.coordinator.waves import Waves
 
@@ -117,7 +118,7 @@ class Coordinator:
         self.migrations[body.migration] = Migration(
             body,
             at=event.header.logged or event.header.time,
-            steps=plan(settings.strategy, start_timeout_s=settings.start_timeout_s),
+            steps=plan(settings.strategy, start_timeout_s=settings.start_timeout_s, moves=bool(body.target)),
             config=self._config.coordinator,
             strategy=settings.strategy,
             terms=Terms(accept=settings.accept, sick_ok=settings.sick_ok, hand_over_s=settings.hand_over_s),
@@ -234,6 +235,7 @@ class Coordinator:
                 raise ConfigError("the request's deadline has passed")
             config = self._load()
             agent, slot = config.agents.get(body.agent), self.fleet.agents.get(body.agent)
+            agent = agent and placed(body.agent, config, self.fleet)
             if agent is None or slot is None:
                 known = config.agents if agent is None else self.fleet.agents
                 raise ConfigError(f"there is no agent {body.agent!r}", hint=near(body.agent, known))
@@ -272,7 +274,7 @@ class Coordinator:
         started = facts.MigrationStarted(
             migration=migration, epoch=epoch, agent=body.agent, host=case.agent.host, previous=case.previous,
             to=body.to, strategy=case.choice.strategy, request=event.header.id,
-            settings=msgspec.to_builtins(case.settings), wave=body.wave,
+            settings=msgspec.to_builtins(case.settings), wave=body.wave, target=case.target,
         )  # fmt: skip
         self._starting[event.header.id] = (body.agent, migration)
         emits = [Emit(topic, started, f"{migration}/started")]

@@ -78,6 +78,12 @@ class Agent:
     instances: dict[str, Instance] = field(default_factory=dict)
     drill: Drill | None = None
     hands_over: bool = False  # it keeps state in memory
+    moved: bool = False  # a migration has brought it to this host: where it is, the fleet file may not know
+
+    def move_to(self, host: str, revision: str, endpoint: str) -> None:
+        self.host, self.moved, self.permanent, self.endpoint = host, True, revision, endpoint
+        self.candidate, self.share, self.state = None, 0.0, "serving"
+        self.instances.clear()
 
 
 @dataclass
@@ -104,6 +110,7 @@ class Migration:
     evidence: Evidence = field(default_factory=dict)
     rollback: dict[str, Any] | None = None
     times: dict[str, float] = field(default_factory=dict)
+    target: str = ""  # the host that the agent moves to
     phase: str = "running"  # while it is in flight, as the coordinator says; see phases.py
     blame: str = ""  # of a held one: whose fault it is, if not the candidate's
     deviations: list[str] = field(default_factory=list)
@@ -159,13 +166,9 @@ class _State(msgspec.Struct):
 
 # what an operator's word makes of a migration
 _LED = {
-    "approve": "running",
-    "pause": "paused",
-    "resume": "running",
-    "hold": "held",
-    "abort": "rolling-back",
+    "approve": "running", "pause": "paused", "resume": "running", "hold": "held", "abort": "rolling-back",
     "commit": "running",
-}
+}  # fmt: skip
 _states = msgspec.msgpack.Decoder(_State)
 
 
@@ -290,8 +293,12 @@ class Fleet:
         agent = getattr(event.body, "agent", "")
         if host and (not agent or self._speaks_for(host, agent, getattr(event.body, "migration", None) or "")):
             return True
-        self.claims.count(event, agent)
-        return False
+        moves = self.migrations.get(self._last(agent))
+        if not (moves is not None and moves.target and moves.target == host):
+            self.claims.count(event, agent)
+            return False
+        # of the candidate that it runs; only what it was asked itself is the agent's affair
+        return getattr(event.body, "step", "") == "receive" or isinstance(event.body, facts.CommandRefused)
 
     def _speaks_for(self, host: str, agent: str, number: str) -> bool:
         """A migration that began is its own host's affair, also if the agent has another place in the file by now."""
@@ -312,6 +319,8 @@ class Fleet:
     def owns(self, host: str, agent: str) -> bool:
         """The host has the agent, as far as anybody knows."""
         known = self.agents.get(agent)
+        if known is not None and known.moved:  # the coordinator's order holds before the file
+            return known.host == host
         return owner(agent, self.placed, known.host if known is not None else "") in (host, None)
 
     # --- inside
@@ -321,6 +330,8 @@ class Fleet:
 
     def _agent(self, name: str, host: str = "") -> Agent:
         agent = self.agents.setdefault(name, Agent(name))
+        if agent.moved:
+            return agent  # only a commit that the coordinator ordered takes it elsewhere
         if host and agent.host not in ("", host):  # nothing that it was there holds here
             agent = self.agents[name] = Agent(name, migration=agent.migration)
         agent.host = host or agent.host
@@ -370,6 +381,8 @@ class Fleet:
 
     def _slot_changed(self, body: facts.SlotChanged) -> None:
         agent = self._agent(body.agent, body.host)
+        if agent.host != body.host:
+            return  # it was moved away from there
         if body.epoch < agent.epoch and body.migration is not None:
             return  # of a migration that a newer one has followed
         committed = agent.permanent not in ("", body.permanent)
@@ -391,6 +404,7 @@ class Fleet:
         if isinstance(body, facts.MigrationStarted):
             migration.host, migration.epoch, migration.strategy = body.host, body.epoch, body.strategy
             migration.previous, migration.to, migration.request = body.previous, body.to, body.request
+            migration.target = body.target
             migration.times["started"] = time
             self._agent(body.agent, body.host)
             return
@@ -442,7 +456,12 @@ class Fleet:
             self._agent(body.agent, body.host).drill = drill
             return
         migration = self._migration(body.migration, body.agent)
-        migration.host = body.host
+        if body.step == "receive":
+            return
+        if body.step == "commit" and migration.target and body.host == migration.host:
+            agent = self._agent(body.agent)  # the coordinator ordered it, and the host that had it gave it away
+            agent.move_to(migration.target, migration.to, str(body.evidence.get("endpoint", "")))
+        migration.host = migration.host or body.host
         if body.step == "commit" and migration.in_flight:
             migration.outcome = "committed"
             migration.times["committed"] = time

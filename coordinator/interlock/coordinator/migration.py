@@ -20,6 +20,7 @@ from interlock.broker.wire import Event
 from interlock.coordinator.emit import Emit
 from interlock.coordinator.judgement import LAST_WORD_S, Judgement, Watched
 from interlock.coordinator.observation import Baseline, Measurement
+from interlock.coordinator.outcomes import is_committed, rollback_evidence
 from interlock.coordinator.phases import ON_TRIAL, STANDING, TRANSITIONS, Phase
 from interlock.coordinator.steps import PlannedStep, Stage, Terms, cold, command_of, handing_over
 
@@ -80,8 +81,8 @@ class Migration:
                 self._step_done(body, at)
             case facts.StepFailed():
                 self._step_failed(body, at)
-            case facts.CommandRefused() if body.command == self._command_id():
-                self._refused(Breach(by=f"host {self.started.host}", reason=body.reason), at)
+            case facts.CommandRefused() if self._is_answer(body):
+                self._refused(Breach(by=f"host {body.host}", reason=body.reason), at)
             case commands.RollBack() | facts.RolledBack() | facts.RollBackFailed():
                 self._going_back(body, at)
             case facts.ChecksMeasured():
@@ -150,7 +151,7 @@ class Migration:
         self._stood_at, self._until, self._blame, self._breach = None, float("inf"), "", None
 
     def _step_done(self, body: facts.StepDone, at: float) -> None:
-        if body.command != self._command_id():
+        if not self._is_answer(body):
             return
         if body.evidence:
             self._evidence[f"{self.index}-{body.step}"] = body.evidence
@@ -168,13 +169,13 @@ class Migration:
             self._since, self._sent_at = at, None
 
     def _step_failed(self, body: facts.StepFailed, at: float) -> None:
-        if body.command != self._command_id():
+        if not self._is_answer(body):
             return
         self._evidence[f"{self.index}-{body.step}"] = body.evidence
         breach = Breach(
             by=f"check {body.check}", reason=body.reason, sample_time=body.evidence.get("first_breach_time", at)
         )
-        if body.step in ("prepare", "drill"):  # nothing was started, nothing is to be undone
+        if body.step in ("receive", "prepare", "drill"):  # nothing was started, nothing is to be undone
             if self._turn("not-prepared", breach, at):
                 self.outcome = "refused"
         else:
@@ -188,7 +189,7 @@ class Migration:
 
     def _refused(self, breach: Breach, at: float) -> None:
         kept = self._kept is not None
-        if not kept and self.steps[self.index].step != "prepare":
+        if not kept and self.steps[self.index].step not in ("receive", "prepare"):
             self._turn("refused", breach, at)
         elif self._turn("not-committed" if kept else "not-prepared", breach, at):  # the host will report no rollback
             self.outcome = "failed" if kept else "refused"
@@ -209,17 +210,7 @@ class Migration:
         if self._turn("rolled-back", None, at):
             self._breach = body.breach
             self.outcome = self._undone()
-            first = body.breach.sample_time
-            self._evidence["rollback"] = {
-                "level": body.level,
-                "revision": body.revision,
-                "received": body.received,
-                "routed": body.routed,
-                "restored": body.restored,
-                "breach_to_routed_ms": None if first is None else (body.routed - first) * 1000,
-                "breach_to_restored_ms": None if first is None else (body.restored - first) * 1000,
-                **body.evidence,
-            }
+            self._evidence["rollback"] = rollback_evidence(body)
 
     def _roll_back_failed(self, body: facts.RollBackFailed, at: float) -> None:
         """Where the candidate is kept it has all requests: what is left is to commit it, or to try again."""
@@ -240,7 +231,7 @@ class Migration:
         mine = (body.host, body.agent, body.epoch) == (self.started.host, self.started.agent, self.started.epoch)
         if not mine or body.candidate is not None or body.migration is not None:
             return
-        if body.permanent == self.started.to:
+        if is_committed(self.started, body):
             if self._turn("committed", None, at):
                 self.outcome = "committed"
         elif self._turn("rolled-back", None, at):
@@ -259,10 +250,10 @@ class Migration:
         if self.closed:
             return []
         wanted: list[Emit] = []
-        if self.live and now - self._renewed >= self._lease_s() / LEASE_RENEWALS:
+        if self.live and now - self._renewed >= self._config.lease_s / LEASE_RENEWALS:
             self._renewed = now
             renew = commands.RenewLease(
-                migration=self.id, agent=self.started.agent, epoch=self.started.epoch, lease_s=self._lease_s()
+                migration=self.id, agent=self.started.agent, epoch=self.started.epoch, lease_s=self._config.lease_s
             )
             wanted.append(Emit(topics.command(self.started.host), renew, f"{self.id}/lease/{now}", direct=True))
         if self._unsettled:
@@ -281,7 +272,7 @@ class Migration:
         """When `decide` should be asked again if nothing happens, in seconds since 1970."""
         if self.closed or self._said_end:
             return float("inf")
-        times = [self._renewed + self._lease_s() / LEASE_RENEWALS] if self.live else []
+        times = [self._renewed + self._config.lease_s / LEASE_RENEWALS] if self.live else []
         if self.phase is Phase.ENDED:
             times.append(now)
         elif self.phase is Phase.ROLLING_BACK or not self._unsettled:
@@ -391,13 +382,20 @@ class Migration:
     def _command_id(self) -> str:
         return f"{self.id}/{self.index}{self._again}"
 
+    def _is_answer(self, body: facts.StepDone | facts.StepFailed | facts.CommandRefused) -> bool:
+        """To what was asked last, by whom it was asked."""
+        step = self.steps[self.index].step
+        asked = (self._command_id(), self._asked_of)
+        return (body.command, body.host) == asked and getattr(body, "step", step) == step
+
+    @property
+    def _asked_of(self) -> str:
+        return self.started.target if self.steps[self.index].step == "receive" else self.started.host
+
     @property
     def _again(self) -> str:
         """What was heard before a rollback failed is not done twice: after it, ids are others."""
         return f"/{self._failures}" if self._failures else ""
-
-    def _lease_s(self) -> float:
-        return self._config.lease_s
 
     def _due(self) -> float:
         """When the next step may be asked for: the dwell of the one before is over, or it was ended before."""
@@ -449,7 +447,8 @@ class Migration:
         if self._sent_at is not None:
             if now < self._sent_at + self._limit_s():
                 return []
-            return self._give_up("step-overdue", f"{step.step} was not done within {self._limit_s():.0f} s", now)
+            late = f"{step.step} was not done within {self._limit_s():.0f} s"
+            return self._not_received(late) if step.step == "receive" else self._give_up("step-overdue", late, now)
         if now < self._due():
             return []
         if self.observing and self._committed is None and not self.judgement.passed:
@@ -463,9 +462,15 @@ class Migration:
         if not self.index or self.steps[self.index - 1].stage is not step.stage:
             entered = facts.StageEntered(migration=self.id, agent=self.started.agent, stage=step.stage)
             wanted.append(Emit(topic, entered, f"{self.id}/stage/{step.stage}"))
-        wanted.append(Emit(topics.command(self.started.host), self._command(step, now), self._command_id()))
+        wanted.append(Emit(topics.command(self._asked_of), self._command(step, now), self._command_id()))
         self._sent_at = now
         return wanted
+
+    def _not_received(self, reason: str) -> list[Emit]:
+        """Nothing was begun at the agent's own host."""
+        self.phase, self.outcome = Phase.ENDED, "refused"
+        self._breach = self._breach or Breach(by="coordinator", reason=reason)
+        return [self._end()]
 
     def _unjudged(self, now: float) -> list[Emit]:
         """The observation's time is over, and the candidate has not passed: an operator decides."""
@@ -476,6 +481,8 @@ class Migration:
 
     def _undo(self, now: float) -> list[Emit]:
         breach = self._breach or Breach(by="coordinator", reason="unknown")
+        if self.steps[self.index].step == "receive":  # its own host knows nothing of it yet
+            return self._not_received(breach.reason)
         if not self._asked_rollback:
             self._asked_rollback = True
             return self.roll_back(breach, now)
@@ -508,5 +515,5 @@ class Migration:
 
     def _command(self, step: PlannedStep, now: float) -> commands.HostCommand:
         deadline = now + self._limit_s()
-        lease_s = self._lease_s()
+        lease_s = self._config.lease_s
         return command_of(step, self.started, self.strategy, self._terms, deadline=deadline, lease_s=lease_s)

@@ -40,7 +40,7 @@ async def observe(bus: Bus, core: Coordinator, send: Callable[[Emit], None]) -> 
             for number, migration in watched.items():
                 if number not in observers:
                     observers[number] = _Observer(_observation(migration), trio.CancelScope())
-                    nursery.start_soon(_listen, bus, migration.started.host, observers[number])
+                    nursery.start_soon(_listen, bus, hosts_of(migration), observers[number])
                 progress = migration.watched(now)
                 assert progress is not None
                 measured = observers[number].observation.measure(now, checkpoint=progress.share if progress.ends else 0)
@@ -55,11 +55,18 @@ def _observation(migration: Migration) -> Observation:
     return Observation(started.agent, started.previous, started.to, migration.strategy.observe, migration.baseline)
 
 
-async def _listen(bus: Bus, host: str, observer: _Observer) -> None:
-    """Feed what the host and its monitor publish, from the newest values that the broker remembers on."""
+def hosts_of(migration: Migration) -> list[str]:
+    """Where something of it is measured: the agent's host, and the one that it moves to."""
+    started = migration.started
+    return [started.host, *([started.target] if started.target else [])]
+
+
+async def _listen(bus: Bus, hosts: list[str], observer: _Observer) -> None:
+    """Feed what the hosts and their monitors publish, from the newest values that the broker remembers on."""
     reader = SeriesReader()
     with observer.scope:
-        async with bus.samples([topics.telemetry(host, "host"), topics.telemetry(host, "monitor")]) as feed:
+        wanted = [topics.telemetry(host, publisher) for host in hosts for publisher in ("host", "monitor")]
+        async with bus.samples(wanted) as feed:
             async for batches in feed:
                 for batch in batches:
                     samples, _ = reader.read(batch)

@@ -41,6 +41,7 @@ def migrate_options(one: argparse.ArgumentParser) -> None:
     chosen = one.add_mutually_exclusive_group()
     chosen.add_argument("--strategy", choices=list(BUILT_IN), help="instead of the one that is due")
     chosen.add_argument("--level", choices=list(STRATEGY_OF), help="the same, by the level of risk it is for")
+    one.add_argument("--host", default="", metavar="HOST", help="move it there; default: it stays where it is")
     one.add_argument(
         "--accept", choices=["cold", "hand-over"], default="", help="a slower class of rollback, where no other will do"
     )

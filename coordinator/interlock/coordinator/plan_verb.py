@@ -38,7 +38,7 @@ def ask(core: Coordinator, fleet: FleetConfig, chosen: argparse.Namespace, *, no
     """Refused if it names an agent, a revision, a level or a strategy that there is not."""
     asked = commands.Migrate(
         agent=chosen.agent, to=chosen.to, strategy=chosen.strategy, level=chosen.level, accept=chosen.accept,
-        because=chosen.because, deadline=now,
+        because=chosen.because, deadline=now, host=chosen.host or None,
     )  # fmt: skip
     try:
         case = core.consider(asked, now)

@@ -41,7 +41,8 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The whole. left_out: what is not possible for this agent. refused: why it would not begin now, if so."""
+    """The whole. left_out: what is not possible for this agent. target: the host
+    that it moves to. refused: why it would not begin now, if so."""
 
     agent: str
     host: str
@@ -56,6 +57,7 @@ class Forecast:
     stages: list[StagePlan]
     deviations: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    target: str = ""
     refused: list[str] = field(default_factory=list)
 
     @property
@@ -74,13 +76,14 @@ def forecast(
     asked: commands.Migrate, case: Case, slot: Agent | None, *, risk: Level | None, config: CoordinatorConfig
 ) -> Forecast:
     strategy = case.settings.strategy
-    steps = plan(strategy, start_timeout_s=case.settings.start_timeout_s)
+    steps = plan(strategy, start_timeout_s=case.settings.start_timeout_s, moves=bool(case.target))
     if slot is not None and slot.hands_over:
         steps = handing_over(steps, case.settings.hand_over_s)
     stages = [_stage(stage, steps, strategy, config) for stage in Stage if any(step.stage is stage for step in steps)]
     return Forecast(
         agent=asked.agent,
         host=case.agent.host,
+        target=case.target,
         previous=case.previous,
         to=asked.to,
         risk=risk or "",
@@ -140,6 +143,8 @@ def _least(step: PlannedStep, strategy: StrategyConfig) -> float:
 def _words(step: PlannedStep) -> str:
     if step.step == "cut-over":
         return f"{step.share:.0%} of the requests" + (f" for {step.dwell_s:g} s" if step.dwell_s else "")
+    if step.step == "receive":
+        return "the other host looks at the revision, and whether there is room for it"
     if step.step == "hand-over":
         what = "the state in memory" if step.share >= 1 else "a copy of the state in memory"
         return f"hand over {what}: requests wait, for {step.time_s:g} s at most"

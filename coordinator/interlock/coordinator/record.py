@@ -145,6 +145,7 @@ class Record(_Part, frozen=True, kw_only=True):
     migration: str
     agent: str
     host: str = ""
+    target: str = ""  # the host that it was to move to
     previous: str = ""
     to: str = ""
     strategy: str = ""
@@ -169,6 +170,11 @@ class Record(_Part, frozen=True, kw_only=True):
     series: list[Track] = []
     deciding: list[str] = []  # names of the series that decided
     gaps: list[str] = []
+
+    @property
+    def place(self) -> str:
+        """Where the agent was, and where it was to go if that was elsewhere."""
+        return f"from {self.host} to {self.target}" if self.target else f"on {self.host or '?'}"
 
     @property
     def seconds(self) -> float | None:
@@ -285,7 +291,7 @@ class Folding:
             self._moments.insert(0, _moment(asked))
             self._found |= {"asked_by": asked.header.source, "because": asked.body.because, "wave": asked.body.wave}
         self._found |= {
-            "agent": body.agent, "host": body.host, "previous": body.previous, "to": body.to,
+            "agent": body.agent, "host": body.host, "target": body.target, "previous": body.previous, "to": body.to,
             "strategy": body.strategy, "started": _at(event),
         }  # fmt: skip
 

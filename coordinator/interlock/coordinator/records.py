@@ -20,18 +20,22 @@ MAX_FILE = 64 << 20  # bytes of a record file that are read: the largest of ours
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
-async def gather(bus: Bus, migration: str, agent: str, host: str, *, epoch: int = 0) -> Record:
-    """The record of a migration out of the log. `epoch`: its own, which says where it begins; 0: anywhere."""
-    folding = await _fold(bus, migration, agent, host, after=max(0, epoch - 1))
+async def gather(bus: Bus, migration: str, agent: str, host: str, *, target: str = "", epoch: int = 0) -> Record:
+    """The record of a migration out of the log. `epoch`: its own, which says where it begins; 0: anywhere.
+
+    target: the host that it was to move to, if any.
+    """
+    hosts = [name for name in (host, target) if name]
+    folding = await _fold(bus, migration, agent, hosts, after=max(0, epoch - 1))
     if epoch > 1 and not folding.began:  # a log that began anew has smaller numbers than the epochs of its agents
-        folding = await _fold(bus, migration, agent, host, after=0)
+        folding = await _fold(bus, migration, agent, hosts, after=0)
     return folding.record()
 
 
-async def _fold(bus: Bus, migration: str, agent: str, host: str, *, after: int) -> Folding:
+async def _fold(bus: Bus, migration: str, agent: str, hosts: list[str], *, after: int) -> Folding:
     folding = Folding(migration)
     prefixes = [topics.COORDINATOR, topics.migration_fact(agent), topics.record(agent), "fact/alert/"]
-    if host:
+    for host in hosts:
         prefixes += [topics.host_fact(host), topics.command(host), topics.rollback(host)]
     async with bus.events(prefixes, after=after) as feed, trio.open_nursery() as nursery:
         nursery.start_soon(_read, feed, folding, nursery.cancel_scope)

@@ -70,7 +70,7 @@ def _head(record: Record) -> str:
     outcome = record.outcome or "in flight"
     rows = [
         ("migration", record.migration),
-        ("agent", f"{record.agent} on {record.host}"),
+        ("agent", f"{record.agent} {record.place}"),
         ("revisions", f"{record.previous or '?'} to {record.to or '?'}"),
         ("strategy", record.strategy),
         ("asked by", record.asked_by + (f", because: {record.because}" if record.because else "")),

@@ -42,7 +42,7 @@ def headline(record: Record) -> str:
     outcome = record.outcome.upper() or "IN FLIGHT"
     took = f" after {record.seconds:.1f} s" if record.seconds is not None else ""
     route = f"{record.previous or '?'} -> {record.to or '?'}"
-    return f"{record.migration}: {record.agent} on {record.host or '?'}, {route}, {record.strategy}: {outcome}{took}"
+    return f"{record.migration}: {record.agent} {record.place}, {route}, {record.strategy}: {outcome}{took}"
 
 
 def explain(record: Record) -> list[str]:
@@ -140,7 +140,8 @@ def _beginning(record: Record) -> str:
     why = f" The reason given: {record.because}." if record.because else ""
     part = f" It was part of wave {record.wave}." if record.wave else ""
     return (
-        f"{record.migration} was to move {record.agent} on {record.host or '?'} from {record.previous or '?'} to "
+        f"{record.migration} was to move {record.agent} {record.place}{',' * bool(record.target)} from "
+        f"{record.previous or '?'} to "
         f"{record.to or '?'} by the strategy {record.strategy or '?'}.{who}{why}{part}"
     )
 

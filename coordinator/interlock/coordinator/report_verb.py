@@ -37,7 +37,9 @@ def run(chosen: argparse.Namespace) -> int:
         found = find(await view(bus, fleet, timeout=chosen.timeout), chosen.name)
         record: Record | None = None
         with trio.move_on_after(chosen.timeout * REACH):
-            record = await records.gather(bus, found.id, found.agent, found.host, epoch=found.epoch)
+            record = await records.gather(
+                bus, found.id, found.agent, found.host, target=found.target, epoch=found.epoch
+            )
         if record is None:
             raise broker_silent(fleet, chosen.timeout * REACH)
         return _show(record, chosen)
@@ -132,6 +134,7 @@ def _row(migration: Migration) -> dict[str, Any]:
         "id",
         "agent",
         "host",
+        "target",
         "previous",
         "to",
         "strategy",

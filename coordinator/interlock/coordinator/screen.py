@@ -68,6 +68,8 @@ class Screen:
         view = status.view
         self._hosts(status)
         self._agents(view)
+        for name, place in sorted(status.places.items()):
+            self.line(f"{name} deviates from the fleet file: {place}", "warn")
         flying = view.in_flight()
         if flying:
             self._table(
@@ -135,7 +137,8 @@ class Screen:
 
     def forecast(self, found: Forecast) -> None:
         """What `interlock plan` shows."""
-        self.line(f"{found.agent} on {found.host}: {found.previous or '?'} -> {found.to}")
+        there = f", to host {found.target}" if found.target else ""
+        self.line(f"{found.agent} on {found.host}: {found.previous or '?'} -> {found.to}{there}")
         self.line(f"strategy {found.strategy}; due is {found.due}: {found.why}")
         self.line(f"risk {found.risk or 'unknown: nobody scored it'}; backup of {', '.join(found.backup)}")
         promised = found.promise

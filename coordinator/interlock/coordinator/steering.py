@@ -34,6 +34,7 @@ def standing(migration: Migration, now: float) -> Standing:
     until = 0.0 if migration.due == float("inf") else migration.due
     match phase:
         case Phase.RUNNING if migration.under_way:
+            host = migration.started.target if step.step == "receive" else host
             return Standing(phase, stage, f"{host} to do {step.step}", until, "it is rolled back")
         case Phase.RUNNING if now < until:
             return Standing(phase, stage, "the time to watch it", until, f"it goes on to {_words(migration)}")

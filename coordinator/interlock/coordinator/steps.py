@@ -9,6 +9,7 @@ from interlock.broker import commands, facts
 from interlock.broker.commands import Step
 from interlock.broker.strategies import StrategyConfig
 
+RECEIVE_S = 60.0  # for a host to look at a revision: it is recorded, and imported
 DRILL_S = 120.0  # for a rehearsal, beside two starts: a copy of the data folder, and a backup brought back
 
 
@@ -36,9 +37,13 @@ class PlannedStep:
     gate: bool = False
 
 
-def plan(strategy: StrategyConfig, *, start_timeout_s: float) -> list[PlannedStep]:
-    """The steps of a strategy in order; the first stage a strategy leaves out is simply not there."""
-    steps = [PlannedStep(Stage.PREPARE, "prepare", strategy.baseline_s + 60.0)]
+def plan(strategy: StrategyConfig, *, start_timeout_s: float, moves: bool = False) -> list[PlannedStep]:
+    """The steps of a strategy in order; the first stage a strategy leaves out is simply not there.
+
+    moves: to another host, which is asked first.
+    """
+    steps = [PlannedStep(Stage.PREPARE, "receive", RECEIVE_S)] if moves else []
+    steps.append(PlannedStep(Stage.PREPARE, "prepare", strategy.baseline_s + 60.0))
     if strategy.drill:
         steps.append(PlannedStep(Stage.PREPARE, "drill", start_timeout_s * 2 + DRILL_S))
     steps.append(PlannedStep(Stage.INFRASTRUCTURE, "start-candidate", start_timeout_s))
@@ -101,11 +106,15 @@ def command_of(
     """What the host is asked for a step. `deadline` in seconds since 1970."""
     migration, agent, epoch = started.migration, started.agent, started.epoch
     match step.step:
+        case "receive":
+            return commands.Receive(
+                migration=migration, agent=agent, epoch=epoch, deadline=deadline, to=started.to, source=started.host
+            )
         case "prepare":
             return commands.Prepare(
                 migration=migration, agent=agent, epoch=epoch, deadline=deadline,
                 to=started.to, baseline_s=strategy.baseline_s, levels=list(strategy.backup),
-                accept=terms.accept, sick_ok=terms.sick_ok,
+                accept=terms.accept, sick_ok=terms.sick_ok, host=started.target,
             )  # fmt: skip
         case "drill":
             return commands.Drill(

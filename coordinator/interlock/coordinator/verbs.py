@@ -20,6 +20,7 @@ from interlock.broker.wire import Event
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.fleet import Fleet, Host, Migration
 from interlock.coordinator.ownership import places
+from interlock.coordinator.placing import deviations
 from interlock.coordinator.steering import Standing, standing
 from interlock.coordinator.wording import concerns
 
@@ -136,6 +137,7 @@ async def migrate(
     level: str | None = None,
     accept: str = "",
     because: str = "",
+    host: str = "",
     timeout: float,
     detach: bool = False,
     tell: Tell,
@@ -156,6 +158,7 @@ async def migrate(
             level=level,
             accept=accept,
             because=because,
+            host=host or None,
             deadline=time.time() + timeout,
         )
         await bus.publish(topics.COORDINATOR, asked, id=request, timeout=timeout)
@@ -335,13 +338,15 @@ async def _rolled_back(feed: EventFeed, view: Fleet, number: str, *, tell: Tell,
 class Status:
     """The fold, and when each host last sent telemetry (seconds since 1970; 0: nothing was heard).
 
-    standings: where each migration in flight stands, by its id.
+    standings: where each migration in flight stands, by its id. places: by agent, what the fleet file says of its place
+    that is not so any more.
     """
 
     view: Fleet
     heard: dict[str, float]
     now: float
     standings: dict[str, Standing] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
 
     def condition(self, host: Host) -> str:
         """ "down", "up", or "silent": it never said goodbye, but sends nothing either."""
@@ -357,7 +362,7 @@ class Status:
             if name in tree["migrations"]:
                 left = max(0.0, found.until - self.now) if found.until else None
                 tree["migrations"][name] |= asdict(found) | {"left_s": left}
-        return tree | {"time": self.now}
+        return tree | {"time": self.now, "deviations": self.places}
 
 
 async def status(bus: Bus, fleet: FleetConfig, *, timeout: float) -> Status:
@@ -374,4 +379,5 @@ async def status(bus: Bus, fleet: FleetConfig, *, timeout: float) -> Status:
                     if publisher == "host":  # a monitor outlives the host process
                         heard[name] = max(heard.get(name, 0.0), batch.time)
     now = time.time()
-    return Status(view, heard, now, {migration.id: standing(migration, now) for migration in core.migrations.values()})
+    standings = {migration.id: standing(migration, now) for migration in core.migrations.values()}
+    return Status(view, heard, now, standings, deviations(fleet, view))

@@ -91,7 +91,8 @@ def _of_migration(
     match body:
         case facts.MigrationStarted():
             route = f"{body.previous} -> {body.to}" if body.previous else f"to {body.to}"
-            said = f"{body.agent}: migration {body.migration} started, {route}, {body.strategy}, on {body.host}"
+            place = f"from {body.host} to {body.target}" if body.target else f"on {body.host}"
+            said = f"{body.agent}: migration {body.migration} started, {route}, {body.strategy}, {place}"
             return "; ".join([said, *map(str, _left_out(body))])
         case facts.MigrationRefused():
             to = f" to {body.to}" if body.to else ""
@@ -181,6 +182,8 @@ def _of_command(body: Body) -> str:
             return "hosts are asked whether they are there"
         case commands.RollBack():
             return f"{agent}: roll back {body.migration} ({body.breach.by}: {body.breach.reason})"
+        case commands.Receive():
+            return f"{agent}: {body.to} is to come from host {body.source}"
         case commands.HandOver():
             return f"{agent}: hand over {'the state' if body.route else 'a copy of the state'}"
         case commands.CutOver():

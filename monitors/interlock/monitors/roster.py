@@ -57,7 +57,7 @@ class Roster:
             case facts.RolledBack() if body.host == self.host:
                 self._end(body.agent, body.migration)
             case facts.MigrationStarted():
-                if body.host == self.host:
+                if self.host in (body.host, body.target):
                     self._migrations[body.agent] = body.migration
                 else:  # the agent lives elsewhere now; whatever was in flight here is over
                     self._migrations.pop(body.agent, None)

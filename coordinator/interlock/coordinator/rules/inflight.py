@@ -47,6 +47,7 @@ class Migration:
     to: str
     started: float
     held: bool = False
+    target: str = ""  # the host that the agent moves to, where its candidate runs
 
     @property
     def labels(self) -> dict[str, str]:
@@ -56,7 +57,8 @@ class Migration:
         """Every label that both have is equal; labels that name neither a host nor an agent match nothing."""
         if "host" not in labels and "agent" not in labels:
             return False
-        return all(labels.get(name, value) == value for name, value in self.labels.items())
+        own = self.labels | ({"host": self.target} if self.target and labels.get("host") == self.target else {})
+        return all(labels.get(name, value) == value for name, value in own.items())
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,9 @@ class InFlight:
         for found in fleet.in_flight():
             started = found.times.get("started", 0.0)
             migration = Migration(
-                found.id, found.agent, found.host, found.epoch, found.to, started, found.outcome == "held"
-            )
+                found.id, found.agent, found.host, found.epoch, found.to, started, found.outcome == "held",
+                found.target,
+            )  # fmt: skip
             self.migrations[found.agent] = known.get((found.agent, found.epoch), migration)
         self.control = {host.name: host.control for host in fleet.hosts.values()}
         before, self.firing = self.firing, {}
@@ -164,6 +167,7 @@ class InFlight:
             epoch=begun.epoch,
             to=begun.to,
             started=at,
+            target=begun.target,
         )
         self.migrations[begun.agent] = migration
         return migration
