@@ -201,10 +201,9 @@ class Engine:
         """Keep what the series of `baseline()` are worth now, where all labels that both have are equal."""
         for members in [each for each in self.store.members if each.recorded]:
             for series in self.store.select(members.selector).tolist():
-                labels = self.store.labels[series]
-                if labels is None or self.store.code[series] != PRESENT:
-                    continue
-                if all(about.get(name, value) == value for name, value in labels):
+                labels = self.store.labels[series] or ()
+                present = self.store.code[series] == PRESENT
+                if present and all(about.get(name, value) == value for name, value in labels):
                     self._keep_baseline(labels, float(self.store.values[series]), now)
 
     def forget_baseline(self, about: dict[str, str]) -> None:
@@ -289,8 +288,7 @@ class Engine:
             else:
                 changed.append(counted)
         made = self._follow(plans, now, latest) if plans else []
-        made += self._settle(changed, now, latest if batches else None)
-        return made + self._release(now)
+        return made + self._settle(changed, now, latest if batches else None) + self._release(now)
 
     def _follow(self, plans: Sequence[Plan], now: float, sample_time: float) -> list[Transition]:
         """Let nodes and rules look as planned; a rule that can't, by now, looks as it does without a plan."""
