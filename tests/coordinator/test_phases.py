@@ -98,6 +98,9 @@ ARRIVE: dict[Phase, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
+STEP_OF = {"committed": "commit", "not-prepared": "prepare"}
+
+
 def body_of(event: str, migration: Any, command: str) -> Any:
     """The event as it stands in the log."""
     common: dict[str, Any] = {"migration": migration.id, "agent": "tutor"}
@@ -145,7 +148,9 @@ def test_each_event_in_each_phase_leads_where_the_table_says(story: Any, phase: 
     assert migration.phase is phase
     if event == "not-committed":
         migration._kept = BREACH
-    body = body_of(event, migration, f"{migration.id}/{migration.index}")
+    if event in STEP_OF:  # it answers this step, and no other
+        migration.index = [one.step for one in migration.steps].index(STEP_OF[event])
+    body = body_of(event, migration, migration._command_id())
     play.say(topic_of(body), body)  # folded only; the coordinator decides nothing upon it
     if phase is Phase.ENDED:
         migration.apply(play.events[-1])

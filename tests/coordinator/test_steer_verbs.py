@@ -166,7 +166,16 @@ async def test_a_silent_coordinator_is_named_and_the_way_that_needs_none(story: 
 
 def options(**rest: Any) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"agent": "tutor", "to": "r2", "strategy": None, "level": None, "accept": "", "because": "", **rest}
+        **{
+            "agent": "tutor",
+            "to": "r2",
+            "strategy": None,
+            "level": None,
+            "accept": "",
+            "because": "",
+            "host": "",
+            **rest,
+        }
     )
 
 
