@@ -56,5 +56,6 @@ def test_a_target_that_is_cut_off_loses_the_guest_and_the_source_rolls_back_by_i
     assert owners(fleet, "rep") == ["alpha"]
     assert asked.answers[-1][1] == "r1"
     assert all("instance-died" in failure for failure in asked.failures), asked.failures
-    assert len(asked.failures) <= 1
+    # one was on its way when the link fell silent, one may be asked between its end and the route back
+    assert len(asked.failures) <= 2
     assert fold.read().agents["rep"].host == "alpha"
