@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,44 @@ async def test_messages_arrive_in_order_while_both_sides_are_busy() -> None:
                 got += [frames[0] for frames in await dealer.receive_batch()]
             assert got == [b"%d" % number for number in range(count)]
             nursery.cancel_scope.cancel()
+
+
+async def test_whoever_uses_a_closed_socket_is_told_so_whatever_it_was_doing() -> None:
+    with trio.fail_after(60):
+        async with open_sockets() as sockets:
+            router = sockets.open("router", bind="tcp://127.0.0.1:*")
+            dealer = sockets.open("dealer", connect=router.endpoint)
+            await dealer.send([b"x"])
+            await router.receive()
+            dealer.close()
+            for use in (
+                partial(dealer.send, [b"x"]),
+                dealer.receive,
+                dealer.receive_known,
+                dealer.until_writable,
+            ):
+                with pytest.raises(trio.ClosedResourceError):
+                    await use()
+            for do in (
+                dealer.receive_nowait,
+                partial(dealer.send_nowait, [b"x"]),
+                partial(dealer.send_tracked, [b"x"]),
+            ):
+                with pytest.raises(trio.ClosedResourceError):
+                    do()
+
+
+async def test_one_who_reads_batch_by_batch_is_told_when_the_socket_was_closed_between() -> None:
+    with trio.fail_after(60):
+        async with open_sockets() as sockets:
+            pull = sockets.open("pull", bind="tcp://127.0.0.1:*")
+            push = sockets.open("push", connect=pull.endpoint)
+            for _ in range(2):
+                await push.send([b"x"])
+            assert await pull.receive_batch(1) == [[b"x"]]
+            pull.close()  # as another task may, while this one looks at its message
+            with pytest.raises(trio.ClosedResourceError):
+                await pull.receive_batch(1)
 
 
 async def test_a_cancelled_receive_swallows_no_message() -> None:

@@ -180,7 +180,9 @@ class TestFleet:
         """What a role logged of an exception that nobody expected."""
         file = self.folder / "up.log"
         lines = file.read_text("utf-8", "replace").splitlines() if file.exists() else []
-        return [line[:4000] for line in lines if "Traceback" in line or " CRITICAL " in line or "unawaited" in line]
+        signs = ("Traceback", " CRITICAL ", "unawaited")
+        found = [line for line in lines if any(sign in line for sign in signs)]
+        return [line if len(line) < 4000 else f"{line[:1000]} ... {line[-3000:]}" for line in found]
 
     def part(self, *argv: str) -> subprocess.Popen[bytes]:
         """One role by itself, ready."""
@@ -373,7 +375,9 @@ def _maker() -> Iterator[MakeFleet]:
             if os.environ.get("FLEET_EVENTS") and (fleet.folder / "up.log").exists():
                 shutil.copy(fleet.folder / "up.log", os.environ["FLEET_EVENTS"] + ".log")
             shutil.rmtree(fleet.folder, ignore_errors=True)
-        assert not any(defects.values()), defects
+        found = "\n".join(line for lines in defects.values() for line in lines)
+        if found:
+            pytest.fail(f"a role logged what nobody expected:\n{found}", pytrace=False)
 
 
 @pytest.fixture

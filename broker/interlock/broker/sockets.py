@@ -197,6 +197,7 @@ class Socket:
         except zmq.ZMQError as error:
             if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH, zmq.EFSM):
                 return None
+            self._check_open()
             raise
         finally:
             self._wake()
@@ -213,6 +214,7 @@ class Socket:
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EFSM):
                 return False
+            self._check_open()
             raise
         return True
 
@@ -323,12 +325,16 @@ class Socket:
         (self.subscribe if frame[:1] == b"\1" else self.unsubscribe)(frame[1:])
 
     def _take(self) -> tuple[zmq.Frame, list[bytes]]:
-        """A message, and its first frame as libzmq has it. zmq.Again if none waits.
+        """A message, and its first frame as libzmq has it. zmq.Again if none waits, trio.ClosedResourceError.
 
         Uncopied frames tell whether more follow: a third of what asking the socket for that costs.
         """
         receive = self._raw.recv
-        first = frame = receive(NOBLOCK, copy=False)
+        try:
+            first = frame = receive(NOBLOCK, copy=False)
+        except zmq.ZMQError:
+            self._check_open()
+            raise
         frames = [first.bytes]
         while frame.more:
             frame = receive(NOBLOCK, copy=False)
