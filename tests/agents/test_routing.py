@@ -46,6 +46,34 @@ def test_beyond_the_window_requests_wait_here() -> None:
     assert following.body == "two"
 
 
+def test_an_instance_out_of_reach_keeps_what_it_has_and_gets_nothing_until_it_is_within_reach() -> None:
+    core = router("old")
+    first = only_send(ask(core, "a"))
+    assert core.reach("old", False, 0.1) == []
+    assert ask(core, "b") == []
+    assert core.answer("old", first.copy, "late", 0.2, error=False) == [Reply("a", "late")]
+    assert core.waiting == 1
+    [following] = sends(core.reach("old", True, 0.3))
+    assert following.copy != first.copy
+    assert core.reach("old", True, 0.3) == core.reach("nobody", False, 0.3) == []
+
+
+def test_what_waits_for_one_out_of_reach_is_given_to_who_is_routed_next() -> None:
+    core = router("old", "new")
+    route(core, {"new": 1.0}, 0.0)
+    core.reach("new", False, 0.1)
+    assert ask(core, "a") == []
+    [send] = sends(route(core, {"old": 1.0}, 0.2))
+    assert send.instance == "old"
+
+
+def test_a_share_of_one_out_of_reach_goes_to_who_has_the_largest() -> None:
+    core = router("old", "new")
+    route(core, {"old": 0.6, "new": 0.4}, 0.0)
+    core.reach("new", False, 0.1)
+    assert {only_send(ask(core, str(n))).instance for n in range(10)} == {"old"}
+
+
 def test_peers_take_turns_so_that_one_with_many_requests_delays_no_other() -> None:
     core = router("old", window=1)
     send = only_send(ask(core, "greedy", "g0"))
@@ -209,6 +237,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.given: Counter[str] = Counter()
         self.open: list[Send[str]] = []  # sent to instances, not answered
         self.windows: dict[str, int] = {}
+        self.cut: set[str] = set()
         self.names = 0
 
     def take(self, commands: list[Any]) -> None:
@@ -218,6 +247,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert self.replies[command.client] == 1
             elif isinstance(command, Send):
                 assert command.instance in self.windows
+                assert command.instance not in self.cut
                 self.open.append(command)
                 if not command.mirrored:
                     self.given[command.body] += 1
@@ -281,6 +311,7 @@ class AnyOrder(RuleBasedStateMachine):
         elif how == "late":
             self.take(self.core.lost(name, self.now, grace=1.0))
         elif how == "detach":
+            self.cut.discard(name)
             self.take(self.core.detach(name, self.now))
             del self.windows[name]
         elif how == "rescue":
@@ -289,6 +320,13 @@ class AnyOrder(RuleBasedStateMachine):
             self.core.mirror(name)
         else:
             self.core.watch(name, name)
+
+    @rule(data=st.data(), reachable=st.booleans())
+    def reach(self, data: st.DataObject, reachable: bool) -> None:
+        if self.windows:
+            name = data.draw(st.sampled_from(sorted(self.windows)))
+            (self.cut.discard if reachable else self.cut.add)(name)
+            self.take(self.core.reach(name, reachable, self.now))
 
     @rule(seconds=st.sampled_from([0.01, 0.06, 1.0, 5.0, 12.0, 31.0]))
     def time_passes(self, seconds: float) -> None:

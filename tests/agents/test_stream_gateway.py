@@ -229,6 +229,28 @@ async def test_who_connects_while_nobody_serves_waits_and_then_is_served_or_let_
         assert await waiting.line() == "hello from old"
 
 
+async def test_new_connections_wait_for_one_that_is_out_of_reach_or_go_to_another_and_open_ones_stay() -> None:
+    async with program("old") as old, program("new") as new, bench(hold_s=30.0) as b:
+        b.attach(old, new)
+        b.gateway.route({"old": 0.5, "new": 0.5})
+        there = {name: client for client, name in [await b.greeted() for _ in range(4)]}
+        b.gateway.reach("new", False)
+        assert [(await b.greeted())[1] for _ in range(3)] == ["old"] * 3
+        assert await there["new"].ask("still") == "new still"
+        b.gateway.route({"new": 1.0})
+        client = await b.client()
+        with trio.move_on_after(0.05) as waited:
+            await client.line()
+        assert waited.cancelled_caught
+        b.gateway.reach("new", True)
+        assert await client.line() == "hello from new"
+        b.gateway.lost("new")
+        b.gateway.reach("new", True)
+        assert b.gateway.snapshot(0.0)["old"].connections_total == 5
+        b.gateway.route({"old": 1.0})
+        assert (await b.greeted())[1] == "old"
+
+
 async def test_kill_9_ends_its_connections_and_new_ones_reach_the_other() -> None:
     async with program("old") as old, program("new") as new, bench() as b:
         b.attach(old, new)

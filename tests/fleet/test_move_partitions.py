@@ -56,6 +56,5 @@ def test_a_target_that_is_cut_off_loses_the_guest_and_the_source_rolls_back_by_i
     assert owners(fleet, "rep") == ["alpha"]
     assert asked.answers[-1][1] == "r1"
     assert all("instance-died" in failure for failure in asked.failures), asked.failures
-    # one was on its way when the link fell silent, one may be asked between its end and the route back
-    assert len(asked.failures) <= 2
+    assert len(asked.failures) <= 1  # the one that was on its way; the next ones wait for the old revision
     assert fold.read().agents["rep"].host == "alpha"

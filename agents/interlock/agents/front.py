@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from interlock.agents.gateway import Gateway, ZmqGateway
 from interlock.agents.launch import Instance
 from interlock.broker.config import AgentConfig
@@ -40,3 +42,5 @@ def admit(gateway: Gateway, instance: Instance) -> None:
         idempotent=instance.idempotent,
         mirrorable=instance.mirrorable,
     )
+    instance.on_reach = partial(gateway.reach, instance.name)
+    instance.on_reach(instance.reachable)

@@ -83,6 +83,9 @@ class Gateway(Protocol):
     def lost(self, instance: str) -> None:
         """Its process died: what it owed is retried elsewhere if idempotent, else answered with an error."""
 
+    def reach(self, instance: str, reachable: bool) -> None:
+        """The way to it is cut: it gets nothing new until the way is open again, or it is lost."""
+
     def rescue(self, instance: str) -> None:
         """Also give what it owes, if idempotent, to the routed instance; the first answer wins."""
 
@@ -160,6 +163,9 @@ class RoutedGateway(ABC):
 
     def lost(self, instance: str) -> None:
         self._carry_out(self.router.lost(instance, trio.current_time(), grace=LOST_GRACE_S))
+
+    def reach(self, instance: str, reachable: bool) -> None:
+        self._carry_out(self.router.reach(instance, reachable, trio.current_time()))
 
     def rescue(self, instance: str) -> None:
         self._carry_out(self.router.rescue(instance, trio.current_time()))

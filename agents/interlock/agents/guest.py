@@ -96,6 +96,10 @@ class Guest(Instance):
         elif self.revision.state is not None:
             self.state_port = RemotePort(self._far, self.name, self._question)
 
+    @property
+    def reachable(self) -> bool:
+        return self._far.up
+
     def _question(self, **more: Any) -> dict[str, Any]:
         return {**self.about, "instance": self.name, **more}
 
@@ -108,6 +112,7 @@ class Guest(Instance):
                 requests = await nursery.start(self._serve_port, number, "requests")
                 health = await nursery.start(self._serve_port, number, "health")
                 nursery.start_soon(self._keep, remote)
+                nursery.start_soon(self._watch_link)
                 nursery.start_soon(self._await_exit, remote)
                 task_status.started((requests, health))
 
@@ -154,6 +159,12 @@ class Guest(Instance):
                 remote.end(DEAD, f"{self._far.there} could not be asked for {LEASE_S:g} s: {trouble}")
                 return
             await trio.sleep(RENEW_S)
+
+    async def _watch_link(self) -> None:
+        """While the link is down nothing new is sent: it would die with the lease, and could be asked elsewhere."""
+        while True:
+            await self._far.until_changed()
+            self.on_reach(self.reachable)
 
     async def _await_exit(self, remote: RemoteProcess) -> None:
         """Its end is known here as soon as there: requests go elsewhere before they are given to the dead again."""

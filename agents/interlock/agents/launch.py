@@ -80,6 +80,7 @@ class Instance:
     state_port: StatePort | None = None  # where it keeps state in memory that can be handed over
     token: TokenFile | None = None  # of a program without an endpoint
     stopping: bool = False
+    on_reach: Callable[[bool], None] = lambda reachable: None  # called when the way to it is cut, or open again
     here: ClassVar[bool] = True  # it runs on this host
     start_s: float | None = None  # seconds from its start until it was healthy
     _files: list[Path] = field(default_factory=list)  # in the folder of the sockets
@@ -128,6 +129,11 @@ class Instance:
             return self._action(body) in names
         line = body.decode("latin-1").partition("?")[0]
         return any(covers(name, line) for name in names)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether requests get to it now."""
+        return True
 
     # --- life
 

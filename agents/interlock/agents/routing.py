@@ -123,6 +123,15 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
                 self._forget_if_over(request)
         self._mirror.aim(self._instances.get(name) if name is not None else None)
 
+    def reach(self, name: str, reachable: bool, now: float) -> list[Any]:
+        """The way to the instance is cut, or open again: while it is cut it keeps what it has, and gets nothing."""
+        instance = self._instances.get(name)
+        out: list[Any] = []
+        if instance is not None and instance.reachable != reachable:
+            instance.reachable = reachable
+            self._dispatch(now, out)
+        return out
+
     def rescue(self, name: str, now: float) -> list[Any]:
         """What the instance owes and may be asked twice is given to a routed one too; the first answer wins."""
         instance = self._instances.get(name)
@@ -336,7 +345,7 @@ class Router(Generic[ClientT, BodyT, AnswerT]):
             self._holds.update((request.id, now + self._hold) for request in waiting)
 
     def _open(self, instance: Instance[BodyT], now: float) -> bool:
-        return len(instance.copies) < instance.window and instance.blocked_until <= now
+        return len(instance.copies) < instance.window and instance.blocked_until <= now and instance.reachable
 
     def _room(self, now: float) -> Instance[BodyT] | None:
         """The instance for the next request, or None while it has to wait.

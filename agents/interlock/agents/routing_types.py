@@ -128,6 +128,7 @@ class Instance(Generic[BodyT]):
         "idempotent",
         "mirrorable",
         "name",
+        "reachable",
         "suspect",
         "tally",
         "watches",
@@ -145,6 +146,7 @@ class Instance(Generic[BodyT]):
         self.tally = Tally()
         self.watches: list[tuple[int, Any]] = []
         self.blocked_until = float("-inf")
+        self.reachable = True
         self.suspect: Request[Any, BodyT] | None = None  # what it had alone in hand when the way to it broke
         self.ends_at = float("inf")  # of a lost one: until then its last answers may still come in
 

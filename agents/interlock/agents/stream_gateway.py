@@ -41,6 +41,8 @@ class StreamGateway:
         self._hold_s = hold_s
         self._places: dict[str, tuple[str, int]] = {}
         self._lost: set[str] = set()
+        self._cut: set[str] = set()  # the way to them is
+        self._wanted: dict[str, float] = {}  # shares as the host gave them
         self._routed: dict[str, float] = {}
         self._shares = Shares({})
         self._routes_changed = trio.Event()
@@ -70,12 +72,16 @@ class StreamGateway:
     def detach(self, instance: str) -> None:
         self._places.pop(instance, None)
         self._lost.discard(instance)
+        self._cut.discard(instance)
+        self._wanted.pop(instance, None)
         self._connections.forget(instance)
-        self._set_routes(self._routed)
+        self._set_routes()
 
     def route(self, shares: Mapping[str, float]) -> None:
-        self._set_routes(shares)
-        left_out = [name for name, share in shares.items() if share > 0 and name not in self._routed]
+        known = {n: s for n, s in shares.items() if s > 0 and n in self._places and n not in self._lost}
+        self._wanted = known
+        self._set_routes()
+        left_out = [name for name, share in shares.items() if share > 0 and name not in known]
         if left_out:
             log.warning("%s: can't route to %s: not attached, or dead", self.agent, ", ".join(left_out))
 
@@ -92,8 +98,13 @@ class StreamGateway:
 
     def lost(self, instance: str) -> None:
         self._lost.add(instance)
+        self._wanted.pop(instance, None)
         self._connections.lost(instance, trio.current_time())
-        self._set_routes(self._routed)
+        self._set_routes()
+
+    def reach(self, instance: str, reachable: bool) -> None:
+        (self._cut.discard if reachable else self._cut.add)(instance)
+        self._set_routes()
 
     def rescue(self, instance: str) -> None:
         """Its connections are ended, so that their clients connect again, and reach who serves now."""
@@ -137,8 +148,8 @@ class StreamGateway:
 
     # --- inside
 
-    def _set_routes(self, shares: Mapping[str, float]) -> None:
-        usable = {n: s for n, s in shares.items() if s > 0 and n in self._places and n not in self._lost}
+    def _set_routes(self) -> None:
+        usable = {name: share for name, share in self._wanted.items() if name not in self._cut}
         if usable != self._routed:
             self._routed, self._shares = usable, Shares(usable)
             self._routes_changed.set()

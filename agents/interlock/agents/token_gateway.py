@@ -108,6 +108,9 @@ class TokenGateway:
         if holder is not None and self._nursery is not None:
             self._nursery.start_soon(self._await_gone, instance, holder)
 
+    def reach(self, instance: str, reachable: bool) -> None:
+        """Nothing: it is told on its own machine."""
+
     def rescue(self, instance: str) -> None:
         """It has a second to give the token up."""
         self._carry_out(self.token.hurry(instance, trio.current_time()))
