@@ -6,6 +6,7 @@ window has NaN or infinite values, its functions are computed from the samples t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,7 @@ from interlock.coordinator.rules.nodes import Cells, Leaf, Passing, Planned
 from interlock.coordinator.rules.rings import Rings
 from interlock.coordinator.rules.series import ENDED, MISSING, PRESENT
 from interlock.coordinator.rules.values import Flags, Floats, Ints, Matrix, Runs
-from interlock.coordinator.rules.windows import WINDOW_FUNCTIONS, extrapolated
+from interlock.coordinator.rules.windows import WINDOW_FUNCTIONS, cancelled, extrapolated
 
 REFRESH_MS = 250.0  # a window without samples moves on this often
 
@@ -131,10 +132,11 @@ class Windowed(Passing):
         some = (count > 0) & (rings >= 0)
         safe = np.where(some, rings, 0)
         first, last = store.at(safe, tail), store.at(safe, np.maximum(head - 1, tail))
-        wild = some & (state.wild[slots] > 0)
+        anew = some & (state.wild[slots] > 0)
         match self._name:
             case "rate" | "increase" | "delta":
-                values, found = self._rate(store, slots, count, first, last)
+                values, found, doubtful = self._rate(store, slots, count, first, last)
+                anew |= some & doubtful
             case "irate" | "idelta":
                 values, found = self._instant(store, safe, count, head, last)
             case "count_over_time":
@@ -153,24 +155,28 @@ class Windowed(Passing):
                 values, found = state.total[slots] + state.total_lost[slots], some
                 if self._name == "avg_over_time":
                     values = values / count
-        if np.count_nonzero(wild) and self._name not in ("count_over_time", "present_over_time", "last_over_time"):
+        if np.count_nonzero(anew) and self._name not in ("count_over_time", "present_over_time", "last_over_time"):
             values = values.copy()
-            values[wild], found[wild] = self._anew(store, safe[wild], tail[wild], head[wild])
+            values[anew], found[anew] = self._anew(store, safe[anew], tail[anew], head[anew])
         return values, found & some
 
-    def _rate(self, store: Rings, slots: Ints, count: Ints, first: Ints, last: Ints) -> tuple[Floats, Flags]:
-        state = self.state
+    def _rate(self, store: Rings, slots: Ints, count: Ints, first: Ints, last: Ints) -> tuple[Floats, Flags, Flags]:
+        """And where it has to be computed from the samples themselves."""
+        state, first_value, last_value = self.state, store.values[first], store.values[last]
         counter = self._name != "delta"
-        change = store.values[last] - store.values[first]
-        if counter:
-            change = change + (state.drops[slots] + state.drops_lost[slots])
+        change = last_value - first_value
+        doubtful = np.zeros(len(slots), bool)
+        if counter and np.count_nonzero(reset := state.resets[slots] > 0):
+            drops = np.where(reset, state.drops[slots] + state.drops_lost[slots], 0.0)
+            change = change + drops
+            doubtful = cancelled(change, first_value, last_value, drops)
         end = self._clock()
         values, found = extrapolated(
-            count, store.times[first], store.values[first], store.times[last], change, end - self._window, end,
+            count, store.times[first], first_value, store.times[last], change, end - self._window, end,
             counter=counter, per_second=self._name == "rate",
         )  # fmt: skip
         assert found is not None
-        return values, found
+        return values, found, doubtful
 
     def _instant(self, store: Rings, rings: Ints, count: Ints, head: Ints, last: Ints) -> tuple[Floats, Flags]:
         before = store.at(rings, np.maximum(head - 2, 0))
@@ -284,12 +290,21 @@ class Windowed(Passing):
             before, after = values[:-1], values[1:]
             reset = after < before
             state.tail[slot], state.seen[slot] = low, high
-            state.total[slot], state.total_lost[slot] = values[finite].sum(), 0.0
-            state.drops[slot] = before[reset & np.isfinite(before)].sum()
-            state.drops_lost[slot] = 0.0
+            state.total[slot], state.total_lost[slot] = _exactly(values[finite])
+            state.drops[slot], state.drops_lost[slot] = _exactly(before[reset & np.isfinite(before)])
             state.resets[slot] = int(reset.sum())
             state.changes[slot] = int(((after != before) & ~(np.isnan(after) & np.isnan(before))).sum())
             state.wild[slot] = int((~finite).sum())
+
+
+def _exactly(values: Floats) -> tuple[float, float]:
+    """Their sum, and what rounding took from it."""
+    parts = values.tolist()
+    try:
+        total = math.fsum(parts)
+        return total, math.fsum([*parts, -total])
+    except OverflowError:  # finite values, whose sum is not
+        return float(values.sum()), 0.0
 
 
 def _add(total: Floats, lost: Floats, slots: Ints, value: Floats) -> None:

@@ -29,6 +29,7 @@ PREDICT_SAMPLES = 10  # a forecast of a live rule needs so many samples,
 PREDICT_SPAN = 0.5  # over this share of its window: two samples after a start say nothing about a trend
 ANOMALY_SAMPLES = 10  # an anomaly score needs so many samples before the one that is judged
 ANOMALY_LEVEL, ANOMALY_TREND, ANOMALY_SPREAD = 0.3, 0.1, 0.1  # weights of the newest value in Holt's method
+CANCELLED = 1e-4  # a counter's change so small against what resets took is summed up step by step: 12 digits are left
 TINY = 1e-12  # a spread below this share of the level is none
 
 
@@ -63,6 +64,13 @@ def extrapolated(  # noqa: PLR0917 - columns of one computation, in both tiers
     return change * factor, (count > 1) & (sampled > 0)
 
 
+def cancelled(change: Floats, first: Floats, last: Floats, drops: Floats) -> Flags:
+    """Where little is left of a counter's change (last - first + drops) but what rounding did to its parts."""
+    size = np.abs(first) + np.abs(last) + np.abs(drops)
+    found: Flags = (drops != 0) & (np.abs(change) <= CANCELLED * size) & np.isfinite(size)
+    return found
+
+
 def steps(matrix: Matrix) -> tuple[Floats, Floats, Flags]:
     """(before, value, whether there is a before) of each sample."""
     values = matrix.runs.values
@@ -81,7 +89,13 @@ def _rate(*, counter: bool, per_second: bool) -> WindowFunction:
         change = last - first
         if counter:
             before, value, inner = steps(matrix)
-            change = change + runs.reduce(np.add, np.where(inner & (value < before), before, 0.0))
+            reset = inner & (value < before)
+            drops = runs.reduce(np.add, np.where(reset, before, 0.0))
+            change = change + drops
+            doubtful = cancelled(change, first, last, drops)
+            if doubtful.any():
+                grown = np.where(reset, value, value - before)
+                change = np.where(doubtful, sums(runs.with_values(np.where(inner, grown, 0.0))), change)
         return extrapolated(
             runs.counts, times[runs.starts], first, times[runs.lasts], change, matrix.start, matrix.end,
             counter=counter, per_second=per_second,
