@@ -195,6 +195,19 @@ async def test_who_connects_pings_and_says_so() -> None:
         assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == HEARTBEAT_TTL * 1000
 
 
+async def test_in_a_large_fleet_the_kernels_watch_the_links_and_ask_twice() -> None:
+    for heartbeat_s, idle_s in ((5.0, 1), (25.0, 5)):
+        async with open_sockets(heartbeat_s=heartbeat_s) as sockets:
+            server = sockets.open("router", bind="tcp://127.0.0.1:*")
+            client = sockets.open("dealer", connect=server.endpoint)
+            await client.send([b"x"])
+            await server.receive()
+            assert client._raw.getsockopt(zmq.HEARTBEAT_TTL) == 0
+            for one in (client, server):
+                assert one._raw.getsockopt(zmq.TCP_KEEPALIVE_IDLE) == idle_s
+                assert one._raw.getsockopt(zmq.TCP_MAXRT) > 1000 * (idle_s + 1)
+
+
 async def test_who_waits_for_a_program_that_is_starting_finds_it_before_who_does_not(short: Path) -> None:
     """The pauses between attempts grow up to a second, unless a rollback may wait for the one that starts."""
     endpoint = f"ipc://{short}/late"

@@ -104,7 +104,8 @@ def descriptor_limit() -> int:
 def descriptors() -> int:
     """How many it has."""
     try:
-        return len(os.listdir("/proc/self/fd"))
+        # Linux says it since 6.2; looking at 20,000 entries takes 15 ms
+        return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))
     except OSError:  # there is none left for the look itself
         return descriptor_limit()
 
