@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,9 @@ def test_a_committed_move_serves_there_and_is_forwarded_to_from_here(fleet: Any,
         assert notes.read_text() == f"of {agent}"
     status = fleet.cli("status", "--json").json
     assert (status["agents"][agent]["host"], status["agents"][agent]["endpoint"]) == ("beta", there)
+    [instance] = status["agents"][agent]["instances"].values()
+    assert (instance["revision"], instance["role"]) == ("r2", "permanent")
+    assert Path(f"/proc/{instance['pid']}").exists()
 
 
 def test_both_hosts_know_after_a_restart_whose_it_is(fleet: Any, clients: Any) -> None:

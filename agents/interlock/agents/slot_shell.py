@@ -297,7 +297,7 @@ class SlotShell:
         self.instances[start.instance] = instance
         assert instance.process is not None
         if instance.here:
-            self._publish_started(instance)
+            self.publish_started(instance)
         if start.instance not in (self.slot.permanent, self.slot.candidate):  # it was called off while it started
             await self.stop(start.instance)
             return
@@ -370,7 +370,8 @@ class SlotShell:
             )
         )  # fmt: skip
 
-    def _publish_started(self, instance: Instance) -> None:
+    def publish_started(self, instance: Instance) -> None:
+        """That it runs here: as a fact, for everybody."""
         assert instance.process is not None
         self.around.publish(
             facts.InstanceStarted(
