@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import memory_stream_pair
 
-from interlock.agents.folders import Moved, give_folder, is_empty, survey, take_folder
+from interlock.agents import folders
+from interlock.agents.folders import Moved, finish_folders, give_folder, is_empty, survey, take_folder
 from interlock.agents.frames import Frames
 from interlock.agents.transfer import TransferError
+from interlock.broker.errors import WireError
 
 
 async def move(source: Path, target: Path) -> Moved:
@@ -91,6 +96,73 @@ async def test_nothing_is_put_outside_of_the_folder(tmp_path: Path, relative: st
             with pytest.raises(TransferError):
                 await take_folder(target, Frames(there))
     assert os.listdir(tmp_path) == ["b"]
+
+
+async def send_without_end(frames: Frames) -> None:
+    """A new file, a changed one and one to be removed, and then the way breaks."""
+    for name in ("changed", "new"):
+        await frames.send("entry", name, "file", 0o644, hashlib.sha256(b"newer").hexdigest())
+        await frames.send("data", b"newer")
+        await frames.send("end")
+    await frames.send("gone", "old")
+
+
+def before(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("changed", "old"):
+        (folder / name).write_text("older")
+    return folder
+
+
+async def test_what_did_not_come_whole_changes_nothing(tmp_path: Path) -> None:
+    target = before(tmp_path / "b")
+    found = survey(target)
+    here, there = memory_stream_pair()
+
+    await send_without_end(Frames(here))
+    await here.send_eof()
+    with trio.fail_after(20), pytest.raises(WireError, match="ended before"):
+        await take_folder(target, Frames(there))
+    assert survey(target) == found
+    assert os.listdir(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("done", range(4))
+async def test_who_dies_while_it_puts_things_in_place_ends_it_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    target = before(tmp_path / "b")
+    here, there = memory_stream_pair()
+
+    await send_without_end(Frames(here))
+    await Frames(here).send("done")
+    steps = iter(range(10))
+
+    def dies(target: Path, relative: str, inside: Callable[[Path, str], Path] = folders._inside) -> Path:
+        if (tmp_path / "b").exists() and list(tmp_path.glob(f".aside-*/{folders.STEPS}")) and next(steps) == done:
+            raise KeyboardInterrupt
+        return inside(target, relative)
+
+    monkeypatch.setattr(folders, "_inside", dies)
+    with trio.fail_after(20), suppress(KeyboardInterrupt):
+        await take_folder(target, Frames(there))
+    monkeypatch.undo()
+    assert finish_folders(tmp_path) == (["b"] if done < 3 else [])
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"changed": "newer", "new": "newer"}
+    assert os.listdir(tmp_path) == ["b"]
+    assert finish_folders(tmp_path) == []
+
+
+def test_a_damaged_list_is_left_alone_and_what_never_came_whole_is_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".aside-1").mkdir()
+    (tmp_path / ".aside-1" / folders.STEPS).write_bytes(b"\xc1")
+    (tmp_path / ".aside-2").mkdir()
+    (tmp_path / ".aside-2" / "0").write_text("half")
+    assert finish_folders(tmp_path) == []
+    assert os.listdir(tmp_path) == [".aside-1"]
+    assert "can't be put in place" in caplog.text
 
 
 async def test_a_file_that_is_not_what_was_announced_is_refused(tmp_path: Path) -> None:

@@ -166,8 +166,8 @@ class Arrivals:
             await shell.settled()
         if waited.cancelled_caught:
             raise Refused(f"{shell.agent}: the journal can't be written")
-        if (instance := shell.instances.get(shell.slot.permanent or "")) is not None:
-            shell.publish_started(instance)  # a guest's start was no word of who has the agent
+        if (serving := shell.instances.get(shell.slot.permanent or "")) is not None:
+            shell.publish_started(serving)  # a guest's start was no word of who has the agent
         log.info("%s has arrived, and serves here", shell.agent)
 
     async def run(self) -> None:

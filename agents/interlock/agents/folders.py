@@ -1,29 +1,39 @@
-"""An agent's data folder on its way to another host: only what differs there, file by file, each put in place whole.
+"""An agent's data folder on its way to another host: only what differs there, put in place once all of it is there.
 
 The taker says what it has, the giver sends what differs, the taker says what it made of it. So the same folder sent a
 second time costs a look at both sides, and what was sent while the agent ran is made right once it stands still.
+
+What comes is kept aside with the list of what is to be done: an agent whose newer state did not come whole goes on with
+what it had. A host that dies while it carries the list out goes through it again when it starts.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import msgspec
 import trio
 
 from interlock.agents.frames import Frames
 from interlock.agents.transfer import PIECE, TransferError
-from interlock.agents.trees import ASIDE, entries, remove_tree, sha256_of
+from interlock.agents.trees import ASIDE, entries, remove_tree, sha256_of, sync_folder
 from interlock.broker.errors import WireError
+
+log = logging.getLogger(__name__)
 
 MAX_FILES = 100_000  # in a data folder: what names them must fit into memory, twice
 MANIFEST_PART = 100  # names in one message
+GONE = "gone"  # a step that removes
+STEPS = "steps"  # the list of them, beside the files that came
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,18 @@ class Entry:
 class Moved:
     files: int
     bytes: int
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """What is to be done with one path. kind: as of an entry, or GONE."""
+
+    kind: str
+    path: str
+    mode: int = 0
+    what: str = ""
+
+
+_LIST = msgspec.msgpack.Decoder(tuple[str, list[Step]])
 
 
 def survey(folder: Path) -> dict[str, Entry]:
@@ -101,41 +123,98 @@ async def _send_file(path: Path, frames: Frames) -> int:
 
 
 async def take_folder(folder: Path, frames: Frames, *, strict: bool = True) -> Moved:
-    """The other side of `give_folder`. strict: each file must be what was announced: the agent stands still."""
-    aside = folder.parent / f"{ASIDE}{uuid.uuid4().hex}"
+    """The other side of `give_folder`. strict: each file must be what was announced: the agent stands still.
+
+    TransferError, and then nothing was changed (unless what is there can't be replaced: see the host's log).
+    """
+    staged = folder.parent / f"{ASIDE}{uuid.uuid4().hex}"
+    listed = False
     try:
         await trio.to_thread.run_sync(partial(folder.mkdir, parents=True, exist_ok=True))
+        await trio.to_thread.run_sync(staged.mkdir)
         await _send_survey(frames, await trio.to_thread.run_sync(survey, folder))
-        moved = await _take_all(folder, aside, frames, strict=strict)
+        steps, size = await _take_all(folder, staged, frames, strict=strict)
+        await trio.to_thread.run_sync(_list_steps, folder, staged, steps)
+        listed = True
+        await trio.to_thread.run_sync(_put_all, folder, staged, steps)
+        listed = False
     except (OSError, TransferError) as error:
         await frames.send("refused", str(error))
         raise TransferError(f"the data folder can't be taken: {error}", where=str(folder)) from None
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(partial(aside.unlink, missing_ok=True))
+        if not listed:  # else it is tried again at the next start
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(remove_tree, staged)
+    moved = Moved(sum(step.kind != GONE for step in steps), size)
     await frames.send("taken", moved.files, moved.bytes)
     return moved
 
 
-async def _take_all(folder: Path, aside: Path, frames: Frames, *, strict: bool) -> Moved:
-    files = size = 0
+def finish_folders(data: Path) -> list[str]:
+    """Carry out what a host that died had begun to; the names of these folders. What had not come whole is removed."""
+    finished = []
+    for staged in sorted(data.glob(f"{ASIDE}*")):
+        try:
+            with suppress(FileNotFoundError):
+                name, steps = _LIST.decode((staged / STEPS).read_bytes())
+                _put_all(_inside(data, name), staged, steps)
+                finished.append(name)
+            remove_tree(staged)
+        except (OSError, TransferError, msgspec.DecodeError) as error:
+            log.warning("%s: data that came from another host can't be put in place: %s", staged, error)
+    return finished
+
+
+async def _take_all(folder: Path, staged: Path, frames: Frames, *, strict: bool) -> tuple[list[Step], int]:
+    """What is to be done in the folder, and the bytes of what came; the n-th step's file is kept under that number."""
+    steps: list[Step] = []
+    leaves: set[str] = set()  # what is no folder: nothing can be below it
+    size = 0
     while True:
         said, *about = await frames.receive()
         match said, about:
             case "done", []:
-                return Moved(files, size)
+                return steps, size
             case "gone", [str(relative)]:
-                await trio.to_thread.run_sync(_remove, _inside(folder, relative))
+                step = Step(GONE, relative)
             case "entry", [str(relative), str(kind), int(mode), str(what)]:
-                target = _inside(folder, relative)
-                if kind == "file":
-                    size += await _take_file(aside, frames, mode)
-                    if strict and await trio.to_thread.run_sync(sha256_of, aside) != what:
-                        raise TransferError(f"the checksum of {relative} is wrong")
-                await trio.to_thread.run_sync(_put, target, aside, kind, mode, what)
-                files += 1
+                step = Step(kind, relative, mode, what)
             case _:
                 raise WireError(f"{said!r} is no message about a folder")
+        _inside(folder, step.path)
+        if any(str(parent) in leaves for parent in PurePosixPath(step.path).parents):
+            raise TransferError(f"{step.path!r} is below what is no folder")
+        if step.kind == "file":
+            file = staged / str(len(steps))
+            size += await _take_file(file, frames, step.mode)
+            if strict and await trio.to_thread.run_sync(sha256_of, file) != step.what:
+                raise TransferError(f"the checksum of {step.path} is wrong")
+        if step.kind in ("file", "link"):
+            leaves.add(step.path)
+        steps.append(step)
+        if len(steps) > 2 * MAX_FILES:
+            raise TransferError(f"more than {2 * MAX_FILES} changes to a data folder")
+
+
+def _list_steps(folder: Path, staged: Path, steps: list[Step]) -> None:
+    """Once the list is on the disk it will be done, by whoever starts here next if not by us."""
+    part = staged / f"{STEPS}.part"
+    with open(part, "wb") as file:
+        file.write(msgspec.msgpack.encode((folder.name, steps)))
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(staged / STEPS)
+    sync_folder(staged)
+
+
+def _put_all(folder: Path, staged: Path, steps: list[Step]) -> None:
+    """Each step can be done again."""
+    for number, step in enumerate(steps):
+        target = _inside(folder, step.path)
+        if step.kind == GONE:
+            _remove(target)
+        elif step.kind != "file" or (staged / str(number)).exists():
+            _put(target, staged / str(number), step.kind, step.mode, step.what)
 
 
 async def _take_file(aside: Path, frames: Frames, mode: int) -> int:

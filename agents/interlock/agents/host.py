@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from interlock.agents.arrivals import FROM, here
+from interlock.agents.folders import finish_folders
 from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
@@ -216,6 +217,8 @@ async def run_host(fleet: FleetConfig, name: str, ready: Ready) -> None:
         left = await kill_marked(marker)
         if left:
             log.warning("%d processes of an earlier run of this host were still there; they are ended now", left)
+        for agent in await trio.to_thread.run_sync(finish_folders, state / "data"):
+            log.info("%s: its data had come from another host, and is in place now", agent)
         journal = await trio.to_thread.run_sync(Journal.open, state / "host.sqlite")
         try:
             with run_folder(state) as run_dir:
