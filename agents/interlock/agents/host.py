@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from interlock.agents.arrivals import FROM, here
+from interlock.agents.cgroup import with_cgroups
 from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
 from interlock.agents.launch import Place
@@ -219,7 +220,10 @@ async def run_host(fleet: FleetConfig, name: str, ready: Ready) -> None:
         journal = await trio.to_thread.run_sync(Journal.open, state / "host.sqlite")
         try:
             with run_folder(state) as run_dir:
-                async with guarded(marker), open_sockets() as sockets:
+                wanted = config.cgroups == "auto"
+                async with with_cgroups(marker, wanted=wanted) as lacking, guarded(marker), open_sockets() as sockets:
+                    if lacking:
+                        log.info("instances get no cgroups of their own: %s", lacking)
                     place = Place(
                         sockets, marker, run_dir, state / "log", state / "data", fleet.folder, _environment(fleet)
                     )
