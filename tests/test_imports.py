@@ -22,7 +22,7 @@ ONLY_IN = {
     "h11": {"agents/http1.py", "agents/probes.py"},  # a server's side and a client's
     "nacl": {"broker/crypto.py"},
     "sqlite3": {"broker/log.py", "agents/journal.py"},
-    "psutil": {"monitors/processes.py"},
+    "psutil": {"monitors/machine.py"},
 }
 # The demo renders its own screen, and the agents it ships stand for a user's programs.
 FREE = ("coordinator/demo/",)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from interlock.broker.samples import NAME, Labels, labels
-from interlock.monitors import gpu
+from interlock.monitors import gpu, templates
+from interlock.monitors.attribution import Holding, share
 from interlock.monitors.gpu import Card, Reading
 from interlock.monitors.processes import TreeReading
 from interlock.monitors.roster import Instance
 from interlock.monitors.sampler import Group
+from interlock.monitors.templates import Template
 
 ALL_GROUPS = frozenset(Group)
+ONLY_HOT = frozenset({Group.HOT})
+UNATTRIBUTED = "gpu_unattributed_memory_bytes"
 HOT = frozenset(
     {
         gpu.UP,
@@ -21,36 +25,60 @@ HOT = frozenset(
         gpu.MEMORY_RATIO,
         gpu.UTILIZATION,
         gpu.PROCESS_MEMORY,
-        "agent_process_cpu_ratio",
-        "agent_process_memory_rss_bytes",
+        UNATTRIBUTED,
         "host_memory_total_bytes",
         "host_memory_available_bytes",
     }
 )
+SLOW = ("host_disk_", "host_network_")  # how the names of what is read seldom begin
 
 Samples = dict[Labels, float]
 
 
 def group_of(key: Labels) -> Group:
-    return Group.HOT if dict(key)[NAME] in HOT else Group.CALM
+    name = dict(key)[NAME]
+    return Group.HOT if name in HOT else Group.SLOW if name.startswith(SLOW) else Group.CALM
+
+
+def group_by(template_of: Callable[[str], Template]) -> Callable[[Labels], Group]:
+    """The same of the series of agents' processes, by the template of each agent."""
+
+    def group(key: Labels) -> Group:
+        of = dict(key)
+        return template_of(of.get("agent", "")).tiers.get(of[NAME], Group.CALM)
+
+    return group
+
+
+def instance_of(key: Labels) -> tuple[str, str, str]:
+    """(agent, revision, role) of a series of an agent's processes."""
+    of = dict(key)
+    return of["agent"], of["revision"], of["role"]
 
 
 class Live:
-    """The series of one source that report."""
+    """The series of one source that report. `group`: which beat a series goes by."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Callable[[Labels], Group] = group_of) -> None:
         self.keys: set[Labels] = set()
+        self._group = group
 
     def update(self, samples: Samples, *, due: frozenset[Group], complete: frozenset[Group]) -> list[Labels]:
         """The series that ended: of a group that was read completely, and no longer there.
 
         Leaves in `samples` what is of a group that is due.
         """
-        ended = [key for key in self.keys if group_of(key) in complete and key not in samples]
+        ended = [key for key in self.keys if self._group(key) in complete and key not in samples]
         self.keys.difference_update(ended)
-        for key in [key for key in samples if group_of(key) not in due]:
+        for key in [key for key in samples if self._group(key) not in due]:
             del samples[key]
         self.keys.update(samples)
+        return ended
+
+    def end(self, over: Callable[[Labels], bool]) -> list[Labels]:
+        """The series of which this is true end, whether or not they were read this time."""
+        ended = [key for key in self.keys if over(key)]
+        self.keys.difference_update(ended)
         return ended
 
 
@@ -63,29 +91,35 @@ def of_trees(host: str, readings: Iterable[TreeReading]) -> Samples:
     samples: Samples = {}
     for reading in readings:
         values: dict[str, float | None] = {
-            "agent_process_cpu_ratio": reading.cpu,
-            "agent_process_memory_rss_bytes": reading.rss,
-            "agent_process_count": reading.count,
-            "agent_process_threads": reading.threads,
-            "agent_process_fds": reading.fds,
+            templates.CPU: reading.cpu,
+            templates.RSS: reading.rss,
+            templates.COUNT: reading.count,
+            templates.THREADS: reading.threads,
+            templates.FDS: reading.fds,
+            **reading.more,
         }
         for name, value in values.items():
             if value is not None:
-                key = labels(name, host=host, **_of(reading.instance))
+                metric, _, resource = name.partition("|")
+                key = labels(metric, host=host, **_of(reading.instance), **({"resource": resource} if resource else {}))
                 samples[key] = samples.get(key, 0.0) + value
     return samples
 
 
 def of_card(host: str, reading: Reading, owners: Mapping[int, Instance]) -> Samples:
-    """A card's own series, and the memory of each agent on it. `owners` says whose a process is."""
+    """A card's own series, the memory of each agent on it, and what is nobody's. `owners` says whose a process is."""
     card = _card(host, reading.card)
     samples: Samples = {labels(gpu.UP, **card): 0.0 if reading.error else 1.0}
     for name, value in reading.values.items():
         samples[labels(name, **card)] = value
-    for pid, held in reading.processes.items():
-        if (instance := owners.get(pid)) is not None:
-            key = labels(gpu.PROCESS_MEMORY, **card, **_of(instance))
-            samples[key] = samples.get(key, 0.0) + held
+    held = [Holding(reading.card.uuid, pid, size) for pid, size in reading.processes.items()]
+    shares = share(held, owners, used=reading.values.get(gpu.MEMORY_USED))
+    for (_, instance), size in shares.agents.items():
+        key = labels(gpu.PROCESS_MEMORY, **card, **_of(instance))
+        samples[key] = samples.get(key, 0.0) + size
+    if shares.unlisted is not None and gpu.PROCESS_MEMORY not in reading.unsupported:
+        samples[labels(UNATTRIBUTED, **card, holder="stranger")] = float(sum(shares.strangers.values()))
+        samples[labels(UNATTRIBUTED, **card, holder="unlisted")] = float(shares.unlisted)
     return samples
 
 
@@ -93,10 +127,6 @@ def _card(host: str, card: Card) -> dict[str, str]:
     return {"host": host, "gpu": str(card.index), "uuid": card.uuid}
 
 
-def of_machine(host: str, values: Mapping[str, float], disk: tuple[str, float | None]) -> Samples:
-    """The machine's own series; `disk` is (path, bytes free)."""
-    samples = {labels(name, host=host): value for name, value in values.items()}
-    path, free = disk
-    if free is not None:
-        samples[labels("host_disk_free_bytes", host=host, path=path)] = free
-    return samples
+def of_machine(host: str, values: Mapping[tuple[str, tuple[tuple[str, str], ...]], float]) -> Samples:
+    """The machine's own series, from values by name and labels."""
+    return {labels(name, host=host, **dict(of)): value for (name, of), value in values.items()}

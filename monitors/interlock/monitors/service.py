@@ -20,4 +20,5 @@ async def run_monitor(fleet: FleetConfig, host: str, ready: Callable[[], None]) 
         )
     with held(fleet.state_dir / f"monitor-{host}" / "lock", f"monitor {host}"):
         async with open_bus(fleet.broker, f"monitor/{host}", security=load_security(fleet, f"monitor/{host}")) as bus:
-            await Monitor(bus, fleet.monitor, host, fleet.state_dir).run(ready)
+            categories = {name: agent.category for name, agent in fleet.agents.items()}
+            await Monitor(bus, fleet.monitor, host, fleet.state_dir, categories=categories).run(ready)
