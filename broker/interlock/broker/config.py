@@ -129,7 +129,8 @@ class MonitorConfig(_Config, frozen=True, kw_only=True):
     idle_s: float = 1.0  # between samples of a host where nothing moves
     migrating_s: float = 0.1  # between samples while a migration touches the host: the largest part of a reaction
     slow_s: float = 10.0  # between samples of what changes slowly or costs much to read: disks, context switches
-    gpu: Literal["auto", "nvidia", "simulated", "none"] = "auto"  # auto: NVIDIA where its library and driver are
+    # auto: NVIDIA's cards where its library and driver are, else those of AMD and Intel (drm)
+    gpu: Literal["auto", "nvidia", "drm", "simulated", "none"] = "auto"
     simulated: list[SimulatedGpu] = []  # with gpu = "simulated": the cards there are
     templates: dict[str, MonitorTemplate] = {}  # by category of agent: what differs from what is usual for it
 

@@ -20,6 +20,7 @@ from interlock.broker.samples import NAME, SeriesReader
 from interlock.monitors import series
 from interlock.monitors.alarms import Alarms
 from interlock.monitors.cadence import Cadence
+from interlock.monitors.drm_backend import open_drm_backend
 from interlock.monitors.events import Events
 from interlock.monitors.gpu import GpuBackend, NoGpu
 from interlock.monitors.machine import Machine, Values
@@ -45,7 +46,17 @@ async def open_gpu(config: MonitorConfig, state: Path) -> GpuBackend:
         raise NoGpu("turned off", where="monitor.gpu")
     if config.gpu == "simulated":
         return await open_simulated_backend(state / "simgpu", config.simulated)
-    return await open_nvidia_backend()
+    if config.gpu == "drm":
+        return await open_drm_backend()
+    try:
+        return await open_nvidia_backend()
+    except NoGpu as no_nvidia:
+        if config.gpu == "nvidia":
+            raise
+        try:
+            return await open_drm_backend()
+        except NoGpu as no_other:
+            raise NoGpu(f"{no_nvidia}; {no_other}") from None
 
 
 class Monitor:
@@ -255,7 +266,7 @@ class Monitor:
 
     async def _find_gpu(self) -> GpuBackend | None:
         """The back-end, or None where there is none; one that is asked for by name is looked for until it is there."""
-        wanted = self._config.gpu == "nvidia"
+        wanted = self._config.gpu in ("nvidia", "drm")
         said = False
         while True:
             try:

@@ -263,8 +263,8 @@ class Trees:
             self._look_at_new()
         for root_pid, root in self._roots.items():
             if root.cgroup is not None:
-                for pid in root.cgroup.processes():
-                    self._owner[pid] = root_pid
+                for member in root.cgroup.processes():
+                    self._owner[member] = root_pid
         self._regroup()
 
     def _anything_new(self) -> bool:
