@@ -213,9 +213,9 @@ class Trees:
         again = look and time.monotonic() - self._whole_at >= WHOLE_S
         new = [instance for id, instance in wanted.items() if again or id not in self._missing]
         for instance in new:
-            if (pid := self._find(instance)) is not None and pid not in self._roots:
+            if (found := self._find(instance)) is not None and found not in self._roots:
                 roots = dict(self._roots)
-                roots[pid] = _Root(instance, {}, AgentCgroup.of(pid, self._proc))
+                roots[found] = _Root(instance, {}, None)
                 self._roots = roots  # replaced, never changed: `owners` may be reading it
                 wanted.pop(instance.id)
                 changed = True
@@ -253,6 +253,8 @@ class Trees:
         self._last_pid = self._given_out()
         if whole:
             self._whole_at = now
+            for pid, root in self._roots.items():  # a host moves a process into its cgroup just after its start
+                root.cgroup = root.cgroup or AgentCgroup.of(pid, self._proc)
             living = procfs.pids(self._proc)
             relations = {pid: found for pid in living if (found := self._relation(pid)) is not None}
             belongs = trees(self._roots, relations)
