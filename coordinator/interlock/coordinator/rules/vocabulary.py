@@ -69,6 +69,7 @@ METRICS: dict[str, Metric] = {
     **_metrics("cadence_lease_seconds", "host touched migration", CALM_S, _PLUS),
     **_metrics("agent_up agent_active", _AGENT, HOT_S, _FLAG),
     **_metrics("agent_requests_total agent_errors_total agent_in_flight agent_health_failures", _AGENT, HOT_S, _PLUS),
+    **_metrics("agent_gpu_reserved_bytes agent_gpu_leaked_bytes", "host agent revision uuid", HOT_S, _PLUS),
     **_metrics("agent_category", "host agent category", HOT_S, (1.0, 1.0)),
     **_metrics("agent_response_seconds", _CUT, HOT_S, _PLUS),
     **_metrics("agent_response_baseline_seconds", "host agent quantile", HOT_S, _PLUS),
