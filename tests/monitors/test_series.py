@@ -20,7 +20,7 @@ WARM = labels(gpu.TEMPERATURE, host="alpha", gpu="0", uuid="GPU-0")
 
 
 def test_a_tree_becomes_series_of_its_agent_and_what_is_unknown_is_absent() -> None:
-    samples = series.of_trees("alpha", [TreeReading(ECHO, 1.0, None, 5, 1, 2, None)])
+    samples = series.of_trees(series.TreeKeys("alpha"), [TreeReading(ECHO, 1.0, None, 5, 1, 2, None)])
     of = {"host": "alpha", "agent": "echo", "revision": "v1", "role": "permanent"}
     assert samples == {
         labels("agent_process_memory_rss_bytes", **of): 5,
@@ -30,7 +30,7 @@ def test_a_tree_becomes_series_of_its_agent_and_what_is_unknown_is_absent() -> N
 
 
 def test_two_processes_of_one_agent_revision_and_role_report_their_sum() -> None:
-    samples = series.of_trees("alpha", [TreeReading(ECHO, 1.0, 0.5, 5, 1, 2, 3)] * 2)
+    samples = series.of_trees(series.TreeKeys("alpha"), [TreeReading(ECHO, 1.0, 0.5, 5, 1, 2, 3)] * 2)
     assert sorted(samples.values()) == [1.0, 2, 4, 6, 10]
 
 
@@ -67,7 +67,7 @@ def test_less_in_use_than_processes_hold_is_no_negative_memory() -> None:
 
 def test_readings_by_resource_have_a_label_for_it() -> None:
     reading = TreeReading(ECHO, 1.0, None, 5, 1, 2, None, {f"{templates.STALLED}|io": 0.5, templates.READ: 7})
-    samples = series.of_trees("alpha", [reading])
+    samples = series.of_trees(series.TreeKeys("alpha"), [reading])
     of = {"host": "alpha", "agent": "echo", "revision": "v1", "role": "permanent"}
     assert samples[labels(templates.STALLED, **of, resource="io")] == 0.5
     assert samples[labels(templates.READ, **of)] == 7

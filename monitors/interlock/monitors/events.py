@@ -20,7 +20,7 @@ class Publisher(Protocol):
 
 
 class Events:
-    """Sent when it happens, and repeated with the calm readings. One task's; nothing here waits."""
+    """Sent when it happens, and repeated with the calm readings. Nothing here waits."""
 
     def __init__(self, host: str, publisher: Publisher) -> None:
         self._host = host
@@ -64,12 +64,11 @@ class Events:
         if begun or gone:
             self._publisher.send(begun, time=time.time(), ended=gone)
 
-    def repeat(self, permitted: Mapping[str, bool]) -> None:
-        """All of it as it stands, and which sources of events this machine permits."""
+    def repeated(self, permitted: Mapping[str, bool]) -> dict[Labels, float]:
+        """All of it as it stands, and which sources of events this machine permits, to go with the calm readings."""
         for source, yes in permitted.items():
             self._values[labels(PERMITTED, host=self._host, source=source)] = float(yes)
-        if self._values:
-            self._publisher.send(dict(self._values), time=time.time())
+        return dict(self._values)
 
     def _add(self, key: Labels) -> None:
         self._tell(key, self._values.get(key, 0.0) + 1)

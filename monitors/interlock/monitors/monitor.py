@@ -16,6 +16,7 @@ import trio
 from interlock.broker import cadence, topics
 from interlock.broker.bus import Bus
 from interlock.broker.config import MonitorConfig
+from interlock.broker.facts import Role
 from interlock.broker.samples import NAME, SeriesReader
 from interlock.monitors import series
 from interlock.monitors.alarms import Alarms
@@ -197,7 +198,7 @@ class Monitor:
             return asked, values
 
         async def sample(due: frozenset[Group]) -> None:
-            if due == series.ONLY_HOT:
+            if Group.SLOW not in due:  # these files answer at once, and a thread costs more than they do
                 asked, values = read(due)
             else:
                 asked, values = await trio.to_thread.run_sync(read, due, abandon_on_cancel=True)
@@ -208,15 +209,16 @@ class Monitor:
                     values["gpu_driver_up", ()] = float(self._driver_up)
             samples = series.of_machine(self.host, values)
             ended = live.update(samples, due=due, complete=due)
-            self._telemetry.send(samples, time=asked, ended=ended)
             if Group.CALM in due:
-                self._events.repeat(self._alarms.permitted)
+                samples |= self._events.repeated(self._alarms.permitted)
+            self._telemetry.send(samples, time=asked, ended=ended)
 
         return sample
 
     async def _sample_trees(self) -> None:
         """Read the agents' processes to the beat; lists of processes are made with the calm readings only."""
         live = self._new_live(Live(series.group_by(self._template_of)))
+        keys = series.TreeKeys(self.host)
         lock = trio.Lock()  # the files of a process are read by one thread at a time
 
         def read(due: frozenset[Group]) -> tuple[float, list[TreeReading]]:
@@ -224,17 +226,23 @@ class Monitor:
             wanted = due_by(self._template_of, due)
             return asked, self._trees.sample(self.roster.instances, wanted, look=Group.CALM in due)
 
+        known: set[tuple[str, str, Role]] = set()
+
         async def sample(due: frozenset[Group]) -> None:
+            nonlocal known
             async with lock:
                 if due == series.ONLY_HOT:  # these files answer at once, and a thread costs more than they do
                     asked, readings = read(due)
                 else:
                     asked, readings = await trio.to_thread.run_sync(read, due)
             self._ended = False
-            samples = series.of_trees(self.host, readings)
+            samples = series.of_trees(keys, readings)
             here = {(one.instance.agent, one.instance.revision, one.instance.role) for one in readings}
             ended = live.update(samples, due=due, complete=due)
-            ended += live.end(lambda key: series.instance_of(key) not in here)
+            if here != known:  # an instance is gone, or has another role: none of its series will come again
+                ended += live.end(lambda key: series.instance_of(key) not in here)
+                keys.keep(one.instance for one in readings)
+                known = here
             if samples or ended:
                 self._telemetry.send(samples, time=asked, ended=ended)
             if ended or Group.CALM in due:

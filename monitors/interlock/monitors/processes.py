@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from interlock.monitors import procfs, templates
@@ -91,6 +91,17 @@ class TreeReading:
     threads: int
     fds: int | None
     more: Mapping[str, float] = field(default_factory=dict)
+
+    def values(self) -> Iterator[tuple[str, float]]:
+        """All of it by metric name; what is not known is left out."""
+        if self.cpu is not None:
+            yield templates.CPU, self.cpu
+        yield templates.RSS, self.rss
+        yield templates.COUNT, self.count
+        yield templates.THREADS, self.threads
+        if self.fds is not None:
+            yield templates.FDS, self.fds
+        yield from self.more.items()
 
 
 class _Member:
@@ -409,4 +420,13 @@ class Trees:
 
 def due_by(templates_of: Callable[[str], Template], groups: frozenset[Group]) -> Due:
     """What is due of each instance, by the template of its agent."""
-    return lambda instance: templates_of(instance.agent).due(groups)
+    known: dict[int, frozenset[str]] = {}  # agents share a few templates
+
+    def due(instance: Instance) -> frozenset[str]:
+        template = templates_of(instance.agent)
+        found = known.get(id(template))
+        if found is None:
+            found = known[id(template)] = template.due(groups)
+        return found
+
+    return due

@@ -18,6 +18,8 @@ class Group(Enum):
     CALM = "calm"
     SLOW = "slow"
 
+    __hash__ = object.__hash__  # members are compared by identity; the usual one is Python, and asked for each series
+
 
 class Beat:
     """The grid of one group. `missed` counts the points that passed without a sample."""

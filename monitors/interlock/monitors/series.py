@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from interlock.broker.samples import NAME, Labels, labels
-from interlock.monitors import gpu, templates
+from interlock.monitors import gpu
 from interlock.monitors.attribution import Holding, share
 from interlock.monitors.gpu import Card, Reading
 from interlock.monitors.processes import TreeReading
@@ -60,25 +60,40 @@ class Live:
     """The series of one source that report. `group`: which beat a series goes by."""
 
     def __init__(self, group: Callable[[Labels], Group] = group_of) -> None:
-        self.keys: set[Labels] = set()
-        self._group = group
+        self._group_of = group
+        self._groups: dict[Labels, Group] = {}  # of those that report: labels are looked at once
+        self._keys: dict[Group, set[Labels]] = {one: set() for one in Group}
+
+    @property
+    def keys(self) -> set[Labels]:
+        return set(self._groups)
 
     def update(self, samples: Samples, *, due: frozenset[Group], complete: frozenset[Group]) -> list[Labels]:
         """The series that ended: of a group that was read completely, and no longer there.
 
         Leaves in `samples` what is of a group that is due.
         """
-        ended = [key for key in self.keys if self._group(key) in complete and key not in samples]
-        self.keys.difference_update(ended)
-        for key in [key for key in samples if self._group(key) not in due]:
-            del samples[key]
-        self.keys.update(samples)
+        ended = [key for group in complete for key in self._keys[group] - samples.keys()]
+        self._drop(ended)
+        for key in list(samples):
+            group = self._groups.get(key)
+            if group is None:
+                group = self._group_of(key)
+                if group in due:
+                    self._groups[key] = group
+                    self._keys[group].add(key)
+            if group not in due:
+                del samples[key]
         return ended
+
+    def _drop(self, keys: Iterable[Labels]) -> None:
+        for key in keys:
+            self._keys[self._groups.pop(key)].discard(key)
 
     def end(self, over: Callable[[Labels], bool]) -> list[Labels]:
         """The series of which this is true end, whether or not they were read this time."""
-        ended = [key for key in self.keys if over(key)]
-        self.keys.difference_update(ended)
+        ended = [key for key in self._groups if over(key)]
+        self._drop(ended)
         return ended
 
 
@@ -86,23 +101,37 @@ def _of(instance: Instance) -> dict[str, str]:
     return {"agent": instance.agent, "revision": instance.revision, "role": instance.role}
 
 
-def of_trees(host: str, readings: Iterable[TreeReading]) -> Samples:
+class TreeKeys:
+    """The keys of the series of agents' processes: made once, since a sample of 20 agents has hundreds."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self._keys: dict[tuple[str, str, str], dict[str, Labels]] = {}
+
+    def of(self, instance: Instance) -> dict[str, Labels]:
+        """By the reading's name; those that were asked for before."""
+        return self._keys.setdefault((instance.agent, instance.revision, instance.role), {})
+
+    def make(self, instance: Instance, reading: str) -> Labels:
+        metric, _, resource = reading.partition("|")
+        more = {"resource": resource} if resource else {}
+        key = self.of(instance)[reading] = labels(metric, host=self.host, **_of(instance), **more)
+        return key
+
+    def keep(self, instances: Iterable[Instance]) -> None:
+        """Forget the keys of all others."""
+        kept = {(one.agent, one.revision, one.role) for one in instances}
+        self._keys = {of: keys for of, keys in self._keys.items() if of in kept}
+
+
+def of_trees(keys: TreeKeys, readings: Iterable[TreeReading]) -> Samples:
     """Two processes of one agent, revision and role (one ends, its successor begins) report their sum."""
     samples: Samples = {}
     for reading in readings:
-        values: dict[str, float | None] = {
-            templates.CPU: reading.cpu,
-            templates.RSS: reading.rss,
-            templates.COUNT: reading.count,
-            templates.THREADS: reading.threads,
-            templates.FDS: reading.fds,
-            **reading.more,
-        }
-        for name, value in values.items():
-            if value is not None:
-                metric, _, resource = name.partition("|")
-                key = labels(metric, host=host, **_of(reading.instance), **({"resource": resource} if resource else {}))
-                samples[key] = samples.get(key, 0.0) + value
+        known = keys.of(reading.instance)
+        for name, value in reading.values():
+            key = known.get(name) or keys.make(reading.instance, name)
+            samples[key] = samples.get(key, 0.0) + value
     return samples
 
 
