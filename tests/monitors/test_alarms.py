@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +17,7 @@ import trio.testing
 
 from interlock.broker import cgroups
 from interlock.broker.samples import Labels, labels
-from interlock.monitors.alarms import Alarms
+from interlock.monitors.alarms import Alarms, _Poller
 from interlock.monitors.events import EXITS, PERMITTED, POPULATED, Events
 from interlock.monitors.roster import Instance
 
@@ -125,6 +126,16 @@ async def test_a_cgroup_that_runs_empty_is_told_and_one_that_fills_again_too(fol
         await heard.until(("populated", ("echo-1", False)))
         assert made.permitted["cgroup"]
         made.follow({}, {})
+
+
+async def test_news_of_a_cgroup_that_was_let_go_of_in_the_same_breath_are_passed_over(folder: Path) -> None:
+    async with alarms() as (made, heard):
+        made.follow({}, {"echo-1": folder / "cgroup.events"})
+        await heard.until(("populated", ("echo-1", False)))
+        poller = _Poller(made, lambda call: call())
+        poller._take(99_999, select.POLLPRI)
+        made.follow({}, {"echo-2": folder / "cgroup.events"})
+        await heard.until(("populated", ("echo-2", False)))
 
 
 class Told:

@@ -194,7 +194,9 @@ class _Poller:
 
     def _read_cgroup(self, descriptor: int) -> None:
         """Reading it is also what makes the next change signal."""
-        id = next(id for id, one in self._cgroups.items() if one == descriptor)
+        id = next((id for id, one in self._cgroups.items() if one == descriptor), None)
+        if id is None:
+            return  # let go of since the poll returned
         try:
             populated = parse_pairs(os.pread(descriptor, 4096, 0)).get("populated")
         except OSError:  # it was removed
