@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -58,9 +59,10 @@ class AgentCgroup:
         for key, file in list(self._files.items()):
             try:
                 text = file.read()
-            except OSError:
-                del self._files[key]
-                file.close()
+            except OSError as error:
+                if error.errno != errno.EMFILE:  # no room for it now; all else means that it is not to be had
+                    del self._files[key]
+                    file.close()
                 continue
             found.update(_figure(key, text))
         return found

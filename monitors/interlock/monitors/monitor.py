@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -100,7 +101,7 @@ class Monitor:
                 nursery.start_soon(self._follow, caught_up)
                 nursery.start_soon(self._follow_leases)
                 nursery.start_soon(self._alarms.run)
-                nursery.start_soon(self._beat, self._sampler_of_machine())
+                nursery.start_soon(partial(self._beat, self._sampler_of_machine(), fast=False))
                 nursery.start_soon(self._sample_gpus)
                 ready()
                 await caught_up.wait()  # half a history would name instances and roles that are no more
@@ -159,12 +160,16 @@ class Monitor:
         self,
         sample: Callable[[frozenset[Group]], Awaitable[None]],
         at_once: Callable[[], Awaitable[None]] | None = None,
+        *,
+        fast: bool = True,
     ) -> None:
-        """Sample whenever due; a change of the cadence counts at once. `at_once` is called at each other change."""
+        """Sample whenever due; a change of the cadence counts at once. `at_once` is called at each other change.
+
+        fast: also while migrating; else at the idle beat.
+        """
         config = self._config
-        schedule = Schedule(
-            trio.current_time(), idle_s=config.idle_s, migrating_s=config.migrating_s, slow_s=config.slow_s
-        )
+        hot_s = config.migrating_s if fast else config.idle_s
+        schedule = Schedule(trio.current_time(), idle_s=config.idle_s, migrating_s=hot_s, slow_s=config.slow_s)
         self._schedules.append(schedule)
         while True:
             now = trio.current_time()
@@ -243,6 +248,8 @@ class Monitor:
                 ended += live.end(lambda key: series.instance_of(key) not in here)
                 keys.keep(one.instance for one in readings)
                 known = here
+            if due == series.ONLY_HOT:  # the machine's hot readings go along: one batch for both
+                samples |= series.of_machine(self.host, self._machine.memory())
             if samples or ended:
                 self._telemetry.send(samples, time=asked, ended=ended)
             if ended or Group.CALM in due:
