@@ -173,6 +173,16 @@ def test_the_picture_names_everything_and_shows_a_dash_for_what_is_not_known() -
     assert " - " in rows["echo"], "no rate from one sample"
 
 
+def test_series_about_an_agent_that_are_of_no_instance_make_no_row_of_their_own() -> None:
+    bench = Bench()
+    bench.say("alpha/host", requests(1))
+    bench.say(
+        "alpha/host", {labels("agent_gpu_reserved_bytes", host="alpha", agent="echo", revision="v1", uuid="u"): 1}
+    )
+    bench.say("alpha/monitor", {labels("agent_process_exits_total", host="alpha", agent="echo"): 1})
+    assert [row.role for row in bench.view().agents] == ["permanent"]
+
+
 def test_markup_in_names_stays_text() -> None:
     bench = Bench()
     bench.say("alpha/host", {labels("agent_up", **{**ECHO, "agent": "[red]x[/red]"}): 1})

@@ -150,8 +150,8 @@ class Overview:
         for key, series in self._series.items():
             of = dict(key)
             name, host = of[NAME], of.get("host", "")
-            if "agent" in of and "revision" in of:
-                row = agents.setdefault((of["agent"], host, of["revision"], of.get("role", "")), {})
+            if {"agent", "revision", "role"} <= of.keys():
+                row = agents.setdefault((of["agent"], host, of["revision"], of["role"]), {})
                 _gather_agent(row, name, of, series)
             elif "uuid" in of and "gpu" in of:
                 card = gpus.setdefault((host, of["gpu"], of["uuid"]), {})
