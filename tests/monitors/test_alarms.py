@@ -96,6 +96,18 @@ async def test_a_machine_without_pressure_files_says_so_once_and_goes_on(
     assert "this kernel has none" in said[0]
 
 
+async def test_more_work_than_cores_is_told_as_a_stall_of_the_processor(start: Start) -> None:
+    async with alarms() as (made, heard):
+        with trio.fail_after(10):
+            while "pressure" not in made.permitted:
+                await trio.testing.wait_all_tasks_blocked(0.02)
+        if not made.permitted["pressure"]:
+            pytest.skip("this machine permits no pressure triggers")
+        for _ in range(2 * (os.cpu_count() or 1) + 1):
+            start("print('ready', flush=True)\nwhile True: pass")
+        await heard.until(("stalled", "cpu"))
+
+
 def unified() -> Path:
     here = cgroups.places(Path("/proc/self/cgroup").read_text())
     return cgroups.folders(here, cgroups.read_hierarchies())[cgroups.V2]
