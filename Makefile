@@ -12,7 +12,7 @@ SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LINTED := $(wildcard broker agents monitors coordinator tests examples)
 
-.PHONY: help demo test check bench bench-bus bench-rules fuzz format clean
+.PHONY: help demo test check bench bench-bus bench-rules bench-monitor fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,10 @@ bench-bus: $(STAMP)
 # The rule engine alone, and from a publisher's send to the rollback, beside Prometheus and Alertmanager.
 bench-rules: $(STAMP)
 	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
+
+# What a monitor costs that watches a machine and 20 agents, and how fast it tells. One JSON object.
+bench-monitor: $(STAMP)
+	@$(BIN)/python tests/benchmarks/bench_monitor_host.py $(QUICK)
 
 # Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.
 fuzz: $(STAMP)

@@ -71,6 +71,7 @@ TABLES = {
     "[rules]": "RulesConfig",
     "[monitor]": "MonitorConfig",
     "[[monitor.simulated]]": "SimulatedGpu",
+    "[monitor.templates.NAME]": "MonitorTemplate",
     "[strategies.NAME]": "StrategyConfig",
     "[[strategies.NAME.canary]]": "CanaryStep",
     "[strategies.NAME.observe]": "ObserveConfig",

@@ -18,11 +18,11 @@ ONLY_IN = {
     "pynvml": {"monitors/nvml.py"},
     "promql_parser": {"coordinator/rules/language.py"},
     "yaml": {"coordinator/rules/yamltree.py"},
-    "rich": {"coordinator/screen.py"},
+    "rich": {"coordinator/screen.py", "coordinator/top_screen.py"},
     "h11": {"agents/http1.py", "agents/probes.py"},  # a server's side and a client's
     "nacl": {"broker/crypto.py"},
     "sqlite3": {"broker/log.py", "agents/journal.py"},
-    "psutil": {"monitors/processes.py"},
+    "psutil": {"monitors/machine.py"},
 }
 # The demo renders its own screen, and the agents it ships stand for a user's programs.
 FREE = ("coordinator/demo/",)

@@ -46,6 +46,8 @@ from interlock.broker.simgpu import open_simulated
 
 class Eater(Calc):
     def setup(self):
+        self.memory = self.gpu.reserve(self.config["gib"] << 30, wait_s=20)
+        self.memory.__enter__()
         self.held = open_simulated().reserve(self.config["gib"] << 30)
 """
 REVISIONS = "".join(
@@ -193,6 +195,9 @@ def test_what_does_not_fit_on_the_gpu_goes_only_as_cold(make_fleet: Callable[...
     (fleet.folder / "eater" / "calc.py").write_text((fleet.folder / "calc" / "calc.py").read_text())
     fleet.path.write_text(fleet.path.read_text().replace('serve = "r1"', 'serve = "small"'))
     fleet.start()
+    shown = fleet.cli("top", "--once", "--json").json
+    assert [(row["agent"], row["gpu_memory_bytes"]) for row in shown["agents"]] == [("calc", 10 << 30)]
+    assert [(row["memory_used_bytes"], row["unattributed_bytes"]) for row in shown["gpus"]] == [(10 << 30, 0)]
     refused = fleet.cli("migrate", "calc", "--to", "large", "--strategy", "rapid")
     assert refused.code == 12, refused
     assert "16384 MiB needed" in refused.out

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from interlock.broker import facts, topics
+from interlock.broker import cadence, facts, topics
 from interlock.broker.config import MonitorConfig, SimulatedGpu
 from interlock.broker.memory import MemoryBroker
 from interlock.broker.samples import NAME, Labels, SeriesReader
@@ -208,6 +208,35 @@ async def test_hot_readings_come_at_the_fast_beat_while_a_migration_touches_the_
         for _ in range(4):
             await trio.sleep(0.1)  # of an hour; a sample under way may still come
         assert hot() <= before + 2
+
+
+async def test_a_coordinator_that_lends_keeps_the_host_fast_and_one_that_is_dead_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interlock.broker.cadence.FIRST_S", 0.0)  # no event is good for anything by itself
+    monkeypatch.setattr("interlock.monitors.cadence.FIRST_S", 0.0)
+    broker = MemoryBroker()
+    config = MonitorConfig(idle_s=3600.0, migrating_s=0.02, slow_s=3600.0, gpu="none")
+    async with monitoring(broker, tmp_path, config) as seen:
+
+        def hot() -> int:
+            found = [times for key, times in seen.times.items() if dict(key)[NAME] == "host_memory_available_bytes"]
+            return sum(map(len, found))
+
+        await seen.until(hot)
+        report(broker, begun())
+        coordinator = broker.bus("coordinator").telemetry(cadence.HOST, cadence.PUBLISHER)
+        while hot() < 5:  # until the monitor has heard of the migration, which it must before it takes a lease for it
+            coordinator.send({cadence.lease("alpha", "m1"): 0.5, cadence.lease("beta", "m2"): 1e6}, time=time.time())
+            with trio.move_on_after(0.05):
+                await seen.until(lambda: hot() >= 5)
+        with trio.fail_after(30):
+            before = -1
+            while hot() != before:  # nobody renews it: the samples stop
+                before = hot()
+                await trio.sleep(0.7)
+        leases = [cadence.lease("alpha", "m1"), cadence.lease("beta", "m2")]
+        coordinator.send({}, time=time.time(), ended=leases)
 
 
 async def test_samples_are_marked_with_the_time_they_were_taken(tmp_path: Path) -> None:

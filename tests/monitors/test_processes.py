@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,32 @@ from pathlib import Path
 import psutil
 import pytest
 
-from interlock.monitors.processes import CpuMeter, Machine, Trees, _trees
+from interlock.broker import cgroups
+from interlock.monitors import templates
+from interlock.monitors.attribution import trees as trees_of
+from interlock.monitors.processes import CpuMeter, Total, Trees
 from interlock.monitors.roster import Instance
 
 Start = Callable[..., tuple[subprocess.Popen[str], Instance]]
+
+
+def _unified() -> Path:
+    """The folder of our own cgroup of version 2."""
+    here = cgroups.places(Path("/proc/self/cgroup").read_text())
+    return cgroups.folders(here, cgroups.read_hierarchies())[cgroups.V2]
+
+
+def _no_cgroups() -> str:
+    try:
+        folder = _unified() / "interlock-test0123"
+        folder.mkdir()
+        folder.rmdir()
+    except (OSError, KeyError) as error:
+        return f"this process may make no cgroups: {error}"
+    return ""
+
+
+NO_CGROUPS = _no_cgroups()
 
 SLEEPER = "import sys; print('ready', flush=True); sys.stdin.read()"
 HUNGRY = "import sys; kept = b'x' * (64 << 20); print('ready', flush=True); sys.stdin.read()"
@@ -178,25 +202,139 @@ def test_each_process_belongs_to_its_nearest_root() -> None:
         40: (41, 40),  # pids reused while reading: a circle
         41: (40, 41),
     }
-    assert _trees([10, 20], relations) == {10: 10, 11: 10, 12: 10, 13: 10, 14: 10, 20: 20, 21: 20}
+    assert trees_of([10, 20], relations) == {10: 10, 11: 10, 12: 10, 13: 10, 14: 10, 20: 20, 21: 20}
 
 
-def test_the_machine_says_what_it_has(tmp_path: Path) -> None:
-    machine = Machine(tmp_path)
-    memory = machine.memory()
-    assert memory["host_memory_total_bytes"] > memory["host_memory_available_bytes"] > 0
-    first = machine.load()
-    assert first["host_cpus"] >= 1
-    assert first["host_load1"] >= 0
-    assert first["host_swap_used_bytes"] >= 0
-    assert "host_cpu_ratio" not in first, "nothing to compare with at the first sample"
-    while "host_cpu_ratio" not in (second := machine.load()):
+def test_a_total_goes_on_when_one_of_those_that_counted_has_ended() -> None:
+    total = Total()
+    assert total.add({"a": 5.0, "b": 1.0}) == 6
+    assert total.add({"b": 2.0, "c": 1.0}) == 8
+    assert total.add({"b": 0.5, "c": 1.0}) == 8, "a counter that fell back counts nothing"
+
+
+SPAWNER = """
+import subprocess, sys
+print("ready", flush=True)
+for line in sys.stdin:
+    new = {"start_new_session": True} if "session" in line else {}
+    child = subprocess.Popen([sys.executable, "-c", "import sys; print('r', flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, **new)
+    child.stdout.readline()
+    print(child.pid, flush=True)
+"""
+
+
+def spawn(process: subprocess.Popen[str], line: str = "child") -> int:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def test_a_child_that_began_since_is_found_with_the_next_look_and_not_in_between(start: Start) -> None:
+    process, instance = start(SPAWNER)
+    trees = Trees()
+    assert trees.sample([instance])[0].count == 1
+    child = spawn(process)
+    assert trees.sample([instance], look=False)[0].count == 1
+    assert trees.sample([instance])[0].count == 2
+    assert trees.sample([instance], look=False)[0].count == 2
+    os.kill(child, signal.SIGKILL)
+    while trees.sample([instance], look=False)[0].count == 2:
         os.sched_yield()
-    assert 0 <= second["host_cpu_ratio"] <= 1
-    free = machine.disk_free()
-    assert free is not None
-    assert free > 0
 
 
-def test_a_folder_that_is_not_there_has_no_free_disk(tmp_path: Path) -> None:
-    assert Machine(tmp_path / "none").disk_free() is None
+def test_a_child_seen_to_belong_still_does_when_its_parents_are_dead_and_its_session_is_its_own(start: Start) -> None:
+    process, instance = start(SPAWNER)
+    _, second = start(SLEEPER, agent="other")
+    trees = Trees()
+    child = spawn(process, "session")
+    trees.sample([instance, second])
+    assert trees.owners([child]) == {child: instance}
+    process.kill()
+    process.wait()
+    assert [reading.instance for reading in trees.sample([instance, second])] == [second]
+    assert trees.owners([child]) == {}, "its agent is gone: it is nobody's"
+    os.kill(child, signal.SIGKILL)
+
+
+def test_of_an_agent_counters_are_read_that_were_asked_for_and_no_others(start: Start, tmp_path: Path) -> None:
+    program = "import os, sys\nf = open(sys.argv[1], 'wb')\nf.write(b'x' * 100_000)\nf.flush()\nos.fsync(f.fileno())\n"
+    _, instance = start(program + SLEEPER, tmp_path / "written")
+    [reading] = Trees().sample([instance], lambda _: frozenset({templates.WRITTEN, templates.CPU_TOTAL}))
+    assert reading.more.keys() <= {templates.WRITTEN, templates.CPU_TOTAL}
+    assert reading.more[templates.CPU_TOTAL] >= 0
+    assert reading.more.get(templates.WRITTEN, 0) >= 0
+    [whole] = Trees().sample([instance])
+    assert {templates.VOLUNTARY, templates.INVOLUNTARY, templates.FAULTS} <= whole.more.keys()
+    assert templates.PSS not in whole.more
+    [asked] = Trees().sample([instance], lambda _: frozenset({templates.PSS}))
+    assert asked.fds is None
+    assert 0 < asked.more.get(templates.PSS, 1) <= asked.rss
+
+
+def test_files_of_processes_are_closed_when_the_agents_are_gone(start: Start) -> None:
+    process, instance = start(SPAWNER)
+    trees = Trees()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        spawn(process)
+    for _ in range(3):
+        assert trees.sample([instance])[0].count == 6
+    trees.sample([])
+    trees.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+UNSHARE = ["unshare", "--pid", "--fork", "--kill-child"]
+
+
+def may_unshare() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_unshare(), reason="this process may make no PID namespace")
+def test_an_agent_whose_host_counts_in_a_pid_namespace_of_its_own_is_found_by_both_its_numbers_and_its_start() -> None:
+    began = time.time()
+    outer = subprocess.Popen([*UNSHARE, sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert outer.stdout is not None
+        inside = int(outer.stdout.readline())  # the child's pid, as its parent there knows it
+        instance = Instance("echo-1", "echo", "v1", "permanent", inside, began)
+        trees = Trees()
+        [reading] = trees.sample([instance])
+        assert reading.count == 1
+        [here] = trees.processes().values()
+        assert here != inside
+        assert trees.owners([here]) == {here: instance}
+        assert Trees().sample([replace(instance, started=began - 3600)]) == []
+    finally:
+        outer.kill()
+        outer.communicate()
+
+
+@pytest.mark.skipif(bool(NO_CGROUPS), reason=NO_CGROUPS)
+def test_whoever_is_in_the_cgroup_of_an_agent_is_its_own_whoever_started_it(start: Start) -> None:
+    _, instance = start(SLEEPER)
+    stranger, _ = start(SLEEPER, agent="stranger")
+    folder = _unified() / "interlock-test0123" / "echo-1"
+    folder.mkdir(parents=True)
+    try:
+        for pid in (instance.pid, stranger.pid):
+            (folder / "cgroup.procs").write_text(str(pid))
+        trees = Trees()
+        [reading] = trees.sample([instance])
+        assert reading.count == 2
+        assert trees.owners([stranger.pid]) == {stranger.pid: instance}
+        assert reading.more[templates.CGROUP_CPU] >= 0
+        assert trees.own_cgroups()[instance.id].events == folder / "cgroup.events"
+        trees.close()
+    finally:
+        home = _unified() / "cgroup.procs"
+        for pid in (instance.pid, stranger.pid):
+            home.write_text(str(pid))
+        folder.rmdir()
+        folder.parent.rmdir()

@@ -81,7 +81,7 @@ def test_a_long_stall_is_caught_up_with_one_sample_and_counted() -> None:
     beats.due(100.0)
     assert beats.due(105.5) == BOTH
     assert beats.next == 106.0
-    assert beats.missed == 2 * 4  # of each group, 102, 103, 104 and 105; 101 is the late one
+    assert beats.missed == 3 * 4  # of each group, 102, 103, 104 and 105; 101 is the late one
 
 
 def test_an_idle_period_shorter_than_the_migrating_one_is_not_slowed_down() -> None:
@@ -89,6 +89,20 @@ def test_an_idle_period_shorter_than_the_migrating_one_is_not_slowed_down() -> N
     beats.due(0.0)
     beats.migrating(True, 0.0)
     assert beats.next == 0.05
+
+
+def test_what_is_slow_comes_with_every_tenth_idle_sample_also_while_migrating() -> None:
+    beats = Schedule(100.0, idle_s=1.0, migrating_s=0.5, slow_s=10.0)
+    beats.migrating(True, 100.0)
+    taken = run(beats, 100.0, 121.0)
+    assert [when for when, groups in taken if Group.SLOW in groups] == [100.0, 110.0, 120.0]
+    assert all(groups == frozenset(Group) for when, groups in taken if Group.SLOW in groups), "in one batch"
+    assert sum(Group.HOT in groups for _, groups in taken) == 42
+
+
+def test_a_slow_period_shorter_than_the_idle_one_is_the_idle_one() -> None:
+    beats = Schedule(100.0, idle_s=2.0, migrating_s=0.1, slow_s=1.0)
+    assert [when for when, _ in run(beats, 100.0, 105.0)] == [100.0, 102.0, 104.0]
 
 
 def test_a_period_of_nothing_is_refused() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from interlock.broker.samples import labels
-from interlock.monitors import gpu, series
+from interlock.monitors import gpu, series, templates
+from interlock.monitors.attribution import Holding, share
 from interlock.monitors.gpu import Card, Reading
 from interlock.monitors.processes import TreeReading
 from interlock.monitors.roster import Instance
@@ -19,7 +20,7 @@ WARM = labels(gpu.TEMPERATURE, host="alpha", gpu="0", uuid="GPU-0")
 
 
 def test_a_tree_becomes_series_of_its_agent_and_what_is_unknown_is_absent() -> None:
-    samples = series.of_trees("alpha", [TreeReading(ECHO, 1.0, None, 5, 1, 2, None)])
+    samples = series.of_trees(series.TreeKeys("alpha"), [TreeReading(ECHO, 1.0, None, 5, 1, 2, None)])
     of = {"host": "alpha", "agent": "echo", "revision": "v1", "role": "permanent"}
     assert samples == {
         labels("agent_process_memory_rss_bytes", **of): 5,
@@ -29,19 +30,57 @@ def test_a_tree_becomes_series_of_its_agent_and_what_is_unknown_is_absent() -> N
 
 
 def test_two_processes_of_one_agent_revision_and_role_report_their_sum() -> None:
-    samples = series.of_trees("alpha", [TreeReading(ECHO, 1.0, 0.5, 5, 1, 2, 3)] * 2)
+    samples = series.of_trees(series.TreeKeys("alpha"), [TreeReading(ECHO, 1.0, 0.5, 5, 1, 2, 3)] * 2)
     assert sorted(samples.values()) == [1.0, 2, 4, 6, 10]
 
 
-def test_memory_on_a_card_is_attributed_to_agents_and_that_of_strangers_to_nobody() -> None:
-    reading = Reading(CARD, 1.0, {gpu.MEMORY_USED: 9}, {11: 4, 12: 3, 99: 2})
+def test_memory_on_a_card_is_attributed_to_agents_and_the_rest_is_told_as_nobodys() -> None:
+    reading = Reading(CARD, 1.0, {gpu.MEMORY_USED: 19}, {11: 4, 12: 3, 99: 2})
     samples = series.of_card("alpha", reading, {11: ECHO, 12: ECHO})
     of = {"agent": "echo", "revision": "v1", "role": "permanent"}
     assert samples == {
         labels(gpu.UP, host="alpha", gpu="0", uuid="GPU-0"): 1,
-        USED: 9,
+        USED: 19,
         labels(gpu.PROCESS_MEMORY, host="alpha", gpu="0", uuid="GPU-0", **of): 7,
+        labels(series.UNATTRIBUTED, host="alpha", gpu="0", uuid="GPU-0", holder="stranger"): 2,
+        labels(series.UNATTRIBUTED, host="alpha", gpu="0", uuid="GPU-0", holder="unlisted"): 10,
     }
+
+
+def test_where_the_driver_names_no_process_nobody_says_whose_memory_it_is() -> None:
+    reading = Reading(CARD, 1.0, {gpu.MEMORY_USED: 19}, unsupported=(gpu.PROCESS_MEMORY,))
+    assert series.of_card("alpha", reading, {}) == {labels(gpu.UP, host="alpha", gpu="0", uuid="GPU-0"): 1, USED: 19}
+
+
+def test_memory_of_the_instances_of_a_divided_card_is_kept_apart() -> None:
+    held = [Holding("GPU-0", 11, 4, "gi1"), Holding("GPU-0", 11, 3, "gi2"), Holding("GPU-0", 99, 2, "gi2")]
+    shares = share(held, {11: ECHO}, used=9)
+    assert shares.agents == {("gi1", ECHO): 4, ("gi2", ECHO): 3}
+    assert shares.strangers == {"gi2": 2}
+    assert shares.unlisted == 0
+
+
+def test_less_in_use_than_processes_hold_is_no_negative_memory() -> None:
+    assert share([Holding("GPU-0", 11, 4)], {}, used=1).unlisted == 0, "the two were not read at the same moment"
+    assert share([Holding("GPU-0", 11, 4)], {}).unlisted is None
+
+
+def test_readings_by_resource_have_a_label_for_it() -> None:
+    reading = TreeReading(ECHO, 1.0, None, 5, 1, 2, None, {f"{templates.STALLED}|io": 0.5, templates.READ: 7})
+    samples = series.of_trees(series.TreeKeys("alpha"), [reading])
+    of = {"host": "alpha", "agent": "echo", "revision": "v1", "role": "permanent"}
+    assert samples[labels(templates.STALLED, **of, resource="io")] == 0.5
+    assert samples[labels(templates.READ, **of)] == 7
+
+
+def test_only_the_series_of_an_instance_that_is_gone_end_whatever_was_read() -> None:
+    live = Live()
+    of = {"host": "alpha", "agent": "echo", "revision": "v1"}
+    old = labels(templates.FDS, **of, role="permanent")
+    new = labels(templates.FDS, **of, role="candidate")
+    live.update({old: 1, new: 2}, due=ALL_GROUPS, complete=ALL_GROUPS)
+    assert live.end(lambda key: series.instance_of(key) == ("echo", "v1", "candidate")) == [new]
+    assert live.keys == {old}
 
 
 def test_a_card_that_failed_says_only_that() -> None:

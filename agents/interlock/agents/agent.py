@@ -15,6 +15,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
+from interlock.agents.gpu_lease import Gpu
+
 MAX_METRICS = 200  # names per instance: each becomes a series of its own, and dashboards list them all
 MARK = "__interlock__"  # the attribute that a decorator leaves on a method
 
@@ -179,6 +181,7 @@ class Agent:
         self.config: dict[str, Any] = config if config is not None else {}
         self.log = logging.getLogger(f"agent.{name}")
         self.metrics = Metrics(self.log)
+        self.gpu = Gpu()  # where it reserves GPU memory
         self.active = True  # this instance is the one that works: of several, the others wait
         self._wait_active: Callable[[], Awaitable[None]] | None = None
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from interlock.agents import gpu_lease
 from interlock.agents.arrivals import FROM, here
+from interlock.agents.cgroup import with_cgroups
 from interlock.agents.folders import finish_folders
 from interlock.agents.front import open_gateway
 from interlock.agents.journal import Journal
@@ -31,6 +33,7 @@ from interlock.agents.slot import Slot
 from interlock.agents.slot_io import Ask, AskRollBack, Renew, Row, State
 from interlock.agents.slot_shell import SlotShell, import_rest
 from interlock.agents.surroundings import Surroundings
+from interlock.agents.vram_desk import Desk
 from interlock.broker import commands, facts, signing, topics
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.config import AgentConfig, FleetConfig, load_fleet, source_of
@@ -71,6 +74,7 @@ class Host:
         self.gate = None if security is None else Gate(security, f"host {name}")
         self.slots: dict[str, SlotShell] = {}
         self.moves: Moves | None = None
+        self.desk: Desk | None = None
         self._began = time.time()
         self._given: dict[str, None] = {}  # by id, the oldest first
         self._refusals: dict[str, facts.CommandRefused] = {}  # not in the journal yet
@@ -196,6 +200,10 @@ class Host:
                 some, gone = slot.samples()
                 found |= some
                 ended += gone
+            if self.desk is not None:
+                some, gone = self.desk.samples()
+                found |= some
+                ended += gone
             publisher.send(found, time=time.time(), ended=ended)
             fast = any(slot.on_trial for slot in self.slots.values())
             await trio.sleep(self.fleet.monitor.migrating_s if fast else self.fleet.monitor.idle_s)
@@ -222,10 +230,12 @@ async def run_host(fleet: FleetConfig, name: str, ready: Ready) -> None:
         journal = await trio.to_thread.run_sync(Journal.open, state / "host.sqlite")
         try:
             with run_folder(state) as run_dir:
-                async with guarded(marker), open_sockets() as sockets:
-                    place = Place(
-                        sockets, marker, run_dir, state / "log", state / "data", fleet.folder, _environment(fleet)
-                    )
+                wanted = config.cgroups == "auto"
+                async with with_cgroups(marker, wanted=wanted) as lacking, guarded(marker), open_sockets() as sockets:
+                    if lacking:
+                        log.info("instances get no cgroups of their own: %s", lacking)
+                    environment = _environment(fleet) | {gpu_lease.ENVIRONMENT: str(run_dir / "gpu")}
+                    place = Place(sockets, marker, run_dir, state / "log", state / "data", fleet.folder, environment)
                     outbox = state / "outbox"
                     async with open_bus(fleet.broker, f"host/{name}", security=security, outbox=outbox) as bus:
                         await _serve(Host(name, fleet, bus, journal, security), state, place, ready)
@@ -239,6 +249,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
         living: trio.Nursery = await outer.start(_shielded)
         try:
             around = _surroundings(host, state, place, living)
+            host.desk = Desk(host.bus, host.name, place.run_dir / "gpu", partial(_holder, host, place.marker))
             host.moves = Moves(host, host.bus.sockets, around)
             await trio.to_thread.run_sync(_collect_revisions, host, around.store)
             for agent, config in sorted((await trio.to_thread.run_sync(agents_here, host)).items()):
@@ -252,6 +263,7 @@ async def _serve(host: Host, state: Path, place: Place, ready: Ready) -> None:
                     direct, host.bus.sockets, host.fleet.hosts[host.name].control, host.accept
                 )
                 await nursery.start(host.moves.run)
+                await nursery.start(host.desk.run)
                 host.publish(
                     facts.HostUp(host=host.name, control=control, pid=os.getpid(), boot=boot_id(), agents=_own(host))
                 )
@@ -339,7 +351,20 @@ def _surroundings(host: Host, state: Path, place: Place, nursery: trio.Nursery) 
 async def _read_cards(host: Host, agent: str) -> list[Card] | None:
     from interlock.agents.measured import read_cards
 
-    return await read_cards(host.bus, host.name, agent)
+    cards = await read_cards(host.bus, host.name, agent)
+    return cards if host.desk is None else host.desk.in_preflight(cards, agent)
+
+
+def _holder(host: Host, own: str, marker: str) -> tuple[str, str] | None:
+    """Agent and revision of an instance of this host by the marker in its environment."""
+    of, _, name = marker.partition(":")
+    if of != own:
+        return None
+    running = [instance for slot in host.slots.values() for instance in slot.instances.values()]
+    if host.moves is not None:
+        running += [guest.instance for guest in host.moves.guests.running.values()]
+    found = [instance for instance in running if instance.name == name]
+    return (found[0].agent, found[0].view.revision) if found else None
 
 
 async def _open_slot(host: Host, around: Surroundings, agent: str, config: AgentConfig) -> None:

@@ -25,7 +25,7 @@ from typing import IO
 import msgspec
 import trio
 
-from interlock.agents import guard
+from interlock.agents import cgroup, guard
 from interlock.broker.errors import InterlockError
 from interlock.broker.shielding import start_shielded
 
@@ -41,6 +41,7 @@ PIPE_BYTES = 1 << 16  # read at once from a command
 OUTPUT_LIMIT = 1 << 20  # bytes of output kept of a command that is run to its end
 
 _killing = trio.CapacityLimiter(64)  # threads; of its own, so that a rollback waits for no file or database
+CHECK = "check-"  # how the names of what is run to its end begin
 _guards: dict[str, Guard] = {}  # by host marker: who is told of each process that starts
 
 
@@ -84,6 +85,7 @@ class Process:
         self.survivors: list[int] = []  # what SIGKILL did not end within guard.GONE_S
         self._raw = raw
         self._log_start = log_start
+        self._cgroups: list[Path] = []
         self._known: list[guard.Seen] = []
         self._exited = trio.Event()
         self._gone = trio.Event()
@@ -144,6 +146,9 @@ class Process:
     async def _watch(self) -> None:
         """Wait for the end; then leave nothing. Cancelled: end it."""
         try:
+            if self._raw.returncode is None and f":{CHECK}" not in self.marker:
+                # only now, so that nobody waits for it: what it starts in its first millisecond stays outside
+                self._cgroups = await cgroup.enter(self.marker, self.pid)
             while self._raw.returncode is None:
                 with trio.move_on_after(LOG_CHECK_S):
                     await self._raw.wait()
@@ -174,6 +179,8 @@ class Process:
             log.warning("%s: processes that can't be killed, they hang in the kernel: %s", self.marker, self.survivors)
         elif (told := _guards.get(_host_of(self.marker))) is not None:
             told.forget(self.pid)
+        if self._cgroups:
+            await cgroup.leave(self._cgroups)
         self._exited.set()
         self._gone.set()
 
@@ -257,7 +264,7 @@ async def run_to_end(
     argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout_s: float, host: str = ""
 ) -> Ended:
     """Run a command and all that it starts, killed after `timeout_s`. `host` is the host's marker. StartFailed."""
-    marker = f"{host or uuid.uuid4().hex}:check-{uuid.uuid4().hex}"
+    marker = f"{host or uuid.uuid4().hex}:{CHECK}{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="interlock-check-") as scratch:
         output = Path(scratch) / "output"
         failed: StartFailed | None = None

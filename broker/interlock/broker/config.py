@@ -114,13 +114,25 @@ class SimulatedGpu(_Config, frozen=True, kw_only=True):
     memory_bytes: int = 24 * 1024**3  # as much as a common 24 GB card
 
 
+class MonitorTemplate(_Config, frozen=True, kw_only=True):
+    """Which metrics of its agents' processes are read how often. NAME: a category. Those not named stay as they are."""
+
+    hot: list[str] = []  # metrics to read every `migrating_s` while a migration touches the host
+    calm: list[str] = []  # metrics to read every `idle_s`
+    slow: list[str] = []  # metrics to read every `slow_s`
+    off: list[str] = []  # metrics not to read
+
+
 class MonitorConfig(_Config, frozen=True, kw_only=True):
     """How often hosts and monitors measure, and which GPUs there are."""
 
     idle_s: float = 1.0  # between samples of a host where nothing moves
     migrating_s: float = 0.1  # between samples while a migration touches the host: the largest part of a reaction
-    gpu: Literal["auto", "nvidia", "simulated", "none"] = "auto"  # auto: NVIDIA where its library and driver are
+    slow_s: float = 10.0  # between samples of what changes slowly or costs much to read: disks, context switches
+    # auto: NVIDIA's cards where its library and driver are, else those of AMD and Intel (drm)
+    gpu: Literal["auto", "nvidia", "drm", "simulated", "none"] = "auto"
     simulated: list[SimulatedGpu] = []  # with gpu = "simulated": the cards there are
+    templates: dict[str, MonitorTemplate] = {}  # by category of agent: what differs from what is usual for it
 
 
 class HostConfig(_Config, frozen=True, kw_only=True):
@@ -130,6 +142,7 @@ class HostConfig(_Config, frozen=True, kw_only=True):
     link: str = ""  # where other hosts reach this one to move agents (ROUTER); empty: none moves to or from here
     monitor: bool = True  # `interlock up` starts a monitor for it
     backups: int = 5  # newest backups kept of each agent: one is made whenever a migration of it begins
+    cgroups: Literal["auto", "none"] = "auto"  # auto: a cgroup for each instance, where this host may make one
 
 
 class ProbeConfig(_Config, frozen=True, kw_only=True):

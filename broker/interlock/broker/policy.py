@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from interlock.broker import commands, facts, topics
+from interlock.broker import cadence, commands, facts, topics
 from interlock.broker.errors import Refused
 from interlock.broker.keys import Grant
 from interlock.broker.samples import Batch
@@ -17,6 +17,7 @@ from interlock.broker.wire import Body, Event
 
 BEATS = "beat/"  # the pulse of the feed, which every subscriber needs
 RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the broker belong to no host
+CADENCE = cadence.TOPIC  # how long the coordinator wants hosts sampled fast
 
 EVERYTHING = ("",)
 
@@ -109,7 +110,7 @@ def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
         case "monitor":
             may = topic == topics.telemetry(grant.name, "monitor")
         case "rules" | "coordinator" | "broker":
-            may = topic == f"{RULES_TELEMETRY}{grant.role}/"
+            may = topic == f"{RULES_TELEMETRY}{grant.role}/" or (grant.role == "coordinator" and topic == CADENCE)
         case _:
             may = False
     _only(grant, topic, may, topic == f"telemetry/{batch.source}/")
@@ -152,7 +153,7 @@ def _hears(grant: Grant) -> tuple[str, ...]:
             own = (topics.command(grant.name), topics.rollback(grant.name), topics.telemetry(grant.name, "monitor"))
             return (*own, topics.ALL_HOSTS, topics.FACTS, BEATS)
         case "monitor":
-            return (topics.FACTS, BEATS)
+            return (topics.FACTS, CADENCE, BEATS)
         case "subscriber":
             return (*(topic for topic in grant.topics if topic), BEATS)
     return ()

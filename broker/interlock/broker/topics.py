@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 COORDINATOR = "command/coordinator/"
 ALL_HOSTS = "command/all/"
-RESERVED = ("coordinator", "all")  # no host may be called so
+RESERVED = ("coordinator", "all", "fleet")  # no host may be called so: their topics are not a host's
 COMMANDS = "command/"
 ROLLBACKS = "rollback/"
 FACTS = "fact/"

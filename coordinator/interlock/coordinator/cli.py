@@ -31,6 +31,7 @@ from interlock.coordinator.options import (
     report_options,
     rules_options,
     steer_options,
+    top_options,
     watch_options,
     wave_options,
 )
@@ -117,6 +118,7 @@ def parser() -> Parser:
     ping = verb("ping", "ask hosts whether commands reach them, and how fast")
     ping.add_argument("host", nargs="*", metavar="HOST", help="only these (default: all at once)")
     verb("status", "hosts, agents, migrations in flight and firing alerts")
+    top_options(verb("top", "hosts, GPUs and agents as they are now, again and again"))
     watch_options(verb("watch", "follow what happens on the bus"))
     log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
@@ -327,6 +329,12 @@ def _status(chosen: argparse.Namespace) -> int:
     return on_bus(chosen, run, on_interrupt=lambda: None)
 
 
+def _top(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import top
+
+    return top.run(chosen)
+
+
 def _watch(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.screen import Screen
     from interlock.coordinator.watch import planes, watch
@@ -442,6 +450,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     **dict.fromkeys(REPORTS, _report),
     "ping": _ping,
     "status": _status,
+    "top": _top,
     "watch": _watch,
     "log": _log,
     "keys": _keys,

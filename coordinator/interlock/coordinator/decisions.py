@@ -46,6 +46,11 @@ class Coordinator:
         self._snapshot_at = 0  # what the newest snapshot in the log stands for
         self._deciding = False  # the log was read to its end once
 
+    @property
+    def lease_s(self) -> float:
+        """For how long a host believes in a coordinator that it does not hear, in seconds."""
+        return self._config.coordinator.lease_s
+
     def _load(self) -> FleetConfig:
         """The fleet file as it is now; who has an agent is as it says from here on."""
         config = self._read_file()

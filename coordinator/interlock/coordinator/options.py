@@ -13,6 +13,7 @@ from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
 ORDERS: tuple[str, ...] = get_args(WaveOrder)
 CATEGORIES: tuple[str, ...] = get_args(get_type_hints(AgentConfig)["category"])
 OUTCOMES = ("committed", "rolled-back", "held", "refused", "failed", "in-flight")
+SORTS = ("name", "cpu", "memory", "gpu", "requests")
 REPORTS = {
     "report": "all that is known of a migration: stages, checks, who decided, the rollback's times",
     "explain": "why a migration went as it did: the events, samples and the rule that decided",
@@ -112,6 +113,14 @@ def watch_options(watch: argparse.ArgumentParser) -> None:
     watch.add_argument("--telemetry", action="store_true", help="only measurements")
     watch.add_argument("--after", type=whole_number, metavar="N", help="events from number N of the log on (0: all)")
     watch.add_argument("prefix", nargs="*", metavar="PREFIX", help="of topics, for example fact/migration/")
+
+
+def top_options(top: argparse.ArgumentParser) -> None:
+    top.add_argument("--once", action="store_true", help="one picture, and end (so it is where there is no terminal)")
+    top.add_argument("--host", action="append", default=[], metavar="HOST", help="only this one; may be repeated")
+    top.add_argument(
+        "--sort", choices=SORTS, default="name", help="of the agents: the largest first (default: by name)"
+    )
 
 
 def log_options(log: argparse.ArgumentParser) -> None:

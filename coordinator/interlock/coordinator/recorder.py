@@ -18,7 +18,7 @@ from interlock.broker.samples import NAME, Labels
 POINTS = 240  # of a series: as many as a chart shows apart
 NEWEST = 100  # of these, not thinned: the last 10 s at 10 samples a second, in which it is decided
 SERIES = (
-    64  # of a migration: two revisions of an agent have some 50; with POINTS of 18 bytes each some 300 kB of an event
+    96  # of a migration: two revisions of an agent have some 75; with POINTS of 18 bytes each some 400 kB of an event
 )
 PASSED_OVER = 5000  # series of a host that are remembered as not wanted: as many as the broker remembers of one source
 LABEL_BYTES = 4096  # of one series' labels, in the event: a series with more of them is left out

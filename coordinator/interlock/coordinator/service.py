@@ -21,6 +21,7 @@ from interlock.broker.wire import Event
 from interlock.coordinator.archive import Archive
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.emit import Emit
+from interlock.coordinator.leasing import lend
 from interlock.coordinator.observers import observe
 
 log = logging.getLogger("interlock.coordinator")
@@ -112,6 +113,7 @@ async def _serve(
         ready()
         nursery.start_soon(observe, bus, core, lambda emit: _send(bus, core, nursery, emit))
         nursery.start_soon(archive.run)
+        nursery.start_soon(lend, bus, core)
         while True:
             changed = trio.Event()
             now = time.time()

@@ -18,7 +18,7 @@ from interlock.broker.config import FleetConfig, load_fleet
 from interlock.broker.errors import ConfigError
 from interlock.broker.strategies import BUILT_IN, STRATEGY_OF
 from interlock.coordinator.ids import Ids
-from interlock.coordinator.options import CATEGORIES, ORDERS, OUTCOMES, REPORTS, STEERING
+from interlock.coordinator.options import CATEGORIES, ORDERS, OUTCOMES, REPORTS, SORTS, STEERING
 
 OFFERED = (
     "plan",
@@ -31,12 +31,14 @@ OFFERED = (
     *REPORTS,
     "ping",
     "status",
+    "top",
     "watch",
     "log",
 )
 CHOICES: dict[str, list[str]] = {
     "--strategy": list(BUILT_IN), "--level": list(STRATEGY_OF), "--outcome": list(OUTCOMES),
-    "--order": list(ORDERS), "--category": list(CATEGORIES), "wave": ["start", "status", "stop", "list"],
+    "--order": list(ORDERS), "--sort": list(SORTS), "--category": list(CATEGORIES),
+    "wave": ["start", "status", "stop", "list"],
 }  # fmt: skip
 LEAVING = ("exit", "quit", "EOF")
 IDS_S = 5.0  # that ids read from the log are good for: Tab is pressed twice, and some letters later again
@@ -139,6 +141,7 @@ class Shell(cmd.Cmd):
                 "drill AGENT                   rehearse its rollback, and measure it\n"
                 "backup list|verify|restore    the backups of this machine's hosts\n"
                 "status                        hosts, agents, migrations, alerts\n"
+                "top                           hosts, GPUs and agents as they are now\n"
                 "watch [PREFIX]                what happens, until Ctrl-C\n"
                 "log [verify]                  what is in the event log; its hash chain\n"
                 "help VERB                     its options\n"

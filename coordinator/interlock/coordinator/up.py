@@ -92,7 +92,8 @@ def role_specs(fleet: FleetConfig) -> list[RoleSpec]:
     return [
         spec("broker", 0, "broker"),
         *(spec(f"host/{name}", 1, "agents", "--name", name, stop_s=stop_s) for name in fleet.hosts),
-        *(spec(f"monitor/{name}", 2, "monitors", "--host", name) for name in monitored),
+        # beside the hosts: an agent that reserves GPU memory at its start waits for the first readings
+        *(spec(f"monitor/{name}", 1, "monitors", "--host", name) for name in monitored),
         spec("rules", 2, "coordinator", "rules"),
         spec("coordinator", 2, "coordinator", "coordinator"),
     ]

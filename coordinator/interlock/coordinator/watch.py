@@ -91,16 +91,16 @@ async def watch(
                             screen.line(f"{clock(batch.time)}  {_series(key)}  {text}", "dim")
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_end_with_reader)
+        nursery.start_soon(end_with_reader)
         if events:
             nursery.start_soon(follow_events)
         if telemetry:
             if not events:
-                await _broker_speaks(bus, fleet, timeout)
+                await broker_speaks(bus, fleet, timeout)
             nursery.start_soon(follow_telemetry)
 
 
-async def _end_with_reader() -> None:
+async def end_with_reader() -> None:
     """BrokenPipeError once nobody reads standard output any more, though there is nothing to print just now."""
     try:
         descriptor = sys.stdout.fileno()
@@ -112,7 +112,7 @@ async def _end_with_reader() -> None:
         raise BrokenPipeError
 
 
-async def _broker_speaks(bus: Bus, fleet: FleetConfig, timeout: float) -> None:
+async def broker_speaks(bus: Bus, fleet: FleetConfig, timeout: float) -> None:
     """Telemetry may be silent for good reasons; the event plane tells whether there is a broker at all."""
     async with listening(bus, fleet, [topics.FACTS], timeout=timeout) as feed:
         if feed.lost:

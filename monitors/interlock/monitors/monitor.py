@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from interlock.broker import topics
+from interlock.broker import cadence, topics
 from interlock.broker.bus import Bus
 from interlock.broker.config import MonitorConfig
+from interlock.broker.facts import Role
+from interlock.broker.samples import NAME, SeriesReader
 from interlock.monitors import series
+from interlock.monitors.alarms import Alarms
+from interlock.monitors.cadence import Cadence
+from interlock.monitors.drm_backend import open_drm_backend
+from interlock.monitors.events import Events
 from interlock.monitors.gpu import GpuBackend, NoGpu
+from interlock.monitors.machine import Machine, Values
 from interlock.monitors.nvml import open_nvidia_backend
-from interlock.monitors.processes import Machine, TreeReading, Trees
+from interlock.monitors.processes import TreeReading, Trees, due_by
 from interlock.monitors.roster import Roster
 from interlock.monitors.sampler import Group, Schedule
 from interlock.monitors.series import ALL_GROUPS, Live
 from interlock.monitors.simulated import open_simulated_backend
+from interlock.monitors.templates import DEFAULT, Template, templates
 
 log = logging.getLogger("interlock.monitors")
 
@@ -39,14 +48,31 @@ async def open_gpu(config: MonitorConfig, state: Path) -> GpuBackend:
         raise NoGpu("turned off", where="monitor.gpu")
     if config.gpu == "simulated":
         return await open_simulated_backend(state / "simgpu", config.simulated)
-    return await open_nvidia_backend()
+    if config.gpu == "drm":
+        return await open_drm_backend()
+    try:
+        return await open_nvidia_backend()
+    except NoGpu as no_nvidia:
+        if config.gpu == "nvidia":
+            raise
+        try:
+            return await open_drm_backend()
+        except NoGpu as no_other:
+            raise NoGpu(f"{no_nvidia}; {no_other}") from None
 
 
 class Monitor:
-    """One host's monitor. `state` is the fleet's state folder, whose disk is watched too."""
+    """One host's monitor. `state` is the fleet's state folder, whose disk is watched too; `categories` by agent."""
 
     def __init__(
-        self, bus: Bus, config: MonitorConfig, host: str, state: Path, *, open_gpu: OpenGpu = open_gpu
+        self,
+        bus: Bus,
+        config: MonitorConfig,
+        host: str,
+        state: Path,
+        *,
+        open_gpu: OpenGpu = open_gpu,
+        categories: Mapping[str, str] | None = None,
     ) -> None:
         self.host = host
         self.roster = Roster(host)
@@ -57,6 +83,12 @@ class Monitor:
         self._telemetry = bus.telemetry(host, "monitor")
         self._trees = Trees()
         self._machine = Machine(state)
+        self._cadence = Cadence()
+        self._templates = templates(config.templates)
+        self._categories = dict(categories or {})
+        self._events = Events(host, self._telemetry)
+        self._alarms = Alarms(ended=self._process_ended, stalled=self._events.stalled, populated=self._events.populated)
+        self._ended = False  # a process did, and nobody has looked since
         self._changed = trio.lowlevel.ParkingLot()
         self._schedules: list[Schedule] = []
         self._live: list[Live] = []
@@ -67,13 +99,15 @@ class Monitor:
             async with trio.open_nursery() as nursery:
                 caught_up = trio.Event()
                 nursery.start_soon(self._follow, caught_up)
-                nursery.start_soon(self._beat, self._sampler_of_machine())
+                nursery.start_soon(self._follow_leases)
+                nursery.start_soon(self._alarms.run)
+                nursery.start_soon(partial(self._beat, self._sampler_of_machine(), fast=False))
                 nursery.start_soon(self._sample_gpus)
                 ready()
                 await caught_up.wait()  # half a history would name instances and roles that are no more
-                nursery.start_soon(self._beat, self._sampler_of_trees())
+                nursery.start_soon(self._sample_trees)
         finally:
-            gone = [key for live in self._live for key in live.keys]
+            gone = [key for live in self._live for key in live.keys] + self._events.live()
             self._telemetry.send({}, time=time.time(), ended=gone)  # a goodbye, so that silence means a failure
 
     # --- following
@@ -88,67 +122,149 @@ class Monitor:
 
                 nursery.start_soon(tell)
                 async for event in feed:
-                    before = self.roster.migrating
                     self.roster.apply(event.body)
-                    if self.roster.migrating != before:
+                    now = trio.current_time()
+                    before = self._cadence.hot(now)
+                    self._cadence.follow(self.roster.migrations, now)
+                    self._cadence.renew(getattr(event.body, "migration", None) or "", cadence.FIRST_S, now)
+                    if self._cadence.hot(now) != before:
                         self._changed.unpark_all()
 
-    async def _beat(self, sample: Callable[[frozenset[Group]], Awaitable[None]]) -> None:
-        """Sample whenever due; a change of the cadence counts at once."""
-        schedule = Schedule(trio.current_time(), idle_s=self._config.idle_s, migrating_s=self._config.migrating_s)
+    async def _follow_leases(self) -> None:
+        """Stay fast for as long as the coordinator says so."""
+        reader = SeriesReader()
+        async with self._bus.samples([cadence.TOPIC]) as feed:
+            async for batches in feed:
+                now = trio.current_time()
+                before = self._cadence.hot(now)
+                for batch in batches:
+                    for key, seconds in reader.read(batch)[0]:
+                        of = dict(key)
+                        if of.get(NAME) == cadence.METRIC and of.get("touched") == self.host:
+                            self._cadence.renew(of.get("migration", ""), seconds - batch.delay, now)
+                if self._cadence.hot(now) != before:
+                    self._changed.unpark_all()
+
+    def _template_of(self, agent: str) -> Template:
+        return self._templates[self._categories.get(agent, DEFAULT)]
+
+    def _process_ended(self, instance: str) -> None:
+        """By its pidfd: its series are to end now, not with the next sample."""
+        for one in self.roster.instances:
+            if one.id == instance:
+                self._events.exited(one.agent)
+        self._ended = True
+        self._changed.unpark_all()
+
+    async def _beat(
+        self,
+        sample: Callable[[frozenset[Group]], Awaitable[None]],
+        at_once: Callable[[], Awaitable[None]] | None = None,
+        *,
+        fast: bool = True,
+    ) -> None:
+        """Sample whenever due; a change of the cadence counts at once. `at_once` is called at each other change.
+
+        fast: also while migrating; else at the idle beat.
+        """
+        config = self._config
+        hot_s = config.migrating_s if fast else config.idle_s
+        schedule = Schedule(trio.current_time(), idle_s=config.idle_s, migrating_s=hot_s, slow_s=config.slow_s)
         self._schedules.append(schedule)
         while True:
-            schedule.migrating(self.roster.migrating, trio.current_time())
-            wait = schedule.next - trio.current_time()
+            now = trio.current_time()
+            schedule.migrating(self._cadence.hot(now), now)
+            wait = schedule.next - now
             if wait > 0:
                 with trio.move_on_after(wait):
                     await self._changed.park()
+                if at_once is not None:
+                    await at_once()
                 continue
             await sample(schedule.due(trio.current_time()))
 
     # --- sampling
 
-    def _new_live(self) -> Live:
-        live = Live()
+    def _new_live(self, live: Live | None = None) -> Live:
+        live = live or Live()
         self._live.append(live)
         return live
 
     def _sampler_of_machine(self) -> Callable[[frozenset[Group]], Awaitable[None]]:
         live = self._new_live()
-        path = str(self._state)
 
-        def read(due: frozenset[Group]) -> tuple[float, dict[str, float], float | None]:
+        def read(due: frozenset[Group]) -> tuple[float, Values]:
             asked = time.time()
-            if Group.CALM not in due:
-                return asked, self._machine.memory(), None
-            return asked, self._machine.memory() | self._machine.load(), self._machine.disk_free()
+            values = self._machine.memory()
+            if Group.CALM in due:
+                values |= self._machine.load()
+            if Group.SLOW in due:
+                values |= self._machine.disks()
+            return asked, values
 
         async def sample(due: frozenset[Group]) -> None:
-            asked, values, free = await trio.to_thread.run_sync(read, due, abandon_on_cancel=True)
+            if Group.SLOW not in due:  # these files answer at once, and a thread costs more than they do
+                asked, values = read(due)
+            else:
+                asked, values = await trio.to_thread.run_sync(read, due, abandon_on_cancel=True)
             if Group.CALM in due:
-                values["monitor_missed_samples_total"] = sum(schedule.missed for schedule in self._schedules)
+                missed = sum(schedule.missed for schedule in self._schedules)
+                values["monitor_missed_samples_total", ()] = missed
                 if self._driver_up is not None:
-                    values["gpu_driver_up"] = float(self._driver_up)
-            samples = series.of_machine(self.host, values, (path, free))
+                    values["gpu_driver_up", ()] = float(self._driver_up)
+            samples = series.of_machine(self.host, values)
             ended = live.update(samples, due=due, complete=due)
+            if Group.CALM in due:
+                samples |= self._events.repeated(self._alarms.permitted)
             self._telemetry.send(samples, time=asked, ended=ended)
 
         return sample
 
-    def _sampler_of_trees(self) -> Callable[[frozenset[Group]], Awaitable[None]]:
-        live = self._new_live()
+    async def _sample_trees(self) -> None:
+        """Read the agents' processes to the beat; lists of processes are made with the calm readings only."""
+        live = self._new_live(Live(series.group_by(self._template_of)))
+        keys = series.TreeKeys(self.host)
+        lock = trio.Lock()  # the files of a process are read by one thread at a time
 
-        def read() -> tuple[float, list[TreeReading]]:
-            return time.time(), self._trees.sample(self.roster.instances)
+        def read(due: frozenset[Group]) -> tuple[float, list[TreeReading]]:
+            asked = time.time()
+            wanted = due_by(self._template_of, due)
+            return asked, self._trees.sample(self.roster.instances, wanted, look=Group.CALM in due)
+
+        known: set[tuple[str, str, Role]] = set()
 
         async def sample(due: frozenset[Group]) -> None:
-            asked, readings = await trio.to_thread.run_sync(read, abandon_on_cancel=True)
-            samples = series.of_trees(self.host, readings)
-            ended = live.update(samples, due=due, complete=ALL_GROUPS)
+            nonlocal known
+            async with lock:
+                if due == series.ONLY_HOT:  # these files answer at once, and a thread costs more than they do
+                    asked, readings = read(due)
+                else:
+                    asked, readings = await trio.to_thread.run_sync(read, due)
+            self._ended = False
+            samples = series.of_trees(keys, readings)
+            here = {(one.instance.agent, one.instance.revision, one.instance.role) for one in readings}
+            ended = live.update(samples, due=due, complete=due)
+            if here != known:  # an instance is gone, or has another role: none of its series will come again
+                ended += live.end(lambda key: series.instance_of(key) not in here)
+                keys.keep(one.instance for one in readings)
+                known = here
+            if due == series.ONLY_HOT:  # the machine's hot readings go along: one batch for both
+                samples |= series.of_machine(self.host, self._machine.memory())
             if samples or ended:
                 self._telemetry.send(samples, time=asked, ended=ended)
+            if ended or Group.CALM in due:
+                cgroups = {id: one.events for id, one in self._trees.own_cgroups().items() if one.events is not None}
+                self._events.follow(self.roster.instances, cgroups.keys())
+                self._alarms.follow(self._trees.processes(), cgroups)
 
-        return sample
+        async def if_ended() -> None:
+            if self._ended:
+                await sample(frozenset({Group.HOT}))
+
+        try:
+            await self._beat(sample, if_ended)
+        finally:
+            self._trees.close()
 
     async def _sample_gpus(self) -> None:
         backend = await self._find_gpu()
@@ -165,7 +281,7 @@ class Monitor:
 
     async def _find_gpu(self) -> GpuBackend | None:
         """The back-end, or None where there is none; one that is asked for by name is looked for until it is there."""
-        wanted = self._config.gpu == "nvidia"
+        wanted = self._config.gpu in ("nvidia", "drm")
         said = False
         while True:
             try:

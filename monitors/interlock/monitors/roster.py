@@ -43,6 +43,11 @@ class Roster:
         """A migration touches this host: begun, and neither ended nor rolled back; a held one counts."""
         return bool(self._migrations)
 
+    @property
+    def migrations(self) -> list[str]:
+        """The ids of those that touch this host."""
+        return list(self._migrations.values())
+
     def apply(self, body: Body) -> None:
         """Take in what happened. Facts of other hosts, and what says nothing about instances, change nothing."""
         match body:

@@ -1,9 +1,10 @@
 """When which samples are due. Pure: the time (monotonic, seconds) is an argument everywhere.
 
-Two groups of readings have a beat each. The hot ones (GPU memory and load, memory and CPU of agents, memory of the
-machine) are what a bad candidate shows first: while a migration touches the host they beat fast. The rest always
-beats slowly. A beat is a grid, `origin + n * period`: a late sample does not push the next one back, and both groups
-share the origin, so that a slow beat falls together with a hot one and goes into the same batch.
+Three groups of readings have a beat each. The hot ones (GPU memory and load, memory and CPU of agents, memory of the
+machine) are what a bad candidate shows first: while a migration touches the host they beat fast. The calm ones always
+beat once an idle period; what changes slowly, or costs much to read, beats more slowly still. A beat is a grid,
+`origin + n * period`: a late sample does not push the next one back, and all groups share the origin, so that a slow
+beat falls together with a hot one and goes into the same batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from enum import Enum
 class Group(Enum):
     HOT = "hot"
     CALM = "calm"
+    SLOW = "slow"
+
+    __hash__ = object.__hash__  # members are compared by identity; the usual one is Python, and asked for each series
 
 
 class Beat:
@@ -54,13 +58,14 @@ class Beat:
 
 
 class Schedule:
-    """The beats of both groups for one thing that is sampled."""
+    """The beats of all groups for one thing that is sampled. `slow_s` None: as often as the calm ones."""
 
-    def __init__(self, start: float, *, idle_s: float, migrating_s: float) -> None:
+    def __init__(self, start: float, *, idle_s: float, migrating_s: float, slow_s: float | None = None) -> None:
         self._idle = idle_s
         self._migrating = min(migrating_s, idle_s)
         self._hot = Beat(start, idle_s)
         self._calm = Beat(start, idle_s)
+        self._slow = Beat(start, max(idle_s, idle_s if slow_s is None else slow_s))
 
     def migrating(self, yes: bool, now: float) -> None:
         """Fast from now on, or slow again."""
@@ -69,14 +74,14 @@ class Schedule:
     @property
     def next(self) -> float:
         """When to call `due` again."""
-        return min(self._hot.next, self._calm.next)
+        return min(self._hot.next, self._calm.next, self._slow.next)
 
     def due(self, now: float) -> frozenset[Group]:
         """The groups to sample right now; empty before `next`."""
-        beats = ((Group.HOT, self._hot), (Group.CALM, self._calm))
+        beats = ((Group.HOT, self._hot), (Group.CALM, self._calm), (Group.SLOW, self._slow))
         return frozenset([group for group, beat in beats if beat.take(now)])
 
     @property
     def missed(self) -> int:
         """Points that passed without a sample: sampling took longer than the period, or the machine stood still."""
-        return self._hot.missed + self._calm.missed
+        return self._hot.missed + self._calm.missed + self._slow.missed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from interlock.broker import streams
 from interlock.broker.client import open_bus
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError
@@ -18,6 +19,8 @@ async def run_monitor(fleet: FleetConfig, host: str, ready: Callable[[], None]) 
         raise ConfigError(
             f"unknown host {host!r}", where=fleet.path, hint=f"known: {', '.join(sorted(fleet.hosts)) or 'none'}"
         )
+    streams.raise_descriptor_limit()  # each agent has some ten files that stay open
     with held(fleet.state_dir / f"monitor-{host}" / "lock", f"monitor {host}"):
         async with open_bus(fleet.broker, f"monitor/{host}", security=load_security(fleet, f"monitor/{host}")) as bus:
-            await Monitor(bus, fleet.monitor, host, fleet.state_dir).run(ready)
+            categories = {name: agent.category for name, agent in fleet.agents.items()}
+            await Monitor(bus, fleet.monitor, host, fleet.state_dir, categories=categories).run(ready)

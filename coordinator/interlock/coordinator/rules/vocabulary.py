@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-HOT_S, CALM_S = 0.1, 1.0  # between samples while a migration touches the host: monitor.migrating_s, monitor.idle_s
+# between samples while a migration touches the host: monitor.migrating_s, monitor.idle_s, monitor.slow_s
+HOT_S, CALM_S, SLOW_S = 0.1, 1.0, 10.0
 OWN_PREFIX = "agent_"  # what agents report of themselves begins like this
 LIKENESS = 0.87  # from which on an unknown name is taken for a slip: agent_response_second, but not agent_queue
 
@@ -35,17 +36,40 @@ METRICS: dict[str, Metric] = {
     **_metrics("gpu_memory_used_bytes gpu_memory_free_bytes gpu_memory_total_bytes", _GPU, HOT_S, _PLUS),
     **_metrics("gpu_memory_used_ratio gpu_utilization_ratio", _GPU, HOT_S, _RATIO),
     **_metrics("gpu_process_memory_bytes", f"{_GPU} agent revision role", HOT_S, _PLUS),
+    **_metrics("gpu_unattributed_memory_bytes", f"{_GPU} holder", HOT_S, _PLUS),
     **_metrics("gpu_temperature_celsius", _GPU, CALM_S, _ANY),
     **_metrics("gpu_power_watts gpu_power_limit_watts gpu_ecc_uncorrected_errors_total", _GPU, CALM_S, _PLUS),
     **_metrics("gpu_driver_up", "host", CALM_S, _FLAG),
     **_metrics("agent_process_cpu_ratio agent_process_memory_rss_bytes", _AGENT, HOT_S, _PLUS),
     **_metrics("agent_process_count agent_process_threads agent_process_fds", _AGENT, CALM_S, _PLUS),
+    **_metrics("agent_process_cpu_seconds_total agent_process_major_faults_total", _AGENT, CALM_S, _PLUS),
+    **_metrics("agent_process_io_read_bytes_total agent_process_io_written_bytes_total", _AGENT, CALM_S, _PLUS),
+    **_metrics("agent_process_voluntary_switches_total", _AGENT, SLOW_S, _PLUS),
+    **_metrics("agent_process_involuntary_switches_total agent_process_memory_pss_bytes", _AGENT, SLOW_S, _PLUS),
+    **_metrics("agent_cgroup_memory_bytes agent_cgroup_cpu_seconds_total", _AGENT, CALM_S, _PLUS),
+    **_metrics("agent_cgroup_oom_kills_total", _AGENT, CALM_S, _PLUS),
+    **_metrics("agent_pressure_seconds_total", f"{_AGENT} resource", CALM_S, _PLUS),
+    **_metrics("agent_cgroup_populated", _AGENT, CALM_S, _FLAG),
+    **_metrics("agent_process_exits_total", "host agent", CALM_S, _PLUS),
     **_metrics("host_memory_available_bytes host_memory_total_bytes", "host", HOT_S, _PLUS),
-    **_metrics("host_swap_used_bytes host_load1 host_cpus monitor_missed_samples_total", "host", CALM_S, _PLUS),
+    **_metrics("host_swap_used_bytes host_swap_total_bytes host_load1 host_load5 host_cpus", "host", CALM_S, _PLUS),
+    **_metrics("host_context_switches_total host_processes_blocked", "host", CALM_S, _PLUS),
+    **_metrics("monitor_missed_samples_total", "host", CALM_S, _PLUS),
     **_metrics("host_cpu_ratio", "host", CALM_S, _RATIO),
-    **_metrics("host_disk_free_bytes", "host path", CALM_S, _PLUS),
+    **_metrics("host_cpu_core_ratio", "host core", CALM_S, _RATIO),
+    **_metrics("host_pressure_ratio", "host resource share", CALM_S, _RATIO),
+    **_metrics("host_pressure_seconds_total", "host resource share", CALM_S, _PLUS),
+    **_metrics("host_pressure_stalls_total", "host resource", CALM_S, _PLUS),
+    **_metrics("monitor_events_permitted", "host source", CALM_S, _FLAG),
+    **_metrics("host_disk_free_bytes host_disk_total_bytes", "host path", SLOW_S, _PLUS),
+    **_metrics("host_disk_read_bytes_total host_disk_written_bytes_total", "host device", SLOW_S, _PLUS),
+    **_metrics("host_disk_busy_seconds_total", "host device", SLOW_S, _PLUS),
+    **_metrics("host_network_received_bytes_total host_network_sent_bytes_total", "host interface", SLOW_S, _PLUS),
+    **_metrics("host_network_errors_total host_network_dropped_total", "host interface", SLOW_S, _PLUS),
+    **_metrics("cadence_lease_seconds", "host touched migration", CALM_S, _PLUS),
     **_metrics("agent_up agent_active", _AGENT, HOT_S, _FLAG),
     **_metrics("agent_requests_total agent_errors_total agent_in_flight agent_health_failures", _AGENT, HOT_S, _PLUS),
+    **_metrics("agent_gpu_reserved_bytes agent_gpu_leaked_bytes", "host agent revision uuid", HOT_S, _PLUS),
     **_metrics("agent_category", "host agent category", HOT_S, (1.0, 1.0)),
     **_metrics("agent_response_seconds", _CUT, HOT_S, _PLUS),
     **_metrics("agent_response_baseline_seconds", "host agent quantile", HOT_S, _PLUS),
@@ -71,7 +95,10 @@ METRICS: dict[str, Metric] = {
     **_metrics("bus_rejected_total", "host link kind", 0.5, _PLUS),
 }
 # How many series a metric has: what one value of each label is multiplied with.
-PER_LABEL = {"gpu": 1, "role": 2, "quantile": 3, "path": 1, "direction": 2, "link": 4}
+PER_LABEL = {
+    "gpu": 1, "role": 2, "quantile": 3, "path": 1, "direction": 2, "link": 4, "resource": 3, "share": 2, "core": 16,
+    "device": 2, "interface": 2, "holder": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
