@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from interlock.broker.samples import labels
-from interlock.monitors import gpu, series
+from interlock.monitors import gpu_metrics as gpu
+from interlock.monitors import series
 from interlock.monitors.gpu import Card, Reading
 from interlock.monitors.processes import TreeReading
 from interlock.monitors.roster import Instance

@@ -17,15 +17,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     from interlock.broker.config import load_fleet
     from interlock.broker.role import Ready, run_role
-    from interlock.monitors.selftest import survey
+    from interlock.monitors.selftest import survey, table
 
     parser = argparse.ArgumentParser(prog="interlock monitor", description="Sample GPUs, agents and the machine.")
     parser.add_argument("--fleet", default=os.environ.get("INTERLOCK_FLEET", "fleet.toml"), help="the fleet file")
     parser.add_argument("--host", help="which host of the fleet this machine is")
-    parser.add_argument("--self-test", action="store_true", help="print what NVML says of the GPUs as JSON, and end")
+    parser.add_argument("--self-test", action="store_true", help="the same as the action selftest --json")
+    parser.add_argument("--json", action="store_true", help="of the action selftest: everything, as one JSON object")
+    parser.add_argument("action", nargs="?", choices=["selftest"], help="ask NVML for each reading, and time it")
     options = parser.parse_args(arguments)
-    if options.self_test:
-        print(json.dumps(trio.run(survey), indent=2))
+    if options.self_test or options.action == "selftest":
+        report = trio.run(survey)
+        print(json.dumps(report, indent=2) if options.json or options.self_test else table(report))
         return 0
     if not options.host:
         parser.error("--host is needed")

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from interlock.broker.samples import NAME, Labels, labels
-from interlock.monitors import gpu
+from interlock.monitors import gpu_metrics
 from interlock.monitors.gpu import Card, Reading
 from interlock.monitors.processes import TreeReading
 from interlock.monitors.roster import Instance
 from interlock.monitors.sampler import Group
 
 ALL_GROUPS = frozenset(Group)
-HOT = frozenset(
+HOT = gpu_metrics.HOT | frozenset(
     {
-        gpu.UP,
-        gpu.MEMORY_USED,
-        gpu.MEMORY_FREE,
-        gpu.MEMORY_TOTAL,
-        gpu.MEMORY_RATIO,
-        gpu.UTILIZATION,
-        gpu.PROCESS_MEMORY,
         "agent_process_cpu_ratio",
         "agent_process_memory_rss_bytes",
         "host_memory_total_bytes",
@@ -79,12 +72,12 @@ def of_trees(host: str, readings: Iterable[TreeReading]) -> Samples:
 def of_card(host: str, reading: Reading, owners: Mapping[int, Instance]) -> Samples:
     """A card's own series, and the memory of each agent on it. `owners` says whose a process is."""
     card = _card(host, reading.card)
-    samples: Samples = {labels(gpu.UP, **card): 0.0 if reading.error else 1.0}
+    samples: Samples = {labels(gpu_metrics.UP, **card): 0.0 if reading.error else 1.0}
     for name, value in reading.values.items():
         samples[labels(name, **card)] = value
-    for pid, held in reading.processes.items():
+    for pid, held in (reading.processes or {}).items():
         if (instance := owners.get(pid)) is not None:
-            key = labels(gpu.PROCESS_MEMORY, **card, **_of(instance))
+            key = labels(gpu_metrics.PROCESS_MEMORY, **card, **_of(instance))
             samples[key] = samples.get(key, 0.0) + held
     return samples
 

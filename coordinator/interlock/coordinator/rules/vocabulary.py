@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 HOT_S, CALM_S = 0.1, 1.0  # between samples while a migration touches the host: monitor.migrating_s, monitor.idle_s
+SLOW_S = 10.0  # what hardly ever changes of a GPU
 OWN_PREFIX = "agent_"  # what agents report of themselves begins like this
 LIKENESS = 0.87  # from which on an unknown name is taken for a slip: agent_response_second, but not agent_queue
 
@@ -33,11 +34,34 @@ _GPU, _AGENT, _CUT = "host gpu uuid", "host agent revision role", "host agent re
 METRICS: dict[str, Metric] = {
     **_metrics("gpu_up", _GPU, HOT_S, _FLAG),
     **_metrics("gpu_memory_used_bytes gpu_memory_free_bytes gpu_memory_total_bytes", _GPU, HOT_S, _PLUS),
-    **_metrics("gpu_memory_used_ratio gpu_utilization_ratio", _GPU, HOT_S, _RATIO),
-    **_metrics("gpu_process_memory_bytes", f"{_GPU} agent revision role", HOT_S, _PLUS),
-    **_metrics("gpu_temperature_celsius", _GPU, CALM_S, _ANY),
-    **_metrics("gpu_power_watts gpu_power_limit_watts gpu_ecc_uncorrected_errors_total", _GPU, CALM_S, _PLUS),
-    **_metrics("gpu_driver_up", "host", CALM_S, _FLAG),
+    **_metrics("gpu_memory_reserved_bytes gpu_samples_total", _GPU, HOT_S, _PLUS),
+    **_metrics("gpu_memory_used_ratio gpu_utilization_ratio gpu_memory_utilization_ratio", _GPU, HOT_S, _RATIO),
+    **_metrics("gpu_sample_quality_ratio", _GPU, HOT_S, _RATIO),
+    **_metrics("gpu_fault", f"{_GPU} kind", HOT_S, _FLAG),
+    **_metrics("gpu_process_memory_bytes", f"{_GPU} agent revision role", CALM_S, _PLUS),
+    **_metrics("gpu_process_utilization_ratio", f"{_GPU} agent revision role", CALM_S, _RATIO),
+    **_metrics("gpu_temperature_celsius gpu_memory_temperature_celsius", _GPU, CALM_S, _ANY),
+    **_metrics("gpu_power_watts gpu_power_average_watts gpu_power_instant_watts", _GPU, CALM_S, _PLUS),
+    **_metrics("gpu_energy_joules_total gpu_clock_event_reasons gpu_recovery_action", _GPU, CALM_S, _PLUS),
+    **_metrics("gpu_ecc_uncorrected_errors_total gpu_ecc_corrected_errors_total", _GPU, CALM_S, _PLUS),
+    **_metrics("gpu_pcie_sent_bytes_total gpu_pcie_received_bytes_total gpu_pcie_replays_total", _GPU, CALM_S, _PLUS),
+    **_metrics("gpu_nvlink_sent_bytes_total gpu_nvlink_received_bytes_total", _GPU, CALM_S, _PLUS),
+    **_metrics("gpu_sample_seconds", _GPU, CALM_S, _PLUS),
+    **_metrics("gpu_nvlink_errors_total", f"{_GPU} kind", CALM_S, _PLUS),
+    **_metrics("gpu_clock_hertz", f"{_GPU} clock", CALM_S, _PLUS),
+    **_metrics("gpu_throttled", f"{_GPU} cause", CALM_S, _FLAG),
+    **_metrics("gpu_xid_errors_total", f"{_GPU} cause", CALM_S, _PLUS),
+    **_metrics("gpu_power_limit_watts gpu_pcie_link_generation gpu_pcie_link_lanes", _GPU, SLOW_S, _PLUS),
+    **_metrics("gpu_ecc_lifetime_errors_total", f"{_GPU} kind", SLOW_S, _PLUS),
+    **_metrics("gpu_remapped_rows", f"{_GPU} cause", SLOW_S, _PLUS),
+    **_metrics("gpu_row_remap_pending gpu_row_remap_failed", _GPU, SLOW_S, _FLAG),
+    **_metrics("gpu_fan_speed_ratio", f"{_GPU} fan", SLOW_S, _PLUS),
+    **_metrics("gpu_reading_lacking", f"{_GPU} reading reason", SLOW_S, (1.0, 1.0)),
+    **_metrics("gpu_mig_memory_used_bytes gpu_mig_memory_free_bytes", f"{_GPU} mig instance", HOT_S, _PLUS),
+    **_metrics("gpu_mig_memory_total_bytes", f"{_GPU} mig instance", HOT_S, _PLUS),
+    **_metrics("gpu_mig_memory_used_ratio", f"{_GPU} mig instance", HOT_S, _RATIO),
+    **_metrics("gpu_driver_up gpu_driver_released gpu_kernel_log_readable", "host", CALM_S, _FLAG),
+    **_metrics("gpu_sampler_restarts_total", "host", CALM_S, _PLUS),
     **_metrics("agent_process_cpu_ratio agent_process_memory_rss_bytes", _AGENT, HOT_S, _PLUS),
     **_metrics("agent_process_count agent_process_threads agent_process_fds", _AGENT, CALM_S, _PLUS),
     **_metrics("host_memory_available_bytes host_memory_total_bytes", "host", HOT_S, _PLUS),
@@ -71,7 +95,10 @@ METRICS: dict[str, Metric] = {
     **_metrics("bus_rejected_total", "host link kind", 0.5, _PLUS),
 }
 # How many series a metric has: what one value of each label is multiplied with.
-PER_LABEL = {"gpu": 1, "role": 2, "quantile": 3, "path": 1, "direction": 2, "link": 4}
+PER_LABEL = {
+    "gpu": 1, "role": 2, "quantile": 3, "path": 1, "direction": 2, "link": 4,
+    "clock": 4, "cause": 3, "fan": 2, "mig": 2, "reading": 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
