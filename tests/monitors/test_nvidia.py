@@ -186,6 +186,7 @@ async def test_what_a_card_lacks_is_absent_with_its_reason_and_never_0(fake: Fak
         fake.clear_counts()
         await told.sample()
         assert "nvmlDeviceGetPowerUsage" not in fake.counts(0), "it is not asked again at every sample"
+        assert told.newest[0].values[gm.POWER_AVERAGE] == 120, "the other fields of the same call go on"
 
 
 SLOW = {key for key in EVERYTHING if gm.METRICS[gm.split(key)[0]].tier == "slow"}

@@ -2,27 +2,28 @@
 
 A call into a sick driver may never come back, and then nobody in that process can tell. So each of the sampler's two
 threads has a seat of 16 bytes: what it calls, of which card, and since when (CLOCK_MONOTONIC, the same in both
-processes). The one who looks needs nothing of the one who is stuck. The start is written first: who reads a note that
-is half written takes a call for younger than it is, never for older.
+processes). The one who looks needs nothing of the one who is stuck. A note that is being written says so until it
+is whole, which takes a microsecond; one that stays so counts as none.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import struct
 import time
 from dataclasses import dataclass
 from enum import IntEnum
 
-_SEAT = struct.Struct("=dhhi")  # since, function, card, (unused)
 SIZE = mmap.PAGESIZE
-IDLE = -1  # as a function: between calls
+WRITING, IDLE = 0, -1  # in place of a function's number: the note is not whole; between calls
 NO_CARD = -1  # of the library as a whole
 
 CALL_DEADLINE_S = 0.4  # of one reading: they take microseconds to 100 ms, also of a card under load
 START_DEADLINE_S = 10.0  # to wake a card that sleeps (no persistence mode) takes seconds
 WAIT_S = 2.0  # for events at a time: a wait that is over by itself shows that the driver still answers
+
+
+ATTEMPTS = 100  # to read a note while it is written
 
 
 class Seat(IntEnum):
@@ -75,7 +76,7 @@ FUNCTIONS = (
     "nvmlDeviceGetMigDeviceHandleByIndex",
     "identity",
 )
-NUMBER = {name: number for number, name in enumerate(FUNCTIONS)}
+NUMBER = {name: number for number, name in enumerate(FUNCTIONS, 1)}
 
 
 class CallNotes:
@@ -87,32 +88,48 @@ class CallNotes:
             os.ftruncate(descriptor, SIZE)
         self.descriptor = descriptor
         self._map = mmap.mmap(descriptor, SIZE)
+        self._since = memoryview(self._map).cast("d")  # by seat: 0, 2; each store is one of the processor's
+        self._words = memoryview(self._map).cast("i")  # by seat: function 2, 6; card 3, 7
         for seat in Seat:
             self.rest(seat)
 
     def call(self, seat: Seat, function: str, card: int = NO_CARD) -> None:
         """Before a call."""
-        _SEAT.pack_into(self._map, seat * _SEAT.size, time.monotonic(), NUMBER[function], card, 0)
+        self._write(seat, NUMBER[function], card)
 
     def rest(self, seat: Seat) -> None:
         """After the last of some calls."""
-        _SEAT.pack_into(self._map, seat * _SEAT.size, time.monotonic(), IDLE, NO_CARD, 0)
+        self._write(seat, IDLE, NO_CARD)
 
     def read(self, seat: Seat) -> Note | None:
         """The call that the thread is in; None between calls."""
-        since, function, card, _ = _SEAT.unpack_from(self._map, seat * _SEAT.size)
-        return None if not 0 <= function < len(FUNCTIONS) else Note(FUNCTIONS[function], card, since)
+        for _ in range(ATTEMPTS):
+            function = self._words[4 * seat + 2]
+            card, since = self._words[4 * seat + 3], self._since[2 * seat]
+            if function == self._words[4 * seat + 2] and 0 < function <= len(FUNCTIONS):
+                return Note(FUNCTIONS[function - 1], card, since)
+            if function == IDLE:
+                break
+        return None
 
     def since(self, seat: Seat) -> float:
         """When the thread noted anything last."""
-        since: float = _SEAT.unpack_from(self._map, seat * _SEAT.size)[0]
-        return since
+        return self._since[2 * seat]
 
     def close(self) -> None:
-        self._map.close()
         if self.descriptor >= 0:
+            self._since.release()
+            self._words.release()
+            self._map.close()
             os.close(self.descriptor)
             self.descriptor = -1
+
+    def _write(self, seat: Seat, function: int, card: int) -> None:
+        words = self._words
+        words[4 * seat + 2] = WRITING
+        words[4 * seat + 3] = card
+        self._since[2 * seat] = time.monotonic()
+        words[4 * seat + 2] = function
 
 
 def deadline(note: Note, call_s: float = CALL_DEADLINE_S, start_s: float = START_DEADLINE_S) -> float:

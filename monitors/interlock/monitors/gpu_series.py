@@ -105,13 +105,14 @@ class CardSeries:
     def _ended(self, reading: Reading) -> list[Labels]:
         scope = (reading.groups, reading.slow)
         names = tuple(reading.values)
-        before = self._scopes.get(scope)
-        if before == names:
+        if self._scopes.get(scope) == names:
             return []
         self._scopes[scope] = names
-        gone = set(before or ()) - set(names)
-        if reading.missing or not gone:  # what failed for once is a hole, and no end
+        if reading.missing:  # what failed for once is a hole, and no end
             return []
+        here = {"hot": Group.HOT in reading.groups, "calm": Group.CALM in reading.groups, "slow": reading.slow}
+        known = {name for each in self._scopes.values() for name in each}
+        gone = {name for name in known.difference(names) if here[gm.METRICS[gm.split(name)[0]].tier]}
         self._scopes = {of: tuple(name for name in each if name not in gone) for of, each in self._scopes.items()}
         return [self._key(name) for name in gone]
 

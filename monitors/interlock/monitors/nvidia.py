@@ -32,7 +32,7 @@ from interlock.monitors.nvml_frames import (
     Read,
     Table,
 )
-from interlock.monitors.nvml_sampler import Order
+from interlock.monitors.nvml_sampler import RETRY_LACKING_S, Order
 from interlock.monitors.sampler import Group
 from interlock.monitors.sampler_process import SamplerProcess
 
@@ -45,13 +45,14 @@ CLOSING_S = 2.0  # for the children's end when the monitor ends; one that is stu
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds. call, start: of the driver. retry: until a failing driver is tried again. probe, probe_most: a card."""
+    """Seconds. call, start: of the driver. retry: of a driver that fails. probe, probe_most: of a card given up."""
 
     call_s: float = CALL_DEADLINE_S
     start_s: float = START_DEADLINE_S
     retry_s: float = 10.0
     probe_s: float = 10.0
     probe_most_s: float = 300.0
+    lacking_s: float = RETRY_LACKING_S  # until a reading that a card does not give is tried again
 
 
 class NvidiaBackend:
@@ -124,7 +125,8 @@ class NvidiaBackend:
 
     async def _start(self, alone: Found | None = None) -> SamplerProcess:
         known, without = list(self._known.values()), list(self._without)
-        order = Order(-1, known, without) if alone is None else Order(-1, [alone], events=False)
+        lacking_s = self._patience.lacking_s
+        order = Order(-1, known, without, lacking_s) if alone is None else Order(-1, [alone], events=False)
         worker = await SamplerProcess.start(order, self._patience.call_s, self._patience.start_s)
         worker.alone = alone is not None
         self._all.add(worker)

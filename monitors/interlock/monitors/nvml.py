@@ -16,7 +16,6 @@ from interlock.monitors import gpu_metrics as gm
 from interlock.monitors.call_notes import CallNotes, Seat
 from interlock.monitors.nvml_frames import CALM, HOT, SLOW, Found
 
-RETRY_LACKING_S = 60.0  # a permission may be given, a mode be changed
 NOT_AVAILABLE = 0xFFFFFFFFFFFFFFFF
 
 # NVML's errors, by what follows from them.
@@ -90,7 +89,8 @@ class Card:
         self.migs: list[tuple[str, Any]] = []  # (labels, handle)
         self.fields = list(_FIELDS)
         self.memory_version = True  # version 2 of the memory reading, until it turns out to be too new
-        self.not_before: dict[str, float] = {}  # when to try a source again that is lacking
+        self.off: dict[int, float] = {}  # sources that are lacking -> when to try them again
+        self.not_before: dict[str, float] = {}  # the same of readings that are asked for one by one
         self.slow_at = 0.0
         self.utilization_since = 0  # microseconds, NVML's clock
 
@@ -98,7 +98,8 @@ class Card:
 class Session:
     """The library, started. All calls of the polling thread go through it."""
 
-    def __init__(self, library: Any, notes: CallNotes) -> None:
+    def __init__(self, library: Any, notes: CallNotes, lacking_s: float = 60.0) -> None:
+        self._lacking_s = lacking_s
         self.spent: dict[tuple[str, ...], list[float]] | None = None  # seconds of each source, where somebody asks
         self._library = library
         self._notes = notes
@@ -177,14 +178,18 @@ class Session:
             raise CardError(card.found.code, card.found.text)
         if scope & SLOW:
             self._refresh(card)
-        for tier, readings, source in self._sources:
-            if not tier & scope or self._is_lacking(card, readings[0]):
+        for number, (tier, readings, source) in enumerate(self._sources):
+            if not tier & scope or (card.off and card.off.get(number, 0.0) > time.monotonic()):
                 continue
             began = time.perf_counter() if self.spent is not None else 0.0
             try:
                 values |= source(card)
             except self._library.NVMLError as error:
-                missing += self._failed(card, readings, error)
+                missing += self._off(card, number, readings, error)
+            else:
+                if card.off.pop(number, None) is not None:
+                    for reading in readings:
+                        self._has(card, reading)
             if self.spent is not None:
                 self.spent.setdefault(readings, []).append(time.perf_counter() - began)
         for labels, handle in card.migs if scope & HOT else ():
@@ -240,6 +245,13 @@ class Session:
 
     # --- what is lacking
 
+    def _off(self, card: Card, number: int, readings: tuple[str, ...], error: Any) -> int:
+        """A source failed. Where it is lacking it is not asked for a while."""
+        missing = self._failed(card, readings, error)
+        if not missing:
+            card.off[number] = time.monotonic() + self._lacking_s
+        return missing
+
     def _failed(self, card: Card, readings: tuple[str, ...], error: Any) -> int:
         """The readings that are missing this time: none where they are lacking for good."""
         if error.value in DRIVER_ERRORS:
@@ -257,7 +269,7 @@ class Session:
         return LACKING.get(error.value, "")
 
     def _lack(self, card: Card, reading: str, reason: str) -> None:
-        card.not_before[reading] = time.monotonic() + RETRY_LACKING_S
+        card.not_before[reading] = time.monotonic() + self._lacking_s
         if card.lacking.get(reading) != reason:
             card.lacking[reading] = reason
             card.tell_lacking = True

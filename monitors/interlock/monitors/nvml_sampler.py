@@ -35,6 +35,7 @@ from interlock.monitors.nvml_frames import (
     pack,
 )
 
+RETRY_LACKING_S = 60.0  # a permission may be given, a mode be changed
 PATIENCE_S = 0.02  # what the readings of other cards may wait for those of a slow one
 LIBRARY_NOT_FOUND = 12  # NVML's code
 # XID, double-bit ECC, MIG changes, an ECC storm, DRAM retirements, poison, a card that is gone, a recovery that is due
@@ -49,6 +50,7 @@ class Order(msgspec.Struct, frozen=True):
     notes: int
     known: list[Found] = []
     without: list[int] = []
+    lacking_s: float = RETRY_LACKING_S
     events: bool = True
 
 
@@ -57,7 +59,7 @@ class Sampler:
         self._order = order
         self._library = library
         self._notes = CallNotes(order.notes)
-        self._session = nvml.Session(library, self._notes)
+        self._session = nvml.Session(library, self._notes, order.lacking_s)
         self._out = threading.Lock()
         self._tables: dict[tuple[int, tuple[str, ...]], int] = {}
         self._last_seconds: dict[int, float] = {}
