@@ -43,7 +43,8 @@ enum { OK = 0, UNINITIALIZED = 1, BAD_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND
     X(nvmlDeviceGetMigDeviceHandleByIndex) X(nvmlDeviceGetGpuInstanceId) X(nvmlDeviceGetComputeInstanceId)             \
     X(nvmlDeviceIsMigDeviceHandle) X(nvmlDeviceGetDeviceHandleFromMigDeviceHandle)                                     \
     X(nvmlDeviceGetSupportedEventTypes) X(nvmlEventSetCreate) X(nvmlDeviceRegisterEvents) X(nvmlEventSetWait_v2)       \
-    X(nvmlEventSetFree)
+    X(nvmlEventSetFree) X(nvmlDeviceGetPcieThroughput) X(nvmlDeviceGetDriverModel) X(nvmlDeviceGetDriverModel_v2)      \
+    X(nvmlDeviceGetCudaComputeCapability)
 
 #define NUMBER(name) F_##name,
 enum { FUNCTIONS(NUMBER) FUNCTION_COUNT };
@@ -307,6 +308,19 @@ ret nvmlDeviceGetEncoderUtilization(device_t device, unsigned *value, unsigned *
 ret nvmlDeviceGetDecoderUtilization(device_t device, unsigned *value, unsigned *period) {
     CARD(nvmlDeviceGetDecoderUtilization);
     return *value = 0, *period = 1000, OK;
+}
+
+/* what others ask for, and we don't */
+ret nvmlDeviceGetPcieThroughput(device_t device, unsigned counter, unsigned *value) {
+    CARD(nvmlDeviceGetPcieThroughput);
+    (void)counter;
+    return *value = 100, OK;
+}
+ret nvmlDeviceGetDriverModel(device_t device, unsigned *a, unsigned *b) { CARD(nvmlDeviceGetDriverModel); (void)a, (void)b; return NOT_SUPPORTED; }
+ret nvmlDeviceGetDriverModel_v2(device_t device, unsigned *a, unsigned *b) { CARD(nvmlDeviceGetDriverModel_v2); (void)a, (void)b; return NOT_SUPPORTED; }
+ret nvmlDeviceGetCudaComputeCapability(device_t device, int *major, int *minor) {
+    CARD(nvmlDeviceGetCudaComputeCapability);
+    return *major = 8, *minor = 9, OK;
 }
 
 static ret field(struct gpu *gpu, nvmlFieldValue_t *at) {
