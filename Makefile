@@ -12,7 +12,7 @@ SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LINTED := $(wildcard broker agents monitors coordinator tests examples)
 
-.PHONY: help demo test check bench bench-bus bench-rules fuzz format clean
+.PHONY: help demo test check bench bench-bus bench-rules bench-monitor fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,11 @@ bench-bus: $(STAMP)
 # The rule engine alone, and from a publisher's send to the rollback, beside Prometheus and Alertmanager.
 bench-rules: $(STAMP)
 	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
+
+# What a monitor of eight GPUs costs beside gpustat and nvitop, and how soon it tells of a fault; against the stand-in for
+# NVIDIA's library that the tests use, so it needs a C compiler and no GPU. Three minutes; with QUICK=--quick, one.
+bench-monitor: $(STAMP)
+	@$(BIN)/python tests/benchmarks/bench_monitor.py $(QUICK)
 
 # Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.
 fuzz: $(STAMP)

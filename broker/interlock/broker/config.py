@@ -120,6 +120,7 @@ class MonitorConfig(_Config, frozen=True, kw_only=True):
     idle_s: float = 1.0  # between samples of a host where nothing moves
     migrating_s: float = 0.1  # between samples while a migration touches the host: the largest part of a reaction
     gpu: Literal["auto", "nvidia", "simulated", "none"] = "auto"  # auto: NVIDIA where its library and driver are
+    gpu_call_s: float = 0.4  # a call into the GPUs' driver that takes longer hangs; readings take at most some 100 ms
     simulated: list[SimulatedGpu] = []  # with gpu = "simulated": the cards there are
 
 

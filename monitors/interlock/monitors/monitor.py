@@ -21,7 +21,7 @@ from interlock.monitors import series
 from interlock.monitors.gpu import GpuBackend, NoGpu
 from interlock.monitors.gpu_watch import GpuWatch
 from interlock.monitors.kernel_log import KMSG
-from interlock.monitors.nvidia import NvidiaBackend
+from interlock.monitors.nvidia import NvidiaBackend, Patience
 from interlock.monitors.processes import Machine, TreeReading, Trees
 from interlock.monitors.roster import Instance, Roster
 from interlock.monitors.sampler import Group, Schedule
@@ -39,7 +39,7 @@ async def open_gpu(config: MonitorConfig, state: Path) -> GpuBackend:
         raise NoGpu("turned off", where="monitor.gpu")
     if config.gpu == "simulated":
         return await open_simulated_backend(state / "simgpu", config.simulated)
-    return NvidiaBackend(expected=config.gpu == "nvidia")
+    return NvidiaBackend(expected=config.gpu == "nvidia", patience=Patience(call_s=config.gpu_call_s))
 
 
 class Monitor:
