@@ -15,11 +15,16 @@ import pytest
 import trio
 
 import nvml_parts
-from interlock.broker import facts, topics
+from interlock.broker import facts, policy, topics
 from interlock.broker.client import Bus, open_bus
+from interlock.broker.commands import RollBack
 from interlock.broker.config import BrokerConfig, FleetConfig, HostConfig, MonitorConfig, RulesConfig, SecurityConfig
+from interlock.broker.errors import Refused
+from interlock.broker.keys import Grant
 from interlock.broker.planes import serve_planes
 from interlock.broker.samples import NAME, Labels, SeriesReader
+from interlock.broker.wire import Event, Header, encode
+from interlock.coordinator.demo.fleet import SOURCES
 from interlock.coordinator.rules.service import run_rules
 from interlock.monitors import control
 from interlock.monitors.gpu import GpuBackend
@@ -65,7 +70,7 @@ class Watched:
                 self._news.unpark_all()
 
     async def follow_facts(self, *, task_status: trio.TaskStatus[None]) -> None:
-        async with self.bus.events(["fact/gpu/alpha/", "fact/alert/"]) as feed:
+        async with self.bus.events(["fact/gpu/alpha/", "fact/alert/", "rollback/"]) as feed:
             task_status.started()
             async for event in feed:
                 self.told.append(event.body)
@@ -104,7 +109,7 @@ async def watched(fake: FakeNvml, kmsg: Path = Path("/nowhere"), **patience: flo
             config = await planes.start(serve_planes, ANY, folder / "broker")
             fleet = FleetConfig(
                 broker=config,
-                rules=RulesConfig(files=["default"]),
+                rules=RulesConfig(files=[str(SOURCES / "rules.yaml")]),
                 hosts={"alpha": HostConfig(control="tcp://127.0.0.1:*")},
                 path=str(folder / "fleet.toml"),
                 security=SecurityConfig(mode="insecure"),
@@ -354,21 +359,23 @@ async def test_an_agents_memory_and_share_of_a_card_are_its_own(fake: FakeNvml, 
 # --- what the rules make of it
 
 
-async def test_the_rules_that_ship_work_on_what_the_driver_says(fake: FakeNvml) -> None:
-    """The rule by which the demo's bad revision is rolled back, and the one about XIDs."""
+async def test_the_demos_rule_rolls_back_on_what_the_driver_says_as_on_a_simulated_card(fake: FakeNvml) -> None:
     async with watched(fake) as seen:
         await seen.until_well()
         up = trio.Event()
         seen.nursery.start_soon(run_rules, seen.fleet, up.set)
         await up.wait()
+        began = facts.MigrationStarted(
+            migration="m1", epoch=7, agent="tutor", host="alpha", previous="r2", to="r3", strategy="staged", request="r"
+        )
+        await seen.bus.publish(topics.migration_fact("tutor"), began)
         fake.gpu(0).memory_used = fake.gpu(0).memory_total - fake.gpu(0).memory_reserved - GIB
         await seen.until(lambda: alerts(seen, "gpu-memory"))
         [alert] = alerts(seen, "gpu-memory")
         assert (alert.action, alert.labels["gpu"], alert.value) == ("rollback", "0", pytest.approx(1 - 1 / 24))
-        await seen.until(lambda: fake.call("nvmlEventSetWait_v2").count)
-        fake.xid(1, 48)
-        await seen.until(lambda: alerts(seen, "gpu-xid"))
-        assert alerts(seen, "gpu-xid")[0].labels["gpu"] == "1"
+        await seen.until(lambda: [body for body in seen.told if isinstance(body, RollBack)])
+        [order] = [body for body in seen.told if isinstance(body, RollBack)]
+        assert (order.agent, order.migration, order.breach.by) == ("tutor", "m1", "rule gpu-memory")
 
 
 def alerts(seen: Watched, rule: str) -> list[facts.AlertFiring]:
@@ -401,3 +408,23 @@ async def test_released_the_driver_is_free_and_nothing_is_claimed_of_the_cards(f
         await seen.until(lambda: seen.find("gpu_driver_released") == [1])
         await seen.until_well()  # by itself, when its time is over
         assert "above 0" in (await control.ask(tmp_path, control.Request("release", -1))).reason
+
+
+def test_a_monitor_tells_of_its_own_hosts_gpus_only() -> None:
+    def event(host: str, topic: str) -> Event:
+        body = facts.GpuFault(
+            host=host, gpu=0, uuid="u", kind="lost", cause="device", detail="", recovery="", since=1.0
+        )
+        return Event(topic, Header(id="1", source="monitor/alpha", time=1.0), body, encode(body))
+
+    grant = Grant(identity="monitor/alpha", curve="")
+    policy.publish(grant, event("alpha", "fact/gpu/alpha/"))
+    for wrong in (
+        event("beta", "fact/gpu/beta/"),
+        event("beta", "fact/gpu/alpha/"),
+        event("alpha", "fact/host/alpha/"),
+    ):
+        with pytest.raises(Refused):
+            policy.publish(grant, wrong)
+    with pytest.raises(Refused):
+        policy.publish(Grant(identity="host/alpha", curve=""), event("alpha", "fact/gpu/alpha/"))

@@ -372,14 +372,16 @@ async def test_where_no_gpu_is_expected_a_driver_that_is_not_there_is_no_fault(
 ) -> None:
     fake.fail(nvml_parts.DRIVER_NOT_LOADED)
     backend = NvidiaBackend(expected=False)
+    listener = Listener(backend)
     for name, value in fake.environment.items():
         monkeypatch.setenv(name, value)
     with trio.fail_after(30), pytest.raises(NoGpu, match="Driver Not Loaded"):
-        await backend.run(Listener(backend).hear)
+        await backend.run(listener.hear)
     fake.fail(0)
     fake.state.gpus = 0
     with trio.fail_after(30), pytest.raises(NoGpu, match="knows no card"):
-        await backend.run(Listener(backend).hear)
+        await backend.run(listener.hear)
+    assert listener.said == [], "it is no fault, and nothing is told"
 
 
 def test_a_note_is_overdue_by_what_is_called() -> None:

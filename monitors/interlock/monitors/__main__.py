@@ -56,13 +56,17 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _selftest(*, as_json: bool) -> int:
     import json
+    import os
 
     import trio
 
     from interlock.monitors.selftest import survey, table
 
     report = trio.run(survey)
-    print(json.dumps(report, indent=2) if as_json else table(report))
+    try:
+        print(json.dumps(report, indent=2) if as_json else table(report), flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -262,9 +262,11 @@ class GpuWatch:
         name = self._cards[edge.card].card.name if edge.card in self._cards else ""
         if KINDS[edge.kind].cause == "limit":
             log.debug("GPU %d %s: %s: %s", edge.card, name, edge.kind, edge.detail)
-        elif edge.card == DRIVER:
-            told = f"failed: {edge.kind}: {edge.detail}" if isinstance(edge, Raised) else "answers again"
-            log.log(logging.ERROR if isinstance(edge, Raised) else logging.WARNING, "the GPUs' driver %s", told)
+        elif edge.kind in DRIVER_STATES and isinstance(edge, Raised):
+            log.error("the GPUs' driver failed: %s: %s", edge.kind, edge.detail)
+        elif edge.kind in DRIVER_STATES:
+            if not any(raised.kind in DRIVER_STATES for raised in self.book.standing):
+                log.warning("the GPUs' driver answers again")
         elif edge.kind in CARD_STATES and isinstance(edge, Raised):
             log.error("GPU %d %s failed: %s", edge.card, name, edge.detail)
         elif edge.kind in CARD_STATES:

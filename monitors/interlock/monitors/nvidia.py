@@ -76,6 +76,7 @@ class NvidiaBackend:
         self._next: SamplerProcess | None = None
         self._released = False
         self._crashed = False
+        self._at_once = False  # it worked until now: a new process may find the driver as it is after a reload
         self._resumed = trio.Event()
         self._all: set[SamplerProcess] = set()
         self._hear: Hear
@@ -116,8 +117,8 @@ class NvidiaBackend:
     async def _pause(self) -> None:
         """Before the next sampler: not at all, unless the driver fails, or one ended and nobody knows why."""
         pause = self._patience.retry_s if self._driver.kind else RESTART_S if self._crashed else 0.0
-        self._crashed = False
-        if pause and not self._released:
+        at_once, self._at_once, self._crashed = self._at_once, False, False
+        if pause and not self._released and not at_once:
             with trio.move_on_after(pause):
                 await self._resumed.wait()
 
@@ -183,7 +184,8 @@ class NvidiaBackend:
 
     async def _tell_driver(self, kind: str, detail: str) -> None:
         self._driver = DriverState(kind, detail, max(self.restarts, 0))
-        await self._hear(self._driver)
+        if self._expected or self.cards or kind not in ("", *NOBODY):
+            await self._hear(self._driver)
 
     async def _give_up(self, worker: SamplerProcess, index: int, kind: str, words: str) -> None:
         """Tell the fault, end the sampler without waiting for it, and go on without the card."""
@@ -270,6 +272,7 @@ class NvidiaBackend:
                     await self._hear(CardEvent(frame.index, frame.type, frame.data, frame.time))
             case Failed():
                 worker.dismissed = True
+                self._at_once = worker.opened.is_set()
                 if not worker.alone:
                     await self._tell_driver(DRIVER_KINDS.get(frame.code, "driver-error"), frame.text)
                 worker.end()

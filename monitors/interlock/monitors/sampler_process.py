@@ -76,6 +76,10 @@ class SamplerProcess:
         """Ask for a sample; `done` is set when it is all there."""
         self.tick += 1
         self.done = trio.Event()
+        if self.over.is_set():  # it ended just now, and whoever is to replace it has not been at work yet
+            self.done.set()
+            await trio.lowlevel.checkpoint()
+            return
         stdin = self.process.stdin
         assert stdin is not None
         try:
