@@ -298,6 +298,11 @@ async def test_an_xid_of_nvml_is_a_fact_and_a_counter_and_those_of_programs_are_
         await seen.until(lambda: seen.raised("agent-xid", 1))
         await seen.until(lambda: seen.find("gpu_xid_errors_total", gpu="1", cause="agent") == [1])
         assert seen.find("gpu_xid_errors_total", gpu="1", cause="device") == [1]
+        fake.event(0, nvml_parts.DOUBLE_BIT_ECC)
+        await seen.until(lambda: seen.raised("ecc"))
+        fake.event(1, nvml_parts.GPU_UNAVAILABLE)
+        await seen.until(lambda: seen.raised("lost", 1))
+        await seen.until(lambda: seen.cleared("lost", 1))  # the readings show that it is there
 
 
 async def test_the_kernel_log_names_the_agent_and_what_it_tells_is_merged(

@@ -11,6 +11,7 @@ from interlock.monitors.gpu_faults import (
     KINDS,
     MAX_XIDS,
     MERGE_S,
+    STEADY_S,
     XID_QUIET_S,
     Cleared,
     Edge,
@@ -37,8 +38,19 @@ def test_a_state_is_raised_once_and_cleared_once() -> None:
     assert card(book, "lost", 1) == ["+lost@0"]
     assert card(book, "lost", 2) == []
     assert book.stands(0, "lost")
-    assert card(book, "", 3) == ["-lost@0"]
-    assert card(book, "", 4) == []
+    assert card(book, "", 3) == []
+    assert card(book, "", 3 + STEADY_S) == ["-lost@0"]
+    assert card(book, "", 9) == []
+
+
+def test_one_that_comes_and_goes_is_one_fault() -> None:
+    book = FaultBook()
+    assert card(book, "card-error", 0) == ["+card-error@0"]
+    for tick in range(1, 101):
+        assert card(book, "card-error" if tick % 3 else "", tick / 10) == []
+    assert card(book, "", 10.1) == []
+    assert card(book, "", 11) == []
+    assert card(book, "", 11.2) == ["-card-error@0"]
 
 
 def test_one_state_of_a_card_takes_the_place_of_another() -> None:
@@ -52,13 +64,15 @@ def test_cards_and_the_driver_have_faults_of_their_own() -> None:
     card(book, "lost", 1, index=0)
     assert card(book, "", 2, index=1) == []
     assert say(book.state(DRIVER, "driver-mismatch", "w", 3, of=DRIVER_STATES)) == ["+driver-mismatch@-1"]
-    assert say(book.state(DRIVER, "", "", 4, of=DRIVER_STATES)) == ["-driver-mismatch@-1"]
+    assert say(book.state(DRIVER, "", "", 4, of=DRIVER_STATES)) == []
+    assert say(book.state(DRIVER, "", "", 5, of=DRIVER_STATES)) == ["-driver-mismatch@-1"]
     assert book.stands(0, "lost")
 
 
 def test_the_end_says_since_when_it_stood() -> None:
     book = FaultBook()
     card(book, "lost", 10)
+    card(book, "", 11)
     [edge] = book.state(0, "", "", 12.5, of=CARD_STATES)
     assert isinstance(edge, Cleared)
     assert (edge.since, edge.until, edge.detail) == (10, 12.5, "it answers again")
@@ -122,8 +136,9 @@ def test_other_events_of_the_card_are_faults_by_their_kind() -> None:
     book = FaultBook()
     assert say(book.event(0, 0x2, 0, 1)) == ["+ecc@0"]
     assert say(book.event(0, 0x4000, 0, 2)) == ["+lost@0"]
-    assert card(book, "", 3) == ["-lost@0"], "the next reading shows that it is there"
-    assert say(book.event(0, 0x8, 79, 4)) == ["+xid:79@0"]
+    card(book, "", 3)
+    assert card(book, "", 4) == ["-lost@0"], "the next readings show that it is there"
+    assert say(book.event(0, 0x8, 79, 5)) == ["+xid:79@0"]
 
 
 def test_limits_are_told_with_their_readings_and_again_when_these_change() -> None:

@@ -277,6 +277,7 @@ async def test_a_card_that_fails_is_reported_once_and_the_other_goes_on(
         await seen.until(lambda: seen.find("gpu_memory_used_ratio", gpu="1") == [0.25])
         cards.sick = False
         await seen.until(lambda: seen.find("gpu_up", gpu="0") == [1] and seen.find("gpu_memory_used_ratio", gpu="0"))
+        await seen.until(lambda: not seen.find("gpu_fault"))
         cards.sick = True
         await seen.until(lambda: seen.find("gpu_up", gpu="0") == [0])
         assert seen.find("gpu_memory_used_ratio", gpu="0") == [], "its last readings are no longer true"

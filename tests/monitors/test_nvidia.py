@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +19,7 @@ from interlock.monitors import gpu_metrics as gm
 from interlock.monitors.call_notes import CALL_DEADLINE_S, CallNotes, Seat, deadline
 from interlock.monitors.gpu import CardEvent, DriverState, Heard, NoGpu, Part, Reading
 from interlock.monitors.nvidia import NvidiaBackend, Patience
+from interlock.monitors.nvml_frames import Poll, pack
 from interlock.monitors.sampler import Group
 from interlock.monitors.selftest import survey, table
 from nvml_parts import GIB, MIB, NOT_AVAILABLE, FakeNvml
@@ -343,6 +347,29 @@ async def test_a_sampler_that_is_killed_is_replaced(fake: FakeNvml) -> None:
         os.kill(worker.process.pid, 9)
         await told.until(lambda: told.backend._worker not in (worker, None))
         await told.until(lambda: told.kind(0) == "" and told.kind(1) == "")
+
+
+def test_a_sampler_ends_with_its_supervisor_though_it_hangs_in_the_driver(fake: FakeNvml) -> None:
+    fake.call("nvmlDeviceGetMemoryInfo_v2", 0).hang = 1
+    notes = CallNotes()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interlock.monitors.nvml_sampler", json.dumps({"notes": notes.descriptor})],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[notes.descriptor],
+        env={**os.environ, **fake.environment},
+    )
+    assert process.stdin is not None
+    process.stdin.write(pack(Poll(1, 1)))
+    process.stdin.flush()
+    while not fake.call("nvmlDeviceGetMemoryInfo_v2", 0).count:
+        time.sleep(0.005)
+    note = notes.read(Seat.POLL)
+    assert note is not None
+    assert (note.function, note.card) == ("nvmlDeviceGetMemoryInfo", 0), "this process sees where that one is"
+    process.stdin.close()  # as when the supervisor is killed
+    assert process.wait(30) == 0
+    notes.close()
 
 
 async def test_an_xid_comes_as_an_event_of_its_card(fake: FakeNvml) -> None:

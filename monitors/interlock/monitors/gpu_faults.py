@@ -15,6 +15,7 @@ Cause = Literal["device", "driver", "agent", "limit"]
 DRIVER = -1  # as a card: the driver as a whole
 XID_QUIET_S = 60.0  # without another of the same: then it is over, if the card answers
 MERGE_S = 5.0  # between what NVML and what the kernel log says of one XID; they come within milliseconds of each other
+STEADY_S = 1.0  # that a card or the driver answers, until its fault is over: one that comes and goes is one fault
 MAX_XIDS = 64  # different ones that stand at one card: NVIDIA documents some 170
 
 AGENT_XIDS = frozenset({13, 31, 43, 45, 68, 109})  # exceptions, faults, resets, clean-ups of a program's own channels
@@ -134,6 +135,7 @@ class FaultBook:
 
     def __init__(self) -> None:
         self._standing: dict[tuple[int, str, int], _Standing] = {}
+        self._well_since: dict[int, float] = {}  # of those whose fault stands
         self.xids: dict[tuple[int, Cause], int] = {}  # (card, cause) -> how many so far
 
     def stands(self, card: int, kind: str) -> bool:
@@ -144,9 +146,18 @@ class FaultBook:
         return [each.raised for each in self._standing.values()]
 
     def state(self, card: int, kind: str, detail: str, now: float, *, of: frozenset[str]) -> list[Edge]:
-        """A card's (or the driver's) state: this kind of fault, or none (""). It ends the others among `of`."""
-        edges = self._clear(card, of - {kind}, "" if kind else "it answers again", now)
-        return edges + self._raise(Raised(card, kind, detail, now)) if kind else edges
+        """A card's (or the driver's) state: this kind of fault, or none (""). It ends the others among `of`.
+
+        A fault is told at once; that it is over, only when nothing was wrong for a second.
+        """
+        if kind:
+            self._well_since.pop(card, None)
+            return self._clear(card, of - {kind}, "", now) + self._raise(Raised(card, kind, detail, now))
+        if not any(key[0] == card and key[1] in of for key in self._standing):
+            return []
+        if now - self._well_since.setdefault(card, now) < STEADY_S:
+            return []
+        return self._clear(card, of, "it answers again", now)
 
     def lacking(self, card: int, readings: Mapping[str, str], now: float) -> list[Edge]:
         """What a card does not give, and why: a fault of the kind `limit` for each reason, with the readings."""

@@ -107,11 +107,12 @@ class CardSeries:
         names = tuple(reading.values)
         if self._scopes.get(scope) == names:
             return []
-        self._scopes[scope] = names
-        if reading.missing:  # what failed for once is a hole, and no end
-            return []
-        here = {"hot": Group.HOT in reading.groups, "calm": Group.CALM in reading.groups, "slow": reading.slow}
         known = {name for each in self._scopes.values() for name in each}
+        if reading.missing:  # what failed for once is a hole, and no end
+            self._scopes[scope] = tuple(known.union(names))
+            return []
+        self._scopes[scope] = names
+        here = {"hot": Group.HOT in reading.groups, "calm": Group.CALM in reading.groups, "slow": reading.slow}
         gone = {name for name in known.difference(names) if here[gm.METRICS[gm.split(name)[0]].tier]}
         self._scopes = {of: tuple(name for name in each if name not in gone) for of, each in self._scopes.items()}
         return [self._key(name) for name in gone]

@@ -132,7 +132,10 @@ class GpuWatch:
             samples[key] = value
             self._host_live.add(key)
         well = frozenset(index for index, card in self._cards.items() if card.up)
-        return self.book.quiet(well, now)
+        edges = self.book.quiet(well, now)
+        if not self._driver.kind:
+            edges += self.book.state(DRIVER, "", "", now, of=DRIVER_STATES)
+        return edges
 
     async def hear(self, heard: Heard) -> None:
         match heard:
