@@ -76,6 +76,7 @@ KINDS: dict[str, Kind] = {
     "not-supported": Kind("limit", "none: the card does not have it; tried once a minute"),
     "no-permission": Kind("limit", "run the monitor with the rights to read it; tried once a minute"),
     "not-available": Kind("limit", "none here: the driver does not tell it; tried once a minute"),
+    "unknown-type": Kind("limit", "a newer Interlock: the driver tells it in a way that this one can't read"),
     "library-too-old": Kind("limit", "a newer driver; tried once a minute"),
 }
 # NVML's error of a card as a whole -> kind
@@ -150,6 +151,8 @@ class FaultBook:
 
         A fault is told at once; that it is over, only when nothing was wrong for a second.
         """
+        if not kind and not self._standing:
+            return []
         if kind:
             self._well_since.pop(card, None)
             return self._clear(card, of - {kind}, "", now) + self._raise(Raised(card, kind, detail, now))

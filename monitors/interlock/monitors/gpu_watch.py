@@ -157,7 +157,7 @@ class GpuWatch:
         now = min((reading.time for reading in part.readings), default=time.time())
         for reading in part.readings:
             card = self._series(reading.card)
-            edges += self._faults_of(reading)
+            edges += self._faults_of(reading, card)
             if reading.kind:
                 ended += card.fail(samples)
             else:
@@ -170,7 +170,7 @@ class GpuWatch:
         self._faults_stand(samples)
         self._send(samples, ended, now)
 
-    def _faults_of(self, reading: Reading) -> list[Edge]:
+    def _faults_of(self, reading: Reading, card: CardSeries) -> list[Edge]:
         index, kind, error = reading.card.index, reading.kind, reading.error
         action = reading.values.get(gm.RECOVERY_ACTION)
         if action is not None:
@@ -180,7 +180,7 @@ class GpuWatch:
         if not kind and self._recovery.get(index):
             kind, error = "reset-required", "the card asks for a recovery action"
         edges = self.book.state(index, kind, error, reading.time, of=CARD_STATES)
-        if reading.lacking is not None and self._series(reading.card).news_of(reading.lacking):
+        if reading.lacking is not None and card.news_of(reading.lacking):
             edges += self.book.lacking(index, reading.lacking, reading.time)
         return edges
 
@@ -303,7 +303,7 @@ class GpuWatch:
 
     def _series(self, card: Card) -> CardSeries:
         known = self._cards.get(card.index)
-        if known is None or (known.card != card and card.uuid):
+        if known is None or (known.card is not card and known.card != card and card.uuid):
             if known is not None:
                 self._ending += known.end()
             known = self._cards[card.index] = CardSeries(self.host, card)

@@ -66,6 +66,7 @@ class NvidiaBackend:
         self.restarts = -1  # samplers that were started after the first one
         self._expected = expected
         self._patience = patience
+        self._by_index: dict[int, Card] = {}
         self._known: dict[int, Found] = {}
         self._without: dict[int, tuple[str, str]] = {}  # cards given up -> kind and words of the fault
         self._probing: set[int] = set()
@@ -283,6 +284,7 @@ class NvidiaBackend:
             if found.code == 0 or found.index not in self._known:
                 self._known[found.index] = found
         self.cards = [Card(f.index, f.uuid, f.name, f.bus) for _, f in sorted(self._known.items())]
+        self._by_index = {card.index: card for card in self.cards}
 
     async def _take_read(self, worker: SamplerProcess, read: Read) -> None:
         if worker.alone:
@@ -326,7 +328,7 @@ class NvidiaBackend:
         return Reading(self._card(index), time.time(), groups=groups, kind=kind, error=words)
 
     def _card(self, index: int) -> Card:
-        return next((card for card in self.cards if card.index == index), Card(index))
+        return self._by_index.get(index) or Card(index)
 
     # --- what others ask of it
 
@@ -371,8 +373,16 @@ class NvidiaBackend:
             self._resumed = trio.Event()
 
 
+_GROUPS = {
+    0: frozenset[Group](),
+    HOT: frozenset({Group.HOT}),
+    CALM: frozenset({Group.CALM}),
+    HOT | CALM: frozenset(Group),
+}
+
+
 def _groups(scope: int) -> frozenset[Group]:
-    return frozenset(group for group, bit in ((Group.HOT, HOT), (Group.CALM, CALM)) if scope & bit)
+    return _GROUPS[scope & (HOT | CALM)]
 
 
 def _overdue(note: Note) -> str:
