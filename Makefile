@@ -49,8 +49,11 @@ bench-bus: $(STAMP)
 bench-rules: $(STAMP)
 	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
 
-# What a monitor costs that watches a machine and 20 agents, and how fast it tells. One JSON object.
+# What a monitor of eight GPUs costs beside gpustat and nvitop, and how soon it tells of a fault; against the stand-in for
+# NVIDIA's library that the tests use, so it needs a C compiler and no GPU. Then what it costs to watch a machine and 20
+# agents. Two JSON objects; four minutes, with QUICK=--quick one.
 bench-monitor: $(STAMP)
+	@$(BIN)/python tests/benchmarks/bench_monitor.py $(QUICK)
 	@$(BIN)/python tests/benchmarks/bench_monitor_host.py $(QUICK)
 
 # Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.

@@ -50,6 +50,7 @@ from interlock.coordinator.rules import language, operators, template
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import default_rules, parse_rules
 from interlock.coordinator.steps import Stage, plan
+from interlock.monitors import gpu_faults, gpu_metrics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -397,7 +398,25 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
 
 
+def gpu_table() -> str:
+    """Every metric of a GPU, as the monitor's own table has it."""
+    rows = ["| metric | labels | unit | meaning | source | |", "|---|---|---|---|---|---|"]
+    for name, metric in gpu_metrics.METRICS.items():
+        also = ", ".join(metric.labels) or ("only `host`" if metric.of_host else "")
+        rows.append(f"| `{name}` | {also} | {metric.unit} | {metric.help} | {metric.source} | {metric.tier} |")
+    return "\n".join(rows) + "\n"
+
+
+def gpu_faults_table() -> str:
+    """Every kind of fault of a GPU: whose it is, and what ends it."""
+    rows = ["| kind | cause | what ends it |", "|---|---|---|"]
+    rows += [f"| `{name}` | {kind.cause} | {kind.recovery} |" for name, kind in gpu_faults.KINDS.items()]
+    return "\n".join(rows) + "\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "gpu-metrics": gpu_table,
+    "gpu-faults": gpu_faults_table,
     "demo": demo,
     "fleet-file": fleet_file,
     "strategies": strategies,

@@ -181,9 +181,11 @@ def test_every_field_says_what_it_means() -> None:
     assert silent == []
 
 
-def test_a_subscriber_may_publish_nothing_that_the_catalogue_knows() -> None:
+def test_a_subscriber_may_publish_nothing_that_the_catalogue_knows_and_a_monitor_only_of_gpus() -> None:
     for topic in TOPICS:
         for kind in topic.kinds:
-            assert not {"subscriber", "monitor"} & set(catalogue.publishers(topic, kind))
+            publishers = catalogue.publishers(topic, kind)
+            assert "subscriber" not in publishers
+            assert ("monitor" in publishers) == topic.address.startswith("fact/gpu/")
     with pytest.raises(Refused):
         catalogue.policy.subscribe(catalogue._grant("subscriber", "fact/"), ["command/"])

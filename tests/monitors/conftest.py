@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+import nvml_parts
 from interlock.broker.facts import Role
 from interlock.monitors.roster import Instance
 
@@ -40,3 +42,18 @@ def start() -> Iterator[Start]:
     for process in running:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for NVIDIA's library, compiled; the test is left out where it can't be."""
+    if reason := nvml_parts.why_not():
+        pytest.skip(reason)
+    return nvml_parts.build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def fake(nvml_library: Path, tmp_path: Path) -> Iterator[nvml_parts.FakeNvml]:
+    """Two cards in good order. Who hangs in it goes on when the test ends."""
+    with nvml_parts.fake_nvml(nvml_library, tmp_path) as made:
+        yield made

@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from interlock.monitors import gpu
+from interlock.monitors import gpu_metrics as gpu
 from interlock.monitors.drm import Client, Engines, find_cards, parse_client, read_clients
-from interlock.monitors.drm_backend import open_drm_backend
-from interlock.monitors.gpu import NoGpu
+from interlock.monitors.drm_backend import DrmBackend, open_drm_backend
+from interlock.monitors.gpu import Heard, NoGpu, Part, Reading
 from interlock.monitors.sampler import Group
 
 GIB = 1 << 30
@@ -102,12 +102,39 @@ def test_cards_are_found_by_vendor_and_connectors_are_none(tree: Tree) -> None:
     assert (intel.uuid, intel.name) == (f"Intel-{INTEL}", "Intel 8086:56A0 (xe)")
 
 
-async def test_a_card_of_amd_says_all_that_it_has_sensors_for(tree: Tree) -> None:
+class Asked:
+    """A back-end that runs, asked for one card."""
+
+    def __init__(self, backend: DrmBackend) -> None:
+        self.backend = backend
+        self._heard: list[Reading] = []
+        self._news = trio.lowlevel.ParkingLot()
+
+    async def hear(self, heard: Heard) -> None:
+        assert isinstance(heard, Part)
+        self._heard += heard.readings
+        self._news.unpark_all()
+
+    async def __call__(self, index: int, groups: frozenset[Group]) -> Reading:
+        self._heard = []
+        await self.backend.sample(groups)
+        while not (found := [one for one in self._heard if one.card.index == index]):
+            await self._news.park()
+        return found[0]
+
+
+async def opened(tree: Tree, nursery: trio.Nursery, **how: float) -> Asked:
+    asked = Asked(await open_drm_backend(str(tree.sys), str(tree.proc), **how))
+    await nursery.start(asked.backend.run, asked.hear)
+    return asked
+
+
+async def test_a_card_of_amd_says_all_that_it_has_sensors_for(tree: Tree, nursery: trio.Nursery) -> None:
     tree.amd()
     tree.process(11, f3=amdgpu(1, 1024), f4=amdgpu(1, 1024), f5=amdgpu(2, 512), f6="pos: 0\n")
     tree.process(12, f3=amdgpu(3, 2048))
-    backend = await open_drm_backend(str(tree.sys), str(tree.proc))
-    reading = await backend.sample(0, ALL)
+    ask = await opened(tree, nursery)
+    reading = await ask(0, ALL)
     assert reading.values == {
         gpu.MEMORY_USED: 6 * GIB,
         gpu.MEMORY_FREE: 18 * GIB,
@@ -119,66 +146,74 @@ async def test_a_card_of_amd_says_all_that_it_has_sensors_for(tree: Tree) -> Non
         gpu.POWER_LIMIT: 300.0,
     }
     assert reading.processes == {11: 1536 << 10, 12: 2048 << 10}, "a file that is open twice counts once"
-    assert reading.unsupported == ()
+    assert reading.lacking == {}
 
 
-async def test_hot_readings_look_at_no_process_and_no_sensor(tree: Tree) -> None:
+async def test_hot_readings_look_at_no_process_and_no_sensor(tree: Tree, nursery: trio.Nursery) -> None:
     tree.amd()
-    backend = await open_drm_backend(str(tree.sys), str(tree.proc))
-    assert (await backend.sample(0, ALL)).processes == {}
+    ask = await opened(tree, nursery)
+    assert (await ask(0, ALL)).processes == {}
     tree.process(11, f3=amdgpu(1, 1024))
-    hot = await backend.sample(0, HOT)
-    assert hot.processes == {}
+    hot = await ask(0, HOT)
+    assert hot.processes is None
     assert gpu.TEMPERATURE not in hot.values
     assert hot.values[gpu.MEMORY_USED] == 6 * GIB
 
 
-async def test_a_card_of_intel_is_told_from_its_processes_and_what_it_has_not_is_absent(tree: Tree) -> None:
+async def test_a_card_of_intel_is_told_from_its_processes_and_what_it_has_not_is_absent(
+    tree: Tree, nursery: trio.Nursery
+) -> None:
     tree.intel()
     tree.process(11, f3=XE.format(held=1024, busy=0, cycles=0))
-    backend = await open_drm_backend(str(tree.sys), str(tree.proc))
-    reading = await backend.sample(0, ALL)
+    ask = await opened(tree, nursery)
+    reading = await ask(0, ALL)
     assert reading.values[gpu.MEMORY_USED] == GIB
     assert reading.values[gpu.MEMORY_TOTAL] == 16 * GIB
-    assert set(reading.unsupported) == {gpu.TEMPERATURE, gpu.POWER, gpu.POWER_LIMIT}
+    assert set(reading.lacking or {}) == {gpu.TEMPERATURE, gpu.POWER, gpu.POWER_LIMIT}
     assert gpu.UTILIZATION not in reading.values, "nothing to compare with yet"
 
 
-async def test_a_card_without_memory_of_its_own_has_no_memory_readings(tree: Tree) -> None:
+async def test_a_card_without_memory_of_its_own_has_no_memory_readings(tree: Tree, nursery: trio.Nursery) -> None:
     tree.intel()
     (tree.sys / "class/drm/card1/device/tile0/physical_vram_size_bytes").unlink()
-    backend = await open_drm_backend(str(tree.sys), str(tree.proc))
-    reading = await backend.sample(0, ALL)
+    ask = await opened(tree, nursery)
+    reading = await ask(0, ALL)
     assert gpu.MEMORY_USED not in reading.values
-    assert gpu.MEMORY_USED in reading.unsupported
+    assert gpu.MEMORY_USED in (reading.lacking or {})
 
 
-async def test_a_card_that_vanishes_fails_and_the_other_goes_on(tree: Tree) -> None:
+async def test_a_card_that_vanishes_fails_and_the_other_goes_on(tree: Tree, nursery: trio.Nursery) -> None:
     tree.amd()
     tree.intel()
-    backend = await open_drm_backend(str(tree.sys), str(tree.proc))
+    ask = await opened(tree, nursery)
     (tree.sys / "class/drm/card0").rename(tree.sys / "gone")
-    assert "the kernel lists it no more" in (await backend.sample(0, ALL)).error
-    assert (await backend.sample(1, ALL)).error == ""
+    gone = await ask(0, ALL)
+    assert gone.kind == "lost"
+    assert "the kernel lists it no more" in gone.error
+    assert (await ask(1, ALL)).error == ""
 
 
-async def test_a_driver_that_hangs_is_a_fault_within_its_deadline_and_is_not_asked_again(tree: Tree) -> None:
+async def test_a_driver_that_hangs_is_a_fault_within_its_deadline_and_is_not_asked_again(
+    tree: Tree, nursery: trio.Nursery
+) -> None:
     tree.amd()
     stuck = tree.sys / "class/drm/card0/device/gpu_busy_percent"
     stuck.unlink()
     os.mkfifo(stuck)  # reading it waits until somebody writes
-    backend = await open_drm_backend(str(tree.sys), str(tree.proc), deadline_s=0.1)
+    ask = await opened(tree, nursery, deadline_s=0.1)
     with trio.fail_after(5):
-        assert "nothing within 0.1 s" in (await backend.sample(0, ALL)).error
-        assert "still not come back" in (await backend.sample(0, ALL)).error
+        hung = await ask(0, ALL)
+        assert hung.kind == "hang"
+        assert "nothing within 0.1 s" in hung.error
+        assert "still not come back" in (await ask(0, ALL)).error
     with stuck.open("w") as freed:
         freed.write("5")
     with trio.fail_after(5):
-        while backend._seats[0].borrowed_tokens:
+        while ask.backend._seats[0].borrowed_tokens:
             await trio.testing.wait_all_tasks_blocked(0.01)
     stuck.unlink()
     tree.write("card0/device/gpu_busy_percent", 5)
-    assert (await backend.sample(0, ALL)).values[gpu.UTILIZATION] == 0.05
+    assert (await ask(0, ALL)).values[gpu.UTILIZATION] == 0.05
 
 
 async def test_a_machine_without_such_a_card_says_so(tmp_path: Path) -> None:

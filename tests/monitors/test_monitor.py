@@ -20,7 +20,7 @@ from interlock.broker.memory import MemoryBroker
 from interlock.broker.samples import NAME, Labels, SeriesReader
 from interlock.broker.simgpu import SimulatedGpu as Card
 from interlock.monitors.gpu import Card as CardLabel
-from interlock.monitors.gpu import GpuBackend, NoGpu, Reading, memory
+from interlock.monitors.gpu import GpuBackend, Hear, NoGpu, Part, Reading, memory
 from interlock.monitors.monitor import Monitor, OpenGpu, open_gpu
 from interlock.monitors.roster import Instance
 from interlock.monitors.sampler import Group
@@ -262,19 +262,31 @@ class SickCard:
     """Two cards, of which the first fails while `sick`."""
 
     label = "two"
+    in_kernel_log = False
 
     def __init__(self) -> None:
         self.cards = [CardLabel(0, "GPU-0", "first"), CardLabel(1, "GPU-1", "second")]
         self.sick = True
+        self.hear: Hear
 
-    async def sample(self, index: int, groups: frozenset[Group]) -> Reading:
-        await trio.lowlevel.checkpoint()
-        if index == 0 and self.sick:
-            return Reading(self.cards[0], time.time(), error="GPU is lost")
-        return Reading(self.cards[index], time.time(), memory(used=1, free=3, total=4))
+    async def run(self, hear: Hear, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self.hear = hear
+        task_status.started()
+        await trio.sleep_forever()
 
-    async def close(self) -> None:
-        await trio.lowlevel.checkpoint()
+    async def sample(self, groups: frozenset[Group]) -> None:
+        await self.hear(Part([self.read(card, groups) for card in self.cards]))
+
+    def read(self, card: CardLabel, groups: frozenset[Group]) -> Reading:
+        if card.index == 0 and self.sick:
+            return Reading(card, time.time(), groups=groups, kind="lost", error="GPU is lost")
+        return Reading(card, time.time(), memory(used=1, free=3, total=4), groups=groups)
+
+    async def release(self) -> bool:
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        raise NotImplementedError
 
 
 async def test_a_card_that_fails_is_reported_once_and_the_other_goes_on(
@@ -294,6 +306,7 @@ async def test_a_card_that_fails_is_reported_once_and_the_other_goes_on(
         await seen.until(lambda: seen.find("gpu_memory_used_ratio", gpu="1") == [0.25])
         cards.sick = False
         await seen.until(lambda: seen.find("gpu_up", gpu="0") == [1] and seen.find("gpu_memory_used_ratio", gpu="0"))
+        await seen.until(lambda: not seen.find("gpu_fault"))
         cards.sick = True
         await seen.until(lambda: seen.find("gpu_up", gpu="0") == [0])
         assert seen.find("gpu_memory_used_ratio", gpu="0") == [], "its last readings are no longer true"

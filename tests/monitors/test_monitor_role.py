@@ -115,3 +115,22 @@ def test_a_host_that_is_not_in_the_fleet_is_refused(roles: Roles) -> None:
     assert done.returncode == 2
     assert "unknown host 'alhpa'" in done.stderr
     assert "known: alpha" in done.stderr
+
+
+def test_the_driver_is_let_go_of_and_taken_up_again_by_verbs_on_the_monitors_machine(roles: Roles) -> None:
+    def verb(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "interlock.monitors", *words, "--fleet", str(roles.fleet), "--host", "alpha"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = verb("release")
+    assert (code, "no monitor answers" in said) == (3, True)
+    monitor = roles.start("interlock.monitors", "--host", "alpha")
+    while (found := verb("release", "--for", "30"))[0] == 13:  # it has not opened the cards yet
+        pass
+    assert found == (0, "alpha: the GPUs' driver was let go for 30 s\n")
+    assert verb("resume") == (0, "alpha: the GPUs' driver was taken up again\n")
+    code, said = verb("release", "--for", "-1")
+    assert (code, "is not above 0" in said) == (13, True)
+    roles.stop(monitor)
+    assert verb("resume")[0] == 3

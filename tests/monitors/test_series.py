@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from interlock.broker.samples import labels
-from interlock.monitors import gpu, series, templates
+from interlock.broker.samples import Labels, labels
+from interlock.monitors import gpu_metrics as gpu
+from interlock.monitors import series, templates
 from interlock.monitors.attribution import Holding, share
 from interlock.monitors.gpu import Card, Reading
+from interlock.monitors.gpu_series import CardSeries
 from interlock.monitors.processes import TreeReading
 from interlock.monitors.roster import Instance
 from interlock.monitors.sampler import Group
@@ -36,20 +38,22 @@ def test_two_processes_of_one_agent_revision_and_role_report_their_sum() -> None
 
 def test_memory_on_a_card_is_attributed_to_agents_and_the_rest_is_told_as_nobodys() -> None:
     reading = Reading(CARD, 1.0, {gpu.MEMORY_USED: 19}, {11: 4, 12: 3, 99: 2})
-    samples = series.of_card("alpha", reading, {11: ECHO, 12: ECHO})
+    samples = series.of_processes("alpha", reading, {11: ECHO, 12: ECHO})
     of = {"agent": "echo", "revision": "v1", "role": "permanent"}
     assert samples == {
-        labels(gpu.UP, host="alpha", gpu="0", uuid="GPU-0"): 1,
-        USED: 19,
         labels(gpu.PROCESS_MEMORY, host="alpha", gpu="0", uuid="GPU-0", **of): 7,
-        labels(series.UNATTRIBUTED, host="alpha", gpu="0", uuid="GPU-0", holder="stranger"): 2,
-        labels(series.UNATTRIBUTED, host="alpha", gpu="0", uuid="GPU-0", holder="unlisted"): 10,
+        labels(gpu.UNATTRIBUTED, host="alpha", gpu="0", uuid="GPU-0", holder="stranger"): 2,
+        labels(gpu.UNATTRIBUTED, host="alpha", gpu="0", uuid="GPU-0", holder="unlisted"): 10,
     }
 
 
 def test_where_the_driver_names_no_process_nobody_says_whose_memory_it_is() -> None:
-    reading = Reading(CARD, 1.0, {gpu.MEMORY_USED: 19}, unsupported=(gpu.PROCESS_MEMORY,))
-    assert series.of_card("alpha", reading, {}) == {labels(gpu.UP, host="alpha", gpu="0", uuid="GPU-0"): 1, USED: 19}
+    lacking = {gpu.PROCESS_MEMORY: "the driver does not tell it"}
+    reading = Reading(CARD, 1.0, {gpu.MEMORY_USED: 19}, {}, lacking=lacking)
+    samples: dict[Labels, float] = {}
+    CardSeries("alpha", CARD).take(reading, {}, samples)
+    assert samples[USED] == 19
+    assert not [key for key in samples if gpu.UNATTRIBUTED in dict(key).values()]
 
 
 def test_memory_of_the_instances_of_a_divided_card_is_kept_apart() -> None:
@@ -81,12 +85,6 @@ def test_only_the_series_of_an_instance_that_is_gone_end_whatever_was_read() -> 
     live.update({old: 1, new: 2}, due=ALL_GROUPS, complete=ALL_GROUPS)
     assert live.end(lambda key: series.instance_of(key) == ("echo", "v1", "candidate")) == [new]
     assert live.keys == {old}
-
-
-def test_a_card_that_failed_says_only_that() -> None:
-    assert series.of_card("alpha", Reading(CARD, 1.0, error="lost"), {}) == {
-        labels(gpu.UP, host="alpha", gpu="0", uuid="GPU-0"): 0
-    }
 
 
 def test_a_series_that_was_not_read_this_time_has_not_ended() -> None:

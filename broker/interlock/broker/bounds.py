@@ -44,6 +44,7 @@ RANGES: dict[str, Range] = {
     "MonitorConfig.idle_s": PERIOD,
     "MonitorConfig.migrating_s": PERIOD,
     "MonitorConfig.slow_s": PERIOD,
+    "MonitorConfig.gpu_call_s": DEADLINE,
     "HostConfig.backups": Range(1, 10_000),
     "ProbeConfig.timeout_s": DEADLINE,
     "RevisionConfig.start_timeout_s": DEADLINE,

@@ -131,6 +131,7 @@ class MonitorConfig(_Config, frozen=True, kw_only=True):
     slow_s: float = 10.0  # between samples of what changes slowly or costs much to read: disks, context switches
     # auto: NVIDIA's cards where its library and driver are, else those of AMD and Intel (drm)
     gpu: Literal["auto", "nvidia", "drm", "simulated", "none"] = "auto"
+    gpu_call_s: float = 0.4  # a call into the GPUs' driver that takes longer hangs; readings take at most some 100 ms
     simulated: list[SimulatedGpu] = []  # with gpu = "simulated": the cards there are
     templates: dict[str, MonitorTemplate] = {}  # by category of agent: what differs from what is usual for it
 

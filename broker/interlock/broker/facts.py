@@ -430,6 +430,46 @@ class AlertResolved(_Body, frozen=True, kw_only=True, tag="alert-resolved"):
     labels: Labels
 
 
+# monitor, topic fact/gpu/<host>/
+
+GpuCause = Literal["device", "driver", "agent", "limit"]
+GpuIndex = Annotated[int, says("the card's number, as the driver counts; -1: the driver as a whole")]
+GpuUuid = Annotated[str, says("the card's; empty as long as nobody has told it")]
+GpuFaultKind = Annotated[str, says("one of those in docs/gpus.md: lost, hang, xid, ...")]
+Xid = Annotated[int, says("NVIDIA's number of the error; 0: it is none of these")]
+
+
+class GpuFault(_Body, frozen=True, kw_only=True, tag="gpu-fault"):
+    """A fault of a GPU stands. Said once; again only if more is known of it."""
+
+    host: HostName
+    gpu: GpuIndex
+    uuid: GpuUuid
+    kind: GpuFaultKind
+    cause: Annotated[
+        GpuCause, says("whose it is; `agent`: a program's own error; `limit`: none, but a reading is not to be had")
+    ]
+    detail: Reason
+    recovery: Annotated[str, says("what ends it")]
+    since: Time
+    xid: Xid = 0
+    pid: Annotated[int, says("of the process that the kernel names; 0: none")] = 0
+    agent: Annotated[str, says("whose process that is; empty: none of this host's agents'")] = ""
+
+
+class GpuFaultCleared(_Body, frozen=True, kw_only=True, tag="gpu-fault-cleared"):
+    """It stands no longer."""
+
+    host: HostName
+    gpu: GpuIndex
+    uuid: GpuUuid
+    kind: GpuFaultKind
+    detail: Reason
+    since: Time
+    until: Time
+    xid: Xid = 0
+
+
 Fact = (
     HostUp
     | HostDown
@@ -460,4 +500,6 @@ Fact = (
     | FleetSnapshot
     | AlertFiring
     | AlertResolved
+    | GpuFault
+    | GpuFaultCleared
 )

@@ -46,6 +46,7 @@ BY_HOST = (
 )
 _OF_WAVE = (facts.WaveStarted, facts.WaveRefused, facts.WaveChanged, facts.WaveEnded)
 _BY_RULES = (facts.AlertFiring, facts.AlertResolved)
+BY_MONITOR = (facts.GpuFault, facts.GpuFaultCleared)
 
 
 def publish(grant: Grant, event: Event) -> None:
@@ -75,6 +76,9 @@ def publish(grant: Grant, event: Event) -> None:
             _only(grant, event.topic, role == "coordinator", isinstance(body, _OF_WAVE))
         case "fact" if target.startswith("alert/"):
             _only(grant, event.topic, role == "rules", isinstance(body, _BY_RULES))
+        case "fact" if target.startswith("gpu/"):
+            own = role == "monitor" and target == f"gpu/{name}"
+            _only(grant, event.topic, own, isinstance(body, BY_MONITOR) and body.host == name)
         case "record":
             _only(grant, event.topic, role == "coordinator", isinstance(body, facts.SeriesRecorded))
         case "snapshot":
@@ -174,5 +178,5 @@ def _only(grant: Grant, topic: str, may: bool, fitting: bool) -> None:
 
 
 def _of_migration(body: Body) -> bool:
-    elsewhere = (*BY_HOST, *_BY_RULES, *_OF_WAVE, facts.SeriesRecorded, facts.FleetSnapshot)
+    elsewhere = (*BY_HOST, *BY_MONITOR, *_BY_RULES, *_OF_WAVE, facts.SeriesRecorded, facts.FleetSnapshot)
     return isinstance(body, get_args(facts.Fact)) and not isinstance(body, elsewhere)

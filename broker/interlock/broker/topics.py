@@ -8,6 +8,7 @@ fact/host/<host>/               what a host says happened there
 fact/migration/<agent>/         what the coordinator decided about an agent
 fact/wave/<wave>/               what the coordinator decided about many agents at once
 fact/alert/<rule>/              an alert fired or resolved
+fact/gpu/<host>/                what a host's monitor says of faults of its GPUs
 record/<agent>/                 what was measured of a migration
 snapshot/fleet/                 what the coordinator has folded of all that was before
 telemetry/<host>/<publisher>/   batches of samples
@@ -72,6 +73,10 @@ def record(agent: str) -> str:
 def alert_fact(rule: str) -> str:
     """Rule names are free text in Prometheus; whatever a topic can't hold becomes a dash."""
     return f"fact/alert/{re.sub(r'[^A-Za-z0-9._-]', '-', rule)[:MAX_NAME]}/"
+
+
+def gpu_fact(host: str) -> str:
+    return f"fact/gpu/{host}/"
 
 
 def telemetry(host: str, publisher: str) -> str:

@@ -116,6 +116,7 @@ TOPICS = (
     Topic("fact/migration/{agent}/", "what the coordinator decided about an agent", _OF_MIGRATION),
     Topic("fact/wave/{wave}/", "what the coordinator decided about many agents at once", _OF_WAVE),
     Topic("fact/alert/{rule}/", "that an alert fires, or no longer", (facts.AlertFiring, facts.AlertResolved)),
+    Topic("fact/gpu/{host}/", "faults of a host's GPUs", (facts.GpuFault, facts.GpuFaultCleared)),
     Topic("record/{agent}/", "what was measured of a migration", (facts.SeriesRecorded,)),
     Topic(topics.FLEET_SNAPSHOT, "all that was before, folded", (facts.FleetSnapshot,)),
 )

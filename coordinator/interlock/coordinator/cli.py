@@ -50,10 +50,14 @@ EXIT_USAGE, EXIT_SILENT, EXIT_REFUSED = 2, 3, 12
 ELSEWHERE = {
     "broker": ("interlock.broker", "run the broker in this process"),
     "host": ("interlock.agents", "run a host in this process: agents and their gateways (--name HOST)"),
-    "monitor": ("interlock.monitors", "run a monitor of a host in this process (--host HOST)"),
+    "monitor": (
+        "interlock.monitors",
+        "run a monitor of a host in this process (--host HOST), or an action on GPUs",
+    ),
     "backup": ("interlock.agents.backup_verb", "list, verify or restore the backups of this machine's hosts"),
 }
 TOOLS = {"backup"}  # of these, what is no role: it ends by itself
+TAKE_JSON = TOOLS | {"monitor"}
 
 
 class WrongUsage(SystemExit):
@@ -167,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen.timeout = getattr(chosen, "timeout", TIMEOUT_S)
     chosen.fleet = getattr(chosen, "fleet", None) or Path(os.environ.get(FLEET) or DEFAULT_FLEET)
     if chosen.verb in ELSEWHERE:
-        as_json = ["--json"] if chosen.json and chosen.verb in TOOLS else []
+        as_json = ["--json"] if chosen.json and chosen.verb in TAKE_JSON else []
         _become(chosen.verb, [*rest, *as_json, "--fleet", os.fspath(chosen.fleet)])
     return _run(chosen)
 

@@ -38,6 +38,8 @@ def sentence(body: Body) -> str:
             return f"snapshot of the fleet as of event {body.through}"
         case facts.AlertResolved():
             return f"rule {body.rule} is over: {_labels(body.labels)}"
+        case facts.GpuFault() | facts.GpuFaultCleared():
+            return _of_gpu(body)
         case (
             facts.MigrationStarted()
             | facts.MigrationRefused()
@@ -56,6 +58,17 @@ def sentence(body: Body) -> str:
             return _of_safety(body)
         case _:
             return _of_command(body)
+
+
+def _of_gpu(body: facts.GpuFault | facts.GpuFaultCleared) -> str:
+    card = f"GPU {body.gpu}" if body.gpu >= 0 else "the GPUs' driver"
+    if isinstance(body, facts.GpuFaultCleared):
+        lasted = f"after {body.until - body.since:.1f} s"
+        return f"{body.host}: {card}: {body.kind} is over {lasted}" + (f": {body.detail}" if body.detail else "")
+    if body.cause == "limit":
+        return f"{body.host}: {card} does not give ({body.kind}): {body.detail}"
+    whose = f", by {body.agent}" if body.agent else ""
+    return f"{body.host}: {card}: {body.kind}: {body.detail}{whose}"
 
 
 def _left_out(body: facts.MigrationStarted) -> list[object]:
@@ -200,8 +213,13 @@ def tone(body: Body) -> Tone:
             | facts.WaveEnded(outcome="committed")
             | facts.HostUp()
             | facts.AlertResolved()
+            | facts.GpuFaultCleared()
         ):
             return "good"
+        case facts.GpuFault(cause="device" | "driver"):
+            return "bad"
+        case facts.GpuFault(cause="limit"):
+            return "dim"
         case facts.RollBackFailed() | facts.StepFailed():
             return "bad"
         case facts.MigrationEnded(outcome="failed") | facts.WaveEnded(outcome="failed"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from interlock.monitors import gpu
+from interlock.monitors import gpu_metrics as gm
 
 SYS, PROC = "/sys", "/proc"
 VENDORS = {"0x1002": "AMD", "0x8086": "Intel"}
@@ -91,9 +92,9 @@ def read_sensors(card: DrmCard) -> dict[str, float]:
     """Temperature and power, as far as the card has sensors."""
     found: dict[str, float] = {}
     files = {
-        gpu.TEMPERATURE: (("temp1_input", "temp2_input"), 1e-3),
-        gpu.POWER: (("power1_average", "power1_input"), 1e-6),
-        gpu.POWER_LIMIT: (("power1_cap", "power1_max"), 1e-6),
+        gm.TEMPERATURE: (("temp1_input", "temp2_input"), 1e-3),
+        gm.POWER: (("power1_average", "power1_input"), 1e-6),
+        gm.POWER_LIMIT: (("power1_cap", "power1_max"), 1e-6),
     }
     for folder in sorted((card.folder / "device" / "hwmon").glob("hwmon*")):
         for name, (candidates, scale) in files.items():

@@ -8,18 +8,48 @@ from functools import partial
 
 import trio
 
-from interlock.monitors import drm, gpu
+from interlock.monitors import drm
+from interlock.monitors import gpu_metrics as gm
 from interlock.monitors.drm import Client, DrmCard, Engines
-from interlock.monitors.gpu import Card, NoGpu, Reading
+from interlock.monitors.gpu import Card, Hear, NoGpu, Part, Reading
 from interlock.monitors.sampler import Group
 
 DEADLINE_S = 1.0  # for all files of a card; they take less than a millisecond where the driver is well
 START_DEADLINE_S = 10.0  # to find the cards: one that sleeps may have to wake up
+TOGETHER_S = 0.05  # in which the cards of one sample answer: who takes longer is told of alone
+READINGS = (gm.MEMORY_USED, gm.MEMORY_FREE, gm.MEMORY_TOTAL, gm.MEMORY_RATIO, gm.TEMPERATURE, gm.POWER, gm.POWER_LIMIT)
 CLIENTS_FRESH_S = 0.9  # what processes hold is looked up for all cards at once, not once for each of them
+
+
+class _Round:
+    """The readings of one sample of all cards."""
+
+    def __init__(self, count: int, hear: Hear) -> None:
+        self.whole = trio.Event()
+        self._count = count
+        self._hear = hear
+        self._readings: list[Reading] = []
+        self._closed = False
+
+    async def add(self, reading: Reading) -> None:
+        if self._closed:
+            await self._hear(Part([reading]))
+            return
+        self._readings.append(reading)
+        if len(self._readings) == self._count:
+            self.whole.set()
+
+    async def close(self) -> None:
+        """What comes later is heard by itself."""
+        self._closed = True
+        if self._readings:
+            await self._hear(Part(self._readings))
 
 
 class DrmBackend:
     """Made by `open_drm_backend`."""
+
+    in_kernel_log = False
 
     def __init__(self, cards: Sequence[DrmCard], proc: str, deadline_s: float) -> None:
         self.label = f"{len(cards)} by DRM"
@@ -29,25 +59,56 @@ class DrmBackend:
         self._deadline_s = deadline_s
         self._seats = [trio.CapacityLimiter(1) for _ in cards]
         self._engines = [Engines() for _ in cards]
+        self._hear: Hear | None = None
+        self._nursery: trio.Nursery | None = None
         self._clients: tuple[float, list[Client]] = float("-inf"), []
 
-    async def sample(self, index: int, groups: frozenset[Group]) -> Reading:
+    async def run(self, hear: Hear, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._hear = hear
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def sample(self, groups: frozenset[Group]) -> None:
+        """What has come within a moment is heard together; a card that is slow follows by itself."""
+        if self._hear is None or self._nursery is None:
+            return
+        round = _Round(len(self.cards), self._hear)
+        for index in range(len(self.cards)):
+            self._nursery.start_soon(self._ask, index, groups, round)
+        with trio.move_on_after(TOGETHER_S):
+            await round.whole.wait()
+        await round.close()
+
+    async def release(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True  # files are open only while they are read
+
+    def resume(self) -> None:
+        pass
+
+    async def _ask(self, index: int, groups: frozenset[Group], round: _Round) -> None:
         """The readings of these groups; of a card that hangs, that it does."""
         card, asked, seat = self.cards[index], time.time(), self._seats[index]
         if seat.borrowed_tokens:
-            return Reading(card, asked, error="the driver does not answer: an earlier look has still not come back")
+            why = "the driver does not answer: an earlier look has still not come back"
+            await round.add(Reading(card, asked, groups=groups, kind="hang", error=why))
+            return
+        reading: Reading | None = None
         with trio.move_on_after(self._deadline_s):
             read = partial(self._read, index, groups)
-            return await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=seat)
-        return Reading(card, asked, error=f"the driver does not answer: nothing within {self._deadline_s:g} s")
-
-    async def close(self) -> None:
-        await trio.lowlevel.checkpoint()
+            reading = await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=seat)
+        if reading is None:
+            why = f"the driver does not answer: nothing within {self._deadline_s:g} s"
+            reading = Reading(card, asked, groups=groups, kind="hang", error=why)
+        await round.add(reading)
 
     def _read(self, index: int, groups: frozenset[Group]) -> Reading:
         asked, card, found = time.time(), self.cards[index], self._drm[index]
         if not (found.folder / "device").exists():
-            return Reading(card, asked, error="the card is gone: the kernel lists it no more")
+            why = "the card is gone: the kernel lists it no more"
+            return Reading(card, asked, groups=groups, kind="lost", error=why)
         clients = [one for one in self._look(Group.CALM in groups) if one.pci == found.pci]
         values: dict[str, float] = {}
         if Group.HOT in groups:
@@ -56,15 +117,20 @@ class DrmBackend:
             if busy is None and Group.CALM in groups:
                 busy = self._engines[index].add(clients, time.monotonic())
             if busy is not None:
-                values[gpu.UTILIZATION] = busy
+                values[gm.UTILIZATION] = busy
         if Group.CALM in groups:
             values |= drm.read_sensors(found)
-        held: dict[int, int] = {}
-        for client in clients:
-            held[client.pid] = held.get(client.pid, 0) + client.held
-        wanted = [gpu.MEMORY_USED, gpu.MEMORY_FREE, gpu.MEMORY_TOTAL, gpu.MEMORY_RATIO] if Group.HOT in groups else []
-        wanted += [gpu.TEMPERATURE, gpu.POWER, gpu.POWER_LIMIT] if Group.CALM in groups else []
-        return Reading(card, asked, values, held, tuple(name for name in wanted if name not in values))
+        held: dict[int, int] | None = None
+        lacking: dict[str, str] | None = None
+        if Group.CALM in groups:
+            held = {}
+            for client in clients:
+                held[client.pid] = held.get(client.pid, 0) + client.held
+        if Group.HOT in groups and Group.CALM in groups:
+            lacking = {name: "the driver does not tell it" for name in READINGS if name not in values}
+        return Reading(
+            card, asked, values, held, groups, slow=Group.SLOW in groups, lacking=lacking, seconds=time.time() - asked
+        )
 
     def _look(self, now: bool) -> list[Client]:
         """What processes hold, looked up with the calm readings only; in between, as it was."""

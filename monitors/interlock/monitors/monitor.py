@@ -1,14 +1,13 @@
 """The monitor's shell: follows what lives on its host, samples it to the beat, and publishes.
 
-Each source (each GPU, the agents' processes, the machine) has a task and a beat of its own, so that one that hangs or
+Each source (the GPUs, the agents' processes, the machine) has a task and a beat of its own, so that one that hangs or
 is slow holds up no other.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -19,25 +18,26 @@ from interlock.broker.bus import Bus
 from interlock.broker.config import MonitorConfig
 from interlock.broker.facts import Role
 from interlock.broker.samples import NAME, SeriesReader
+from interlock.broker.wire import Body
 from interlock.monitors import series
 from interlock.monitors.alarms import Alarms
 from interlock.monitors.cadence import Cadence
 from interlock.monitors.drm_backend import open_drm_backend
+from interlock.monitors.either import EitherBackend
 from interlock.monitors.events import Events
 from interlock.monitors.gpu import GpuBackend, NoGpu
+from interlock.monitors.gpu_watch import GpuWatch
+from interlock.monitors.kernel_log import KMSG
 from interlock.monitors.machine import Machine, Values
-from interlock.monitors.nvml import open_nvidia_backend
+from interlock.monitors.nvidia import NvidiaBackend, Patience
 from interlock.monitors.processes import TreeReading, Trees, due_by
-from interlock.monitors.roster import Roster
+from interlock.monitors.roster import Instance, Roster
 from interlock.monitors.sampler import Group, Schedule
-from interlock.monitors.series import ALL_GROUPS, Live
+from interlock.monitors.series import Live
 from interlock.monitors.simulated import open_simulated_backend
 from interlock.monitors.templates import DEFAULT, Template, templates
 
-log = logging.getLogger("interlock.monitors")
-
 MIGRATIONS = f"{topics.FACTS}migration/"
-GPU_RETRY_S = 10.0  # a configured GPU that is not there may come back with its driver
 
 OpenGpu = Callable[[MonitorConfig, Path], Awaitable[GpuBackend]]
 
@@ -50,15 +50,8 @@ async def open_gpu(config: MonitorConfig, state: Path) -> GpuBackend:
         return await open_simulated_backend(state / "simgpu", config.simulated)
     if config.gpu == "drm":
         return await open_drm_backend()
-    try:
-        return await open_nvidia_backend()
-    except NoGpu as no_nvidia:
-        if config.gpu == "nvidia":
-            raise
-        try:
-            return await open_drm_backend()
-        except NoGpu as no_other:
-            raise NoGpu(f"{no_nvidia}; {no_other}") from None
+    nvidia = NvidiaBackend(expected=config.gpu == "nvidia", patience=Patience(call_s=config.gpu_call_s))
+    return nvidia if config.gpu == "nvidia" else EitherBackend(nvidia, open_drm_backend)
 
 
 class Monitor:
@@ -73,6 +66,7 @@ class Monitor:
         *,
         open_gpu: OpenGpu = open_gpu,
         categories: Mapping[str, str] | None = None,
+        kmsg: Path = KMSG,
     ) -> None:
         self.host = host
         self.roster = Roster(host)
@@ -92,7 +86,7 @@ class Monitor:
         self._changed = trio.lowlevel.ParkingLot()
         self._schedules: list[Schedule] = []
         self._live: list[Live] = []
-        self._driver_up: bool | None = None  # None: no GPU is expected here
+        self.gpus = GpuWatch(host, self._telemetry, self._post_of_gpu, self._owners, kmsg=kmsg)
 
     async def run(self, ready: Callable[[], None]) -> None:
         try:
@@ -102,12 +96,12 @@ class Monitor:
                 nursery.start_soon(self._follow_leases)
                 nursery.start_soon(self._alarms.run)
                 nursery.start_soon(partial(self._beat, self._sampler_of_machine(), fast=False))
-                nursery.start_soon(self._sample_gpus)
+                nursery.start_soon(self._watch_gpus)
                 ready()
                 await caught_up.wait()  # half a history would name instances and roles that are no more
                 nursery.start_soon(self._sample_trees)
         finally:
-            gone = [key for live in self._live for key in live.keys] + self._events.live()
+            gone = [*(key for live in self._live for key in live.keys), *self._events.live(), *self.gpus.live]
             self._telemetry.send({}, time=time.time(), ended=gone)  # a goodbye, so that silence means a failure
 
     # --- following
@@ -208,10 +202,7 @@ class Monitor:
             else:
                 asked, values = await trio.to_thread.run_sync(read, due, abandon_on_cancel=True)
             if Group.CALM in due:
-                missed = sum(schedule.missed for schedule in self._schedules)
-                values["monitor_missed_samples_total", ()] = missed
-                if self._driver_up is not None:
-                    values["gpu_driver_up", ()] = float(self._driver_up)
+                values["monitor_missed_samples_total", ()] = sum(schedule.missed for schedule in self._schedules)
             samples = series.of_machine(self.host, values)
             ended = live.update(samples, due=due, complete=due)
             if Group.CALM in due:
@@ -266,54 +257,13 @@ class Monitor:
         finally:
             self._trees.close()
 
-    async def _sample_gpus(self) -> None:
-        backend = await self._find_gpu()
-        if backend is None:
-            return
-        log.info("GPUs: %s: %s", backend.label, ", ".join(f"{card.index} {card.name}" for card in backend.cards))
-        try:
-            async with trio.open_nursery() as nursery:
-                for card in backend.cards:
-                    nursery.start_soon(self._beat, self._sampler_of_card(backend, card.index))
-        finally:
-            with trio.CancelScope(shield=True):
-                await backend.close()
+    def _post_of_gpu(self, body: Body) -> None:
+        self._bus.post(topics.gpu_fact(self.host), body)
 
-    async def _find_gpu(self) -> GpuBackend | None:
-        """The back-end, or None where there is none; one that is asked for by name is looked for until it is there."""
-        wanted = self._config.gpu in ("nvidia", "drm")
-        said = False
-        while True:
-            try:
-                backend = await self._open_gpu(self._config, self._state)
-            except NoGpu as error:
-                if not said:
-                    log.log(logging.INFO if self._config.gpu in ("auto", "none") else logging.ERROR, "GPUs: %s", error)
-                    said = True
-                if not wanted:
-                    return None
-                self._driver_up = False
-                await trio.sleep(GPU_RETRY_S)
-            else:
-                self._driver_up = True
-                return backend
+    async def _owners(self, pids: Iterable[int]) -> Mapping[int, Instance]:
+        return await trio.to_thread.run_sync(self._trees.owners, list(pids), abandon_on_cancel=True)
 
-    def _sampler_of_card(self, backend: GpuBackend, index: int) -> Callable[[frozenset[Group]], Awaitable[None]]:
-        live = self._new_live()
-        error = ""
-
-        async def sample(due: frozenset[Group]) -> None:
-            nonlocal error
-            reading = await backend.sample(index, due)
-            if bool(reading.error) != bool(error):  # once, not at every sample
-                if reading.error:
-                    log.error("GPU %d %s failed: %s", index, reading.card.name, reading.error)
-                else:
-                    log.warning("GPU %d %s reports again", index, reading.card.name)
-            error = reading.error
-            owners = await trio.to_thread.run_sync(self._trees.owners, list(reading.processes), abandon_on_cancel=True)
-            samples = series.of_card(self.host, reading, owners)
-            ended = live.update(samples, due=due | {Group.HOT}, complete=ALL_GROUPS if error else due)
-            self._telemetry.send(samples, time=reading.time, ended=ended)
-
-        return sample
+    async def _watch_gpus(self) -> None:
+        gpu = self._config.gpu
+        opened = partial(self._open_gpu, self._config, self._state)
+        await self.gpus.run(opened, self._beat, wanted=gpu in ("nvidia", "drm"), quiet=gpu in ("auto", "none"))

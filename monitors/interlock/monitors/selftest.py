@@ -1,62 +1,142 @@
-"""What the NVIDIA back-end sees on this machine, for people and bug reports (`--self-test` of this package)."""
+"""What NVML says on this machine, reading by reading, and what each costs: `interlock monitor selftest`.
+
+The driver is asked by a process of its own (`nvml_measure.py`), which says each result as soon as it has it. A call
+that does not come back is a verdict too: its card is left out, and the others are measured by another process.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import trio
 
-from interlock.monitors.gpu import NoGpu
-from interlock.monitors.nvml import NvidiaBackend, open_nvidia_backend
-from interlock.monitors.sampler import Group
-from interlock.monitors.series import ALL_GROUPS
+from interlock.monitors.call_notes import NO_CARD, START_DEADLINE_S, CallNotes, Note, Seat, deadline
+from interlock.monitors.kernel_log import KMSG
 
 ROUNDS = 10  # a first call may be slow; the median of these is what a sample costs
-PAUSE_S = 0.1  # between rounds, as while migrating
+CALL_DEADLINE_S = 2.0  # more than the monitor allows: here a slow call is a figure, not yet a fault
+COLUMNS = ("reading", "verdict", "value", "median", "largest")
+
+Result = dict[str, Any]
 
 
-async def survey(library: Any = None, *, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Cards, readings, what is unsupported, and how long each call took (seconds; median and largest)."""
-    began = time.perf_counter()
+async def survey(rounds: int = ROUNDS) -> dict[str, Any]:
+    """Driver, cards, and of each card every reading with its verdict, its value and the seconds that it took."""
+    report: dict[str, Any] = {"gpu": False, "reason": "", "kernel_log": _kernel_log(), "cards": {}}
+    without: list[int] = []
+    while True:
+        stuck = await _measure(report, rounds, without)
+        if stuck is None:
+            break
+        call = f"{stuck.function or 'the start'} has not come back"
+        if stuck.card == NO_CARD or stuck.card in without:
+            report["reason"] = call
+            break
+        without.append(stuck.card)
+        card = report["cards"].setdefault(stuck.card, {"index": stuck.card, "readings": []})
+        card["error"] = call
+    report["cards"] = [report["cards"][index] for index in sorted(report["cards"])]
+    return report
+
+
+async def _measure(report: dict[str, Any], rounds: int, without: list[int]) -> Note | None:
+    """Take in what one process measures; the call that it is stuck in."""
+    notes = CallNotes()
+    order = {"notes": notes.descriptor, "rounds": rounds, "without": without}
+    command = [sys.executable, "-P", "-m", "interlock.monitors.nvml_measure", msgspec.json.encode(order).decode()]
+    process = await trio.lowlevel.open_process(command, stdout=-1, pass_fds=[notes.descriptor])
+    stuck: Note | None = None
     try:
-        backend = await open_nvidia_backend(library)
-    except NoGpu as absent:
-        return {"gpu": False, "reason": str(absent), "cards": []}
-    opened = time.perf_counter() - began
-    try:
-        cards = [await _survey_card(backend, index, rounds) for index in range(len(backend.cards))]
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal stuck
+                while (stuck := _overdue(notes)) is None:  # noqa: ASYNC110 - who is stuck tells nobody
+                    await trio.sleep(0.1)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            async for result in _results(process):
+                _take(report, result)
+            nursery.cancel_scope.cancel()
     finally:
-        await backend.close()
-    return {"gpu": True, "driver": backend.driver, "open_seconds": round(opened, 6), "cards": cards}
+        with trio.CancelScope(shield=True), trio.move_on_after(1.0):
+            process.kill()
+            await process.wait()
+        assert process.stdout is not None
+        await process.stdout.aclose()
+        notes.close()
+    return stuck
 
 
-async def _survey_card(backend: NvidiaBackend, index: int, rounds: int) -> dict[str, Any]:
-    reading, spent = await backend.timed(index, ALL_GROUPS)
-    calls = {name: [seconds] for name, seconds in spent.items()}
-    whole: dict[str, list[float]] = {"hot": [], "all": []}
-    for _ in range(rounds):
-        await trio.sleep(PAUSE_S)
-        for label, groups in (("hot", frozenset({Group.HOT})), ("all", ALL_GROUPS)):
-            began = time.perf_counter()
-            _, spent = await backend.timed(index, groups)
-            whole[label].append(time.perf_counter() - began)
-            for name, seconds in spent.items():
-                calls.setdefault(name, []).append(seconds)
-    card = reading.card
-    return {
-        "index": card.index,
-        "uuid": card.uuid,
-        "name": card.name,
-        "up": not reading.error,
-        "error": reading.error,
-        "readings": dict(reading.values),
-        "unsupported": list(reading.unsupported),
-        "processes": {str(pid): held for pid, held in reading.processes.items()},
-        "sample_seconds": {label: _spread(seconds) for label, seconds in whole.items()},
-        "call_seconds": {name: _spread(seconds) for name, seconds in calls.items()},
-    }
+def _overdue(notes: CallNotes) -> Note | None:
+    now = time.monotonic()
+    note = notes.read(Seat.POLL)
+    if note is None:
+        return Note("", NO_CARD, now) if now - notes.since(Seat.POLL) > 2 * START_DEADLINE_S else None
+    return note if deadline(note, CALL_DEADLINE_S) < now else None
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": round(sorted(seconds)[len(seconds) // 2], 6), "largest": round(max(seconds), 6)}
+async def _results(process: trio.Process) -> AsyncIterator[Result]:
+    assert process.stdout is not None
+    rest = b""
+    async for piece in process.stdout:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield msgspec.json.decode(line)
+
+
+def _take(report: dict[str, Any], result: Result) -> None:
+    kind = result.pop("kind")
+    if kind == "driver":
+        report |= {"gpu": True} | result
+    elif kind == "failed":
+        report["reason"] = result["reason"]
+    elif kind == "card":
+        report["cards"][result["index"]] = result | {"readings": []}
+    else:
+        report["cards"][result.pop("index")]["readings"].append(result)
+
+
+def _kernel_log() -> str:
+    try:
+        os.close(os.open(KMSG, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+    return "is readable"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"kernel log: {report['kernel_log']}"]
+    if not report["gpu"]:
+        return "\n".join([f"no NVIDIA GPU: {report['reason']}", *lines])
+    lines.insert(0, f"driver {report['driver']}, opened in {report['open_seconds'] * 1e3:.1f} ms")
+    for card in report["cards"]:
+        lines += ["", f"GPU {card['index']} {card.get('name', '')} {card.get('uuid', '')}".rstrip()]
+        if card.get("error"):
+            lines.append(f"  FAILED: {card['error']}")
+        rows = [COLUMNS, *(_row(reading) for reading in card["readings"])]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append(f"  {'  '.join(cells)}".rstrip())
+        if "sample_seconds" in card:
+            cost = {name: _time(seconds["median"]) for name, seconds in card["sample_seconds"].items()}
+            lines.append(f"  a whole sample: hot {cost['hot']}, hot and calm {cost['all']}")
+    return "\n".join(lines)
+
+
+def _row(reading: Result) -> tuple[str, ...]:
+    value = reading.get("value")
+    shown = "" if value is None else f"{value:.10g}"
+    return (reading["reading"], reading["verdict"], shown, _time(reading["median"]), _time(reading["largest"]))
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"

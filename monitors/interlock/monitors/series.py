@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from interlock.broker.samples import NAME, Labels, labels
-from interlock.monitors import gpu
+from interlock.monitors import gpu_metrics
 from interlock.monitors.attribution import Holding, share
 from interlock.monitors.gpu import Card, Reading
 from interlock.monitors.processes import TreeReading
@@ -15,17 +16,8 @@ from interlock.monitors.templates import Template
 
 ALL_GROUPS = frozenset(Group)
 ONLY_HOT = frozenset({Group.HOT})
-UNATTRIBUTED = "gpu_unattributed_memory_bytes"
-HOT = frozenset(
+HOT = gpu_metrics.HOT | frozenset(
     {
-        gpu.UP,
-        gpu.MEMORY_USED,
-        gpu.MEMORY_FREE,
-        gpu.MEMORY_TOTAL,
-        gpu.MEMORY_RATIO,
-        gpu.UTILIZATION,
-        gpu.PROCESS_MEMORY,
-        UNATTRIBUTED,
         "host_memory_total_bytes",
         "host_memory_available_bytes",
     }
@@ -135,20 +127,19 @@ def of_trees(keys: TreeKeys, readings: Iterable[TreeReading]) -> Samples:
     return samples
 
 
-def of_card(host: str, reading: Reading, owners: Mapping[int, Instance]) -> Samples:
-    """A card's own series, the memory of each agent on it, and what is nobody's. `owners` says whose a process is."""
+def of_processes(host: str, reading: Reading, owners: Mapping[int, Instance]) -> Samples:
+    """The memory of each agent on a card, and what is nobody's. `owners` says whose a process is."""
     card = _card(host, reading.card)
-    samples: Samples = {labels(gpu.UP, **card): 0.0 if reading.error else 1.0}
-    for name, value in reading.values.items():
-        samples[labels(name, **card)] = value
-    held = [Holding(reading.card.uuid, pid, size) for pid, size in reading.processes.items()]
-    shares = share(held, owners, used=reading.values.get(gpu.MEMORY_USED))
+    held = [Holding(reading.card.uuid, pid, size) for pid, size in (reading.processes or {}).items()]
+    shares = share(held, owners, used=reading.values.get(gpu_metrics.MEMORY_USED))
+    samples: Samples = {}
     for (_, instance), size in shares.agents.items():
-        key = labels(gpu.PROCESS_MEMORY, **card, **_of(instance))
+        key = labels(gpu_metrics.PROCESS_MEMORY, **card, **_of(instance))
         samples[key] = samples.get(key, 0.0) + size
-    if shares.unlisted is not None and gpu.PROCESS_MEMORY not in reading.unsupported:
-        samples[labels(UNATTRIBUTED, **card, holder="stranger")] = float(sum(shares.strangers.values()))
-        samples[labels(UNATTRIBUTED, **card, holder="unlisted")] = float(shares.unlisted)
+    if shares.unlisted is not None:
+        of = partial(labels, gpu_metrics.UNATTRIBUTED, **card)
+        samples[of(holder="stranger")] = float(sum(shares.strangers.values()))
+        samples[of(holder="unlisted")] = float(shares.unlisted)
     return samples
 
 
