@@ -118,8 +118,11 @@ class CardSeries:
         return [self._key(name) for name in gone]
 
     def _take_processes(self, reading: Reading, owners: Mapping[int, Instance], samples: Samples) -> list[Labels]:
-        found = series.of_card(self._host, Reading(reading.card, reading.time, processes=reading.processes), owners)
-        del found[self._key(gm.UP)]
+        used = {name: value for name, value in reading.values.items() if name == gm.MEMORY_USED}
+        told = Reading(reading.card, reading.time, used, reading.processes, lacking=reading.lacking)
+        found = series.of_card(self._host, told, owners)
+        for name in (gm.UP, gm.MEMORY_USED):  # the card's own
+            found.pop(self._key(name), None)
         for pid, share in reading.shares.items():
             if (owner := owners.get(pid)) is not None:
                 of = {"agent": owner.agent, "revision": owner.revision, "role": owner.role}
