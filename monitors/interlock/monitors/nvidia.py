@@ -377,7 +377,7 @@ _GROUPS = {
     0: frozenset[Group](),
     HOT: frozenset({Group.HOT}),
     CALM: frozenset({Group.CALM}),
-    HOT | CALM: frozenset(Group),
+    HOT | CALM: frozenset({Group.HOT, Group.CALM}),
 }
 
 

@@ -11,44 +11,24 @@ import trio
 
 from interlock.broker.config import SimulatedGpu as CardConfig
 from interlock.broker.simgpu import NoSimulatedGpu, SimulatedGpu, create_cards
-from interlock.monitors.gpu import Card, Hear, NoGpu, Part, Reading, memory
+from interlock.monitors.gpu import Card, NoGpu, Reading, memory
+from interlock.monitors.gpu_each import EachCard
 from interlock.monitors.sampler import Group
 
 
-class SimulatedBackend:
-    """The cards in a folder. Made by `open_simulated_backend`."""
-
-    in_kernel_log = False
+class SimulatedCards:
+    """The cards in a folder, as `EachCard` asks them. Made by `open_simulated_backend`."""
 
     def __init__(self, cards: Sequence[SimulatedGpu]) -> None:
         self._cards = list(cards)
-        self._hear: Hear | None = None
         self.label = f"{len(self._cards)} simulated"
         self.cards = [Card(index, gpu.uuid, gpu.name) for index, gpu in enumerate(self._cards)]
 
-    async def run(self, hear: Hear, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        self._hear = hear
-        task_status.started()
-        await trio.sleep_forever()
+    async def sample(self, index: int, groups: frozenset[Group]) -> Reading:
+        return await trio.to_thread.run_sync(partial(self._read, index, groups), abandon_on_cancel=True)
 
-    async def sample(self, groups: frozenset[Group]) -> None:
-        """The processes come from the same files as the memory, so that they cost nothing more: with every sample."""
-        if self._hear is None or Group.HOT not in groups:
-            return
-        read = partial(self._read, groups)
-        await self._hear(Part(await trio.to_thread.run_sync(read, abandon_on_cancel=True)))
-
-    async def release(self) -> bool:
-        await trio.lowlevel.checkpoint()
-        return True  # there is no driver
-
-    def resume(self) -> None:
-        pass
-
-    def _read(self, groups: frozenset[Group]) -> list[Reading]:
-        return [self._read_card(index, groups) for index in range(len(self._cards))]
-
-    def _read_card(self, index: int, groups: frozenset[Group]) -> Reading:
+    def _read(self, index: int, groups: frozenset[Group]) -> Reading:
+        """The processes come from the same files as the memory, so that they cost nothing more."""
         gpu, card, now = self._cards[index], self.cards[index], time.time()
         try:
             held = gpu.by_pid()
@@ -59,11 +39,11 @@ class SimulatedBackend:
         return Reading(card, now, values, held, groups, seconds=time.time() - now)
 
 
-async def open_simulated_backend(folder: Path, cards: Sequence[CardConfig]) -> SimulatedBackend:
+async def open_simulated_backend(folder: Path, cards: Sequence[CardConfig]) -> EachCard:
     """The configured cards in `folder`, made if they are not there. NoGpu if none is configured or they can't be."""
     if not cards:
         raise NoGpu("no simulated card is configured", hint="add a [[monitor.simulated]] to the fleet file")
     try:
-        return SimulatedBackend(await trio.to_thread.run_sync(create_cards, folder, cards))
+        return EachCard(SimulatedCards(await trio.to_thread.run_sync(create_cards, folder, cards)))
     except (NoSimulatedGpu, OSError) as error:
         raise NoGpu(f"the simulated cards can't be made: {error}", where=str(folder)) from None
