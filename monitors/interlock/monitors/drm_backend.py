@@ -11,45 +11,18 @@ import trio
 from interlock.monitors import drm
 from interlock.monitors import gpu_metrics as gm
 from interlock.monitors.drm import Client, DrmCard, Engines
-from interlock.monitors.gpu import Card, Hear, NoGpu, Part, Reading
+from interlock.monitors.gpu import Card, NoGpu, Reading
+from interlock.monitors.gpu_each import EachCard
 from interlock.monitors.sampler import Group
 
 DEADLINE_S = 1.0  # for all files of a card; they take less than a millisecond where the driver is well
 START_DEADLINE_S = 10.0  # to find the cards: one that sleeps may have to wake up
-TOGETHER_S = 0.05  # in which the cards of one sample answer: who takes longer is told of alone
 READINGS = (gm.MEMORY_USED, gm.MEMORY_FREE, gm.MEMORY_TOTAL, gm.MEMORY_RATIO, gm.TEMPERATURE, gm.POWER, gm.POWER_LIMIT)
 CLIENTS_FRESH_S = 0.9  # what processes hold is looked up for all cards at once, not once for each of them
 
 
-class _Round:
-    """The readings of one sample of all cards."""
-
-    def __init__(self, count: int, hear: Hear) -> None:
-        self.whole = trio.Event()
-        self._count = count
-        self._hear = hear
-        self._readings: list[Reading] = []
-        self._closed = False
-
-    async def add(self, reading: Reading) -> None:
-        if self._closed:
-            await self._hear(Part([reading]))
-            return
-        self._readings.append(reading)
-        if len(self._readings) == self._count:
-            self.whole.set()
-
-    async def close(self) -> None:
-        """What comes later is heard by itself."""
-        self._closed = True
-        if self._readings:
-            await self._hear(Part(self._readings))
-
-
-class DrmBackend:
-    """Made by `open_drm_backend`."""
-
-    in_kernel_log = False
+class DrmCards:
+    """As `EachCard` asks them. Made by `open_drm_backend`."""
 
     def __init__(self, cards: Sequence[DrmCard], proc: str, deadline_s: float) -> None:
         self.label = f"{len(cards)} by DRM"
@@ -59,50 +32,18 @@ class DrmBackend:
         self._deadline_s = deadline_s
         self._seats = [trio.CapacityLimiter(1) for _ in cards]
         self._engines = [Engines() for _ in cards]
-        self._hear: Hear | None = None
-        self._nursery: trio.Nursery | None = None
         self._clients: tuple[float, list[Client]] = float("-inf"), []
 
-    async def run(self, hear: Hear, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        self._hear = hear
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await trio.sleep_forever()
-
-    async def sample(self, groups: frozenset[Group]) -> None:
-        """What has come within a moment is heard together; a card that is slow follows by itself."""
-        if self._hear is None or self._nursery is None:
-            return
-        round = _Round(len(self.cards), self._hear)
-        for index in range(len(self.cards)):
-            self._nursery.start_soon(self._ask, index, groups, round)
-        with trio.move_on_after(TOGETHER_S):
-            await round.whole.wait()
-        await round.close()
-
-    async def release(self) -> bool:
-        await trio.lowlevel.checkpoint()
-        return True  # files are open only while they are read
-
-    def resume(self) -> None:
-        pass
-
-    async def _ask(self, index: int, groups: frozenset[Group], round: _Round) -> None:
+    async def sample(self, index: int, groups: frozenset[Group]) -> Reading:
         """The readings of these groups; of a card that hangs, that it does."""
         card, asked, seat = self.cards[index], time.time(), self._seats[index]
+        hung = partial(Reading, card, asked, groups=groups, kind="hang")
         if seat.borrowed_tokens:
-            why = "the driver does not answer: an earlier look has still not come back"
-            await round.add(Reading(card, asked, groups=groups, kind="hang", error=why))
-            return
-        reading: Reading | None = None
+            return hung(error="the driver does not answer: an earlier look has still not come back")
         with trio.move_on_after(self._deadline_s):
             read = partial(self._read, index, groups)
-            reading = await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=seat)
-        if reading is None:
-            why = f"the driver does not answer: nothing within {self._deadline_s:g} s"
-            reading = Reading(card, asked, groups=groups, kind="hang", error=why)
-        await round.add(reading)
+            return await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=seat)
+        return hung(error=f"the driver does not answer: nothing within {self._deadline_s:g} s")
 
     def _read(self, index: int, groups: frozenset[Group]) -> Reading:
         asked, card, found = time.time(), self.cards[index], self._drm[index]
@@ -139,7 +80,7 @@ class DrmBackend:
         return self._clients[1]
 
 
-async def open_drm_backend(sys: str = drm.SYS, proc: str = drm.PROC, *, deadline_s: float = DEADLINE_S) -> DrmBackend:
+async def open_drm_backend(sys: str = drm.SYS, proc: str = drm.PROC, *, deadline_s: float = DEADLINE_S) -> EachCard:
     """AMD's and Intel's cards of this machine. NoGpu where there is none, or the kernel does not answer."""
     cards: list[DrmCard] | None = None
     with trio.move_on_after(START_DEADLINE_S):
@@ -148,4 +89,4 @@ async def open_drm_backend(sys: str = drm.SYS, proc: str = drm.PROC, *, deadline
         raise NoGpu("the kernel does not list its cards", where=f"{sys}/class/drm", hint="dmesg may say why")
     if not cards:
         raise NoGpu("the kernel knows no card of AMD or Intel", where=f"{sys}/class/drm")
-    return DrmBackend(cards, proc, deadline_s)
+    return EachCard(DrmCards(cards, proc, deadline_s))
