@@ -181,4 +181,6 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
         one.add_argument("--rules", action="append", default=[], metavar="FILE", help=whose)
     conformance = act("conformance", "run Prometheus' own test scripts (promqltest) against our engine; JSON")
     conformance.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    conformance.add_argument("--failures", action="store_true", help="say on standard error what differs")
+    conformance.add_argument(
+        "--failures", action="store_true", help="what differs or is unsupported, on standard error"
+    )

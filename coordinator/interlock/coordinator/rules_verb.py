@@ -122,8 +122,8 @@ def _conformance(chosen: argparse.Namespace) -> int:
         verdicts = list(conformance.check(text_of(path)))
         files[_name(path, files)] = conformance.tally(verdicts)
         for verdict in verdicts if chosen.failures else ():
-            if verdict.outcome == "fail":
-                print(f"{path}:{verdict.line}: {verdict.query}: {verdict.detail}", file=sys.stderr)
+            if verdict.outcome != "pass":
+                print(f"{path}:{verdict.line}: {verdict.outcome}: {verdict.query}: {verdict.detail}", file=sys.stderr)
     report = conformance.report(files)
     print(json.dumps(report, indent=2))
     return EXIT_FAILED if report["failed"] else 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from interlock.broker.samples import Labels
+from interlock.broker.samples import NAME, Labels
 from interlock.coordinator.rules.evaluate import Evaluation
 from interlock.coordinator.rules.expression import (
     Aggregate,
@@ -107,17 +107,12 @@ def written(tree: Expression) -> str:
             return f"{value:g}"
         case Text(value):
             return f'"{value}"'
-        case Selector(matchers, offset_s, moment):
-            name = tree.metric or ""
-            rest = [one for one in matchers if not (one.label == "__name__" and one.op == "=")]
-            inside = ",".join(f'{one.label}{one.op}"{one.value}"' for one in rest)
-            text = name + (f"{{{inside}}}" if inside or not name else "")
-            text += "" if moment is None else f" @ {moment}"
-            return text + (f" offset {offset_s:g}s" if offset_s else "")
+        case Selector():
+            return _chosen(tree) + _shifted(tree)
         case Window(selector, seconds):
-            return f"{written(selector)}[{seconds:g}s]"
+            return f"{_chosen(selector)}[{seconds:g}s]{_shifted(selector)}"
         case Subquery(operand, seconds, step_s):
-            return f"({written(operand)})[{seconds:g}s:{'' if step_s is None else f'{step_s:g}s'}]"
+            return f"({written(operand)})[{seconds:g}s:{'' if step_s is None else f'{step_s:g}s'}]{_shifted(tree)}"
         case Negate(operand):
             return f"-({written(operand)})"
         case Binary():
@@ -128,6 +123,20 @@ def written(tree: Expression) -> str:
             return f"{op}{by} ({first}{written(operand)})"
         case Call(function, arguments):
             return f"{function}({', '.join(map(written, arguments))})"
+
+
+def _chosen(selector: Selector) -> str:
+    name = selector.metric or ""
+    rest = [one for one in selector.matchers if not (one.label == NAME and one.op == "=")]
+    inside = ",".join(f'{one.label}{one.op}"{one.value}"' for one in rest)
+    return name + (f"{{{inside}}}" if inside or not name else "")
+
+
+def _shifted(tree: Selector | Subquery) -> str:
+    """What stands behind a selector, or the window of one."""
+    moment = "" if tree.at is None else f" @ {tree.at}{'()' if isinstance(tree.at, str) else ''}"
+    edges = f" {tree.edges}" if isinstance(tree, Selector) and tree.edges else ""
+    return moment + (f" offset {tree.offset_s:g}s" if tree.offset_s else "") + edges
 
 
 def _side(tree: Expression) -> str:

@@ -38,9 +38,11 @@ def _wanted(expression: Expression, back_s: float) -> Iterator[Wanted]:
     match expression:
         case Selector():
             shifted = _shift(expression, back_s)
-            yield _plain(expression), shifted + LOOKBACK_S if shifted > 0 else 0.0, False
+            around = shifted > 0 or expression.edges
+            yield _plain(expression), shifted + LOOKBACK_S if around else 0.0, False
         case Window(selector, seconds):
-            yield _plain(selector), _shift(selector, back_s) + seconds, False
+            before = LOOKBACK_S if selector.edges else 0.0
+            yield _plain(selector), _shift(selector, back_s) + before + seconds, False
         case Subquery(operand, seconds, step_s):
             step = SUBQUERY_STEP_S if step_s is None else step_s
             yield from _wanted(operand, _shift(expression, back_s) + seconds + step)

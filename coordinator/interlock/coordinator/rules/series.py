@@ -380,6 +380,10 @@ class SeriesStore(Columns):
         counts[has] = np.diff(bounds)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]), times, values
 
+    def started(self, series: Ids, times: Floats) -> Floats | None:
+        """Publishers on the bus don't say when their counters began."""
+        return None
+
     # --- inside
 
     def _join(self, members: Members, series: int) -> None:
