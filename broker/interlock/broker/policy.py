@@ -101,6 +101,11 @@ def link(grant: Grant) -> None:
     _only(grant, "a host's link", grant.role == "host", True)
 
 
+def ask(grant: Grant) -> None:
+    """May this one ask the rule engine what it knows? It knows all that is measured: who hears all may ask."""
+    _only(grant, "the rule engine's answers", grant.role in ("operator", "coordinator"), True)
+
+
 def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
     """May this one send measurements under the topic?"""
     match grant.role:

@@ -166,13 +166,15 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
     check.add_argument("--hosts", type=whole_number, metavar="N", help="on so many hosts (default: as the fleet file)")
     test = act("test", "run promtool's unit-test files against our engine")
     test.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    evaluate = act("eval", "the value of an expression, of what the bus brings now or of a recording")
+    evaluate = act("eval", "the value of an expression, as the rule engine that runs has it, or of a recording")
     evaluate.add_argument("expression", metavar="EXPR")
     replay = act("replay", "what rules would have done on a recorded day: each transition with its time")
     replay.add_argument("recording", type=Path, metavar="RECORDING", help="what interlock watch --json printed")
     explain = act("explain", "why an alert fires or not: each part of its expression, the samples, since when")
     explain.add_argument("alert", metavar="ALERT")
     for one in (evaluate, explain):
+        listen = "compute it here from what the bus brings, instead of asking the rule engine that runs"
+        one.add_argument("--listen", action="store_true", help=listen)
         one.add_argument("--file", type=Path, metavar="RECORDING", help="what interlock watch --json printed")
         when = "at this time (default: now, of a recording its end; explain: the last firing)"
         one.add_argument("--time", metavar="TIME", help=when)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from interlock.broker.config import load_fleet
 from interlock.broker.errors import ConfigError
-from interlock.coordinator import rules_history_verbs
+from interlock.coordinator import rules_history_verbs, rules_live_verbs
 from interlock.coordinator.rules import check, conformance, unittests
 from interlock.coordinator.rules.check import Checked
 from interlock.coordinator.rules.rule import Rule
@@ -28,12 +28,19 @@ def run(chosen: argparse.Namespace) -> int:
     acts = {
         "check": _check,
         "test": _test,
-        "eval": rules_history_verbs.evaluate,
+        "eval": rules_live_verbs.evaluate if _live(chosen) else rules_history_verbs.evaluate,
         "replay": rules_history_verbs.run_replay,
-        "explain": rules_history_verbs.run_explain,
+        "explain": rules_live_verbs.explain if _live(chosen) else rules_history_verbs.run_explain,
         "conformance": _conformance,
     }
     return acts[chosen.act](chosen)
+
+
+def _live(chosen: argparse.Namespace) -> bool:
+    """The engine that runs is asked, unless others samples, or other rules, are meant than it has."""
+    if chosen.act == "explain" and chosen.rules:
+        return False
+    return chosen.act in ("eval", "explain") and not chosen.file and not chosen.listen
 
 
 def _check(chosen: argparse.Namespace) -> int:

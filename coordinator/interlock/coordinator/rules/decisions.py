@@ -61,6 +61,11 @@ class RuleDecisions:
         self._live = False
         self._undone: set[str] = set()  # ids of rollbacks that were decided, of migrations in flight
 
+    @property
+    def silent(self) -> frozenset[str]:
+        """Alerts that are ours alone: what they say of a permanent revision speaks for a candidate, and is not told."""
+        return frozenset(self._silent)
+
     def _with_twins(self, rules: Sequence[Rule]) -> list[Rule]:
         names = {rule.name for rule in rules}
         twins = [(rule.name, made) for rule in rules if (made := twin(rule)) is not None and made.name not in names]

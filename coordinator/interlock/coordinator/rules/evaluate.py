@@ -60,6 +60,7 @@ LOOKBACK_S = 300.0  # a sample counts for so long where no newer one comes; Prom
 SUBQUERY_STEP_S = 60.0  # of a subquery that names none; Prometheus' default evaluation interval
 MAX_STEPS = 11_000  # of a subquery: Prometheus' limit of points of a series
 MAX_POINTS = 50_000_000  # samples that one evaluation may bring together; Prometheus' default limit
+PART_COST = 20  # elements that cost as much as a part of an expression does in any case
 COUNTERS = ("_total", "_sum", "_count", "_bucket")
 
 
@@ -67,7 +68,8 @@ COUNTERS = ("_total", "_sum", "_count", "_bucket")
 class Evaluation:
     """One expression at one moment; times in seconds. `start` to `end`, `step`: of the range that is evaluated.
 
-    `wary`: a forecast needs more than two samples. `notes`: what Prometheus would warn of.
+    `wary`: a forecast needs more than two samples. `notes`: what Prometheus would warn of. `budget`: the elements and
+    samples that all of its parts may have together, each part counting as `PART_COST` more; 0: no limit.
     """
 
     source: Source
@@ -79,6 +81,13 @@ class Evaluation:
     default_step: float = SUBQUERY_STEP_S
     wary: bool = False
     notes: Notes = field(default_factory=Notes)
+    budget: int = 0
+    spent: int = 0
+
+    def spend(self, elements: int) -> None:
+        self.spent += elements
+        if self.spent > self.budget:
+            raise EvaluationError(f"it takes more than {self.budget} elements and samples to compute")
 
     def result(self, expression: Expression) -> Value:
         """What is told: names that are to go are gone, and no two elements have the same labels."""
@@ -122,6 +131,17 @@ class _At:
     # --- by kind of node
 
     def value(self, expression: Expression) -> Value:
+        if not self.of.budget:
+            return self.worth(expression)
+        self.of.spend(PART_COST)
+        found = self.worth(expression)
+        if isinstance(found, Matrix):
+            self.of.spend(len(found.runs.values))
+        elif isinstance(found, Vector):
+            self.of.spend(len(found))
+        return found
+
+    def worth(self, expression: Expression) -> Value:
         match expression:
             case Number(value):
                 return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,6 @@ from interlock.coordinator.rules.expression import (
     Text,
     Window,
 )
-from interlock.coordinator.rules.source import Source
 from interlock.coordinator.rules.values import EvaluationError, Matrix, Vector
 
 MAX_ELEMENTS = 8  # shown of each part
@@ -37,33 +36,53 @@ class Part:
     samples: list[tuple[Labels, float, float]] = field(default_factory=list)
     error: str = ""
     number: float | None = None
+    more: int = 0  # elements that are not told
 
-    def to_json(self) -> dict[str, Any]:
-        return {
+    def to_json(self, most: int | None = None) -> dict[str, Any]:
+        """`most`: elements and samples that are told; `more` counts the others."""
+        elements = [{"labels": dict(labels), "value": value} for labels, value in self.elements.items()]
+        samples = [{"labels": dict(labels), "time": at, "value": value} for labels, at, value in self.samples]
+        tree = {
             "depth": self.depth,
             "expr": self.text,
-            "elements": [{"labels": dict(labels), "value": value} for labels, value in self.elements.items()],
-            "samples": [{"labels": dict(labels), "time": at, "value": value} for labels, at, value in self.samples],
+            "elements": elements[:most],
+            "samples": samples[:most],
             "number": self.number,
             "error": self.error,
         }
+        return tree if most is None else {**tree, "more": max(0, max(len(elements), len(samples)) - most)}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Part:
+        def key(found: Mapping[str, Any]) -> Labels:
+            return tuple(sorted(found["labels"].items()))
+
+        return cls(
+            tree["depth"],
+            tree["expr"],
+            {key(each): each["value"] for each in tree["elements"]},
+            [(key(each), each["time"], each["value"]) for each in tree["samples"]],
+            tree["error"],
+            tree["number"],
+            tree.get("more", 0),
+        )
 
 
-def explain(expression: Expression, source: Source, at: float) -> Iterator[Part]:
-    """The expression and its parts at a moment, outermost first."""
-    yield from _parts(expression, source, at, 0)
+def explain(expression: Expression, begin: Callable[[], Evaluation]) -> Iterator[Part]:
+    """The expression and its parts, outermost first; `begin` makes the evaluation of each."""
+    yield from _parts(expression, begin, 0)
 
 
-def _parts(tree: Expression, source: Source, at: float, depth: int) -> Iterator[Part]:
+def _parts(tree: Expression, begin: Callable[[], Evaluation], depth: int) -> Iterator[Part]:
     if isinstance(tree, (Number, Text)):
         return
-    text = written(tree)
+    text, evaluation = written(tree), begin()
     try:
-        value = Evaluation(source, at).result(tree)
+        value = evaluation.result(tree)
     except EvaluationError as error:
         yield Part(depth, text, error=error.what)
     else:
-        sets = source.table.sets
+        sets = evaluation.source.table.sets
         if isinstance(value, Vector):
             found = {sets[key]: worth for key, worth in zip(value.keys.tolist(), value.values.tolist(), strict=True)}
             samples = []
@@ -76,7 +95,7 @@ def _parts(tree: Expression, source: Source, at: float, depth: int) -> Iterator[
         elif isinstance(value, float):
             yield Part(depth, text, number=value)
     for child in _children(tree):
-        yield from _parts(child, source, at, depth + 1)
+        yield from _parts(child, begin, depth + 1)
 
 
 def _samples(matrix: Matrix, sets: list[Labels]) -> list[tuple[Labels, float, float]]:

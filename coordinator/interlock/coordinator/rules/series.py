@@ -335,6 +335,20 @@ class SeriesStore(Columns):
         ]
         return np.array(found, np.int64)
 
+    def looks(self, selector: Selector) -> int:
+        """How many series `select` holds against the selector; none where it is watched."""
+        return 0 if (selector, False) in self._by_selector else len(self._candidates(selector.metric))
+
+    def kept(self, selector: Selector) -> tuple[int, float]:
+        """(samples there are of its series, seconds that each is kept for); infinity where there is no series."""
+        series = self.select(selector)
+        if not len(series):
+            return 0, float("inf")
+        rings = self.ring[series]
+        if (rings < 0).any():
+            return 0, 0.0
+        return int((self.rings.head[rings] - self.rings.tail[rings]).sum()), float(self.rings.keep[rings].min()) / 1000
+
     def baselines(self, selector: Selector) -> Ids:
         watched = self._by_selector.get((selector, True))
         return np.empty(0, np.int64) if watched is None else watched.series()

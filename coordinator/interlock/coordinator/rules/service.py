@@ -10,20 +10,25 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
-from interlock.broker import topics
+from interlock.broker import questions, topics
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.commands import RollBack
 from interlock.broker.config import FleetConfig
 from interlock.broker.errors import ConfigError, InterlockError, Refused, WireError
 from interlock.broker.facts import AlertFiring
+from interlock.broker.gate import Gate
+from interlock.broker.questions import Question, serve_questions
 from interlock.broker.role import held
 from interlock.broker.samples import Batch, labels
-from interlock.broker.security import load_security
+from interlock.broker.security import Security, load_security
 from interlock.coordinator.ownership import Places, places
+from interlock.coordinator.rules import answering
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
 from interlock.coordinator.rules.engine import Columns
 from interlock.coordinator.rules.intake import Intake
@@ -58,6 +63,7 @@ async def run_rules(fleet: FleetConfig, ready: Ready) -> None:
             service = RuleService(bus, rules, controls, places(fleet))
             service.keep(state / SNAPSHOT)
             service.watch_files(RuleFiles(fleet))
+            service.answer_at(questions.place(fleet), security)
             await service.run(ready)
 
 
@@ -73,6 +79,8 @@ class RuleService:
         self._reported: dict[str, str] = {}
         self._snapshot: Path | None = None
         self._files: RuleFiles | None = None
+        self._answers = ""
+        self._security: Security | None = None
         self._ticked = 0.0
         # the wall clock may be set back; deadlines may not
         self._wall = time.time() - trio.current_time()
@@ -97,6 +105,25 @@ class RuleService:
     def watch_files(self, files: RuleFiles) -> None:
         """Read these rule files again when they change."""
         self._files = files
+
+    def answer_at(self, endpoint: str, security: Security | None) -> None:
+        """Answer questions there."""
+        self._answers, self._security = endpoint, security
+
+    async def _answer_at(self, endpoint: str, nursery: trio.Nursery) -> None:
+        """Where that fails, rules are evaluated all the same: silence tells who asks, and the log has the reason."""
+        gate = None if self._security is None else Gate(self._security, "rules")
+        if gate is not None:
+            await nursery.start(gate.serve, self._bus.sockets)
+        serve = partial(serve_questions, self._bus.sockets, endpoint, self._respond, gate=gate)
+        try:
+            await nursery.start(serve)
+        except InterlockError as error:
+            _log.error("no questions are answered: %s", error)
+
+    def _respond(self, question: Question) -> dict[str, Any]:
+        decisions = self._decisions
+        return answering.answer(decisions.engine, question, self._now(), silent=decisions.silent)
 
     async def run(self, ready: Ready) -> None:
         with trio.move_on_after(FLUSH_S):
@@ -140,6 +167,8 @@ class RuleService:
             nursery.start_soon(self._report)
             if self._files is not None:
                 nursery.start_soon(self._follow_files, self._files, nursery)
+            if self._answers:
+                await self._answer_at(self._answers, nursery)
             nursery.start_soon(self._keep)
             gc.collect()
             gc.freeze()  # what lives as long as the engine is not looked at again and again
