@@ -106,6 +106,7 @@ class RulesConfig(_Config, frozen=True, kw_only=True):
     # rule files, relative to the fleet file; "default" names the rules that ship. None named: only those
     files: list[str] = []
     answers: str = ""  # where it is asked (rules eval, explain); empty: a socket in its state folder
+    partitions: int = 1  # processes that share the fleet's hosts; one takes some 100,000 samples a second
 
 
 class SimulatedGpu(_Config, frozen=True, kw_only=True):

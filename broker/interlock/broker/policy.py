@@ -6,6 +6,7 @@ A body belongs to its topic: a host can't slip the coordinator a command under a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import get_args
 
@@ -19,6 +20,8 @@ BEATS = "beat/"  # the pulse of the feed, which every subscriber needs
 RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the broker belong to no host
 
 EVERYTHING = ("",)
+
+_RULES_TOPIC = re.compile(rf"{RULES_TELEMETRY}(rules|(rules|partial)-[0-9]{{1,2}})/")
 
 _ASKED_OF_COORDINATOR = (
     commands.Migrate,
@@ -113,7 +116,9 @@ def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
             may = topic.startswith(f"telemetry/{grant.name}/") and topic != topics.telemetry(grant.name, "monitor")
         case "monitor":
             may = topic == topics.telemetry(grant.name, "monitor")
-        case "rules" | "coordinator" | "broker":
+        case "rules":  # several of them may share a fleet
+            may = _RULES_TOPIC.fullmatch(topic) is not None
+        case "coordinator" | "broker":
             may = topic == f"{RULES_TELEMETRY}{grant.role}/"
         case _:
             may = False

@@ -53,8 +53,14 @@ _answers = msgspec.msgpack.Decoder(Answer)
 Respond = Callable[[Question], Any]
 
 
-def place(fleet: FleetConfig) -> str:
-    """Where the rule engine is asked: `[rules] answers`, or a socket in its state folder."""
+def place(fleet: FleetConfig, number: int = 1) -> str:
+    """Where the rule engine is asked: `[rules] answers`, or a socket in its state folder.
+
+    Of several that share the fleet only the first answers at `answers`.
+    """
+    if fleet.rules.partitions > 1:
+        own = f"ipc://{fleet.state_dir / f'rules-{number}' / 'answers'}"
+        return (fleet.rules.answers or own) if number == 1 else own
     return fleet.rules.answers or f"ipc://{fleet.state_dir / 'rules' / 'answers'}"
 
 

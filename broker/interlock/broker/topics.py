@@ -10,7 +10,7 @@ fact/wave/<wave>/               what the coordinator decided about many agents a
 fact/alert/<rule>/              an alert fired or resolved
 record/<agent>/                 what was measured of a migration
 snapshot/fleet/                 what the coordinator has folded of all that was before
-telemetry/<host>/<publisher>/   batches of samples
+telemetry/<host>/<publisher>/   batches of samples; host "fleet": of roles that belong to none
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 COORDINATOR = "command/coordinator/"
 ALL_HOSTS = "command/all/"
-RESERVED = ("coordinator", "all")  # no host may be called so
+RESERVED = ("coordinator", "all", "fleet")  # no host may be called so
 COMMANDS = "command/"
 ROLLBACKS = "rollback/"
 FACTS = "fact/"

@@ -154,6 +154,8 @@ def keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
 
 def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Without an action, `rules` is the role."""
+    which = "which of the rule engines that share the fleet ([rules] partitions) this one is"
+    rules.add_argument("--partition", type=whole_number, default=0, metavar="N", help=which)
     acts = rules.add_subparsers(dest="act", metavar="ACTION", required=False)
 
     def act(name: str, help: str) -> argparse.ArgumentParser:
@@ -173,6 +175,8 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
     explain = act("explain", "why an alert fires or not: each part of its expression, the samples, since when")
     explain.add_argument("alert", metavar="ALERT")
     for one in (evaluate, explain):
+        which = "ask this one of the rule engines that share the fleet"
+        one.add_argument("--partition", type=whole_number, default=1, metavar="N", help=which)
         listen = "compute it here from what the bus brings, instead of asking the rule engine that runs"
         one.add_argument("--listen", action="store_true", help=listen)
         one.add_argument("--file", type=Path, metavar="RECORDING", help="what interlock watch --json printed")

@@ -61,7 +61,7 @@ def _ask(chosen: argparse.Namespace, question: Question) -> Any:
         security = load_operator(fleet)
         server = b"" if security is None else security.key_of("rules")
         try:
-            found.append(await ask(bus.sockets, place(fleet), server, question, timeout=PATIENCE_S))
+            found.append(await ask(bus.sockets, place(fleet, chosen.partition), server, question, timeout=PATIENCE_S))
         except Unreachable as error:
             hint = f"{error.hint} --listen computes it from what the bus brings"
             raise Unreachable(error.what, where=error.where, hint=hint) from None

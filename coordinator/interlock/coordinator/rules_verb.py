@@ -6,6 +6,7 @@ import argparse
 import glob
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from interlock.coordinator.rules import check, conformance, unittests
 from interlock.coordinator.rules.check import Checked
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import SHIPPED, load_rules, parse_rules, shipped_rules
+from interlock.coordinator.rules.sharing import Part, share
 from interlock.coordinator.rules.vocabulary import Size
 from interlock.coordinator.terminal import say_json
 
@@ -57,6 +59,8 @@ def _check(chosen: argparse.Namespace) -> int:
             problems.append(error)
             continue
         rules += found
+    if chosen.fleet.exists() and (count := load_fleet(chosen.fleet).rules.partitions) > 1:
+        problems += _not_shared(rules, Part(1, count))
     size, told = _size(chosen)
     checked = [*map(check.broken, problems), *check.check(rules, size)]
     severities = [finding.severity for each in checked for finding in each.findings]
@@ -69,6 +73,17 @@ def _check(chosen: argparse.Namespace) -> int:
         print(f"{len(rules)} rules: {', '.join(f'{count} {kind}' for kind, count in counts.items())}; {told}")
     wrong = counts["errors"] + (counts["warnings"] if chosen.strict else 0)
     return EXIT_FAILED if wrong else 0
+
+
+def _not_shared(rules: Sequence[Rule], part: Part) -> Iterator[ConfigError]:
+    """Of rules that the engines of the fleet file, being several, could not run."""
+    recording = [rule for rule in rules if rule.kind == "record"]
+    for rule in rules:
+        try:
+            share([*recording, rule], part)
+        except ConfigError as error:
+            if error.where == rule.where:
+                yield error
 
 
 def _test(chosen: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import trio
 
 from interlock.broker import questions, topics
+from interlock.broker.bus import TelemetryPublisher
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.commands import RollBack
 from interlock.broker.config import FleetConfig
@@ -25,7 +27,7 @@ from interlock.broker.facts import AlertFiring
 from interlock.broker.gate import Gate
 from interlock.broker.questions import Question, serve_questions
 from interlock.broker.role import held
-from interlock.broker.samples import Batch, labels
+from interlock.broker.samples import Batch, Labels, labels
 from interlock.broker.security import Security, load_security
 from interlock.coordinator.ownership import Places, places
 from interlock.coordinator.rules import answering
@@ -35,10 +37,13 @@ from interlock.coordinator.rules.intake import Intake
 from interlock.coordinator.rules.reloading import RuleFiles, follow
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import load_rules
+from interlock.coordinator.rules.sharing import WHOLE, Part, share
 from interlock.coordinator.rules.snapshot import BadSnapshot, Frozen, restore
 
 TICK_S = 0.05  # between looks at deadlines: what `for` may be late by
 TELEMETRY_S = 1.0  # between our own samples
+PARTIAL_S = 0.05  # between looks at partial results, where engines share a fleet: what a rule over all hosts is late by
+PARTIALS_S = 0.5  # and at most between two of the same: who hears none for 10 s takes the engine for silent
 TELEMETRY_HOST = "fleet"  # the rule engine belongs to no host
 DIRECT_TIMEOUT_S = 1.0  # for one attempt at a host; the log delivers the same rollback anyway
 FLUSH_S = 2.0  # for posts of an earlier life; a log that takes none must not keep rollbacks from leaving directly
@@ -52,29 +57,59 @@ _log = logging.getLogger("interlock.rules")
 Ready = Callable[[], None]
 
 
-async def run_rules(fleet: FleetConfig, ready: Ready) -> None:
-    """Serve until cancelled. ConfigError for a bad rule file, InUse if another rule engine holds the state folder."""
+async def run_rules(fleet: FleetConfig, ready: Ready, number: int = 0) -> None:
+    """Serve until cancelled. ConfigError for a bad rule file, InUse if another rule engine holds the state folder.
+
+    number: which of the engines that share the fleet this one is; 0: the only one.
+    """
+    part = part_of_fleet(fleet, number)
     rules = load_rules(fleet.rules.files, fleet.folder)
-    state = fleet.state_dir / "rules"
-    with held(state / "lock", "rules"):
+    state = fleet.state_dir / part.publisher
+    with held(state / "lock", part.publisher):
         security = load_security(fleet, "rules")
         async with open_bus(fleet.broker, "rules", outbox=state / "outbox", security=security) as bus:
             controls = {name: host.control for name, host in fleet.hosts.items()}
-            service = RuleService(bus, rules, controls, places(fleet))
-            service.keep(state / SNAPSHOT)
+            service = RuleService(bus, rules, controls, places(fleet), part=part, hosts=list(fleet.hosts))
+            # what another number of engines shared, this one has no use for
+            service.keep(state / (f"{SNAPSHOT}-of-{part.count}" if part.shared else SNAPSHOT))
             service.watch_files(RuleFiles(fleet))
-            service.answer_at(questions.place(fleet), security)
+            service.answer_at(questions.place(fleet, part.number), security)
             await service.run(ready)
+
+
+def part_of_fleet(fleet: FleetConfig, number: int) -> Part:
+    """Which part of the fleet the engine of this number has. ConfigError if there is none of that number."""
+    count = fleet.rules.partitions
+    if count == 1 and number in (0, 1):
+        return WHOLE
+    if not 1 <= number <= count:
+        raise ConfigError(
+            f"{count} rule engines share this fleet, and none is number {number}" if number else "which one?",
+            where=f"{fleet.path or 'fleet'}: rules.partitions",
+            hint=f"--partition 1 to {count}",
+        )
+    return Part(number, count)
 
 
 class RuleService:
     """One bus, one engine."""
 
-    def __init__(self, bus: Bus, rules: Sequence[Rule], controls: dict[str, str], placed: Places | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        rules: Sequence[Rule],
+        controls: dict[str, str],
+        placed: Places | None = None,
+        *,
+        part: Part = WHOLE,
+        hosts: Sequence[str] = (),
+    ) -> None:
         self._bus = bus
         self._rules = rules
+        self._part = part
+        self._hears = part.hears(hosts)
         self._refused_files = 0
-        self._decisions = RuleDecisions(rules, controls)
+        self._decisions = RuleDecisions(rules, controls, part)
         self._intake = Intake(placed)
         self._reported: dict[str, str] = {}
         self._snapshot: Path | None = None
@@ -129,7 +164,7 @@ class RuleService:
         with trio.move_on_after(FLUSH_S):
             await self._bus.flushed()  # what an earlier life of this role still had to say belongs into the fold
         async with (
-            self._bus.samples(["telemetry/"]) as feed,
+            self._bus.samples(self._hears) as feed,
             self._bus.events([topics.FACTS, topics.SNAPSHOTS], after=0) as log_feed,
             trio.open_nursery() as nursery,
         ):
@@ -164,7 +199,10 @@ class RuleService:
             )
             nursery.start_soon(take_in)
             nursery.start_soon(self._tick, nursery)
-            nursery.start_soon(self._report)
+            publisher = self._bus.telemetry(TELEMETRY_HOST, self._part.publisher)
+            nursery.start_soon(self._report, publisher)
+            if self._part.shared:
+                nursery.start_soon(self._tell_partials, self._bus.telemetry(TELEMETRY_HOST, self._part.partials))
             if self._files is not None:
                 nursery.start_soon(self._follow_files, self._files, nursery)
             if self._answers:
@@ -181,6 +219,11 @@ class RuleService:
 
     async def _follow_files(self, files: RuleFiles, nursery: trio.Nursery) -> None:
         def take(rules: Sequence[Rule]) -> None:
+            try:
+                share(rules, self._part)
+            except ConfigError as error:
+                refuse(error)
+                return
             before = {rule.hash for rule in self._rules}
             same = sum(rule.hash in before for rule in rules)
             self._rules = rules
@@ -203,6 +246,8 @@ class RuleService:
         now, engine = self._now(), self._decisions.engine
         columns: list[Columns] = []
         for batch in group:
+            if not self._part.takes(batch.source):
+                continue
             found = self._intake.columns(batch, now, admit=engine.admit, version=engine.store.version, end=engine.end)
             if found is not None:
                 columns.append((*found, batch.time, batch.source))
@@ -253,8 +298,20 @@ class RuleService:
             except InterlockError as error:
                 _log.warning("rollback to %s, attempt %d: %s", send.direct, attempt, error)
 
-    async def _report(self) -> None:
-        publisher = self._bus.telemetry(TELEMETRY_HOST, "rules")
+    async def _tell_partials(self, publisher: TelemetryPublisher) -> None:
+        """What the aggregations over hosts come to over ours, when it changes and once in a while."""
+        said: dict[Labels, float] = {}
+        due = -math.inf
+        while True:
+            found, now = self._decisions.partials(), trio.current_time()
+            gone = [labels for labels in said if labels not in found]
+            if found != said or now >= due:
+                publisher.send(found, time=time.time(), ended=gone)
+                said, due = found, now + PARTIALS_S
+            await trio.sleep(PARTIAL_S)
+
+    async def _report(self, publisher: TelemetryPublisher) -> None:
+        whose = {"partition": str(self._part.number)} if self._part.shared else {}
         while True:
             engine, intake = self._decisions.engine, self._intake
             figures = {
@@ -269,7 +326,7 @@ class RuleService:
                 "rules_claims_total": intake.strange + self._decisions.in_flight.claims.total,
                 "rules_alerts_firing": len(self._decisions.firing()),
             }
-            samples = {labels(name, host=TELEMETRY_HOST): float(value) for name, value in figures.items()}
+            samples = {labels(name, host=TELEMETRY_HOST, **whose): float(value) for name, value in figures.items()}
             publisher.send(samples, time=time.time())
             for where, error in engine.errors.items() - self._reported.items():
                 _log.warning("can't be evaluated now: %s: %s", where, error)
