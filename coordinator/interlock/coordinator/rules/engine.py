@@ -299,8 +299,7 @@ class Engine:
                 step(slots)
             for running, slots in looks:
                 if self._as_planned(running, slots, now, sample_time):
-                    unique = np.unique(slots)
-                    made += running.see(unique, *running.at(unique), now)
+                    made += running.see(slots, *running.at(slots), now, repeated=True)
             return made
         for plan in plans:
             for _, _, _, bound in plan.steps:

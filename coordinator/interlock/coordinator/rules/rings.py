@@ -63,16 +63,20 @@ class Rings:
         self._free_rings.append(ring)
         self.head[ring] = self.tail[ring] = 0
 
-    def append(self, rings: Ints, time: float, values: Floats) -> None:
-        """One sample for each of these rings, all of them different; newer than what they hold, or just as old."""
+    def append(self, rings: Ints, time: float, values: Floats, *, newer: bool = False) -> None:
+        """One sample for each of these rings, all of them different; newer than what they hold, or just as old.
+
+        `newer`: they are known not to be just as old.
+        """
         base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
-        again = (head > self.tail[rings]) & (self.times[base + ((head - 1) & mask)] == time)
-        if np.count_nonzero(again):
-            place = base[again] + ((head[again] - 1) & mask[again])
-            self.values[place] = values[again]
-            self.revised[rings[again]] += 1
-            rings, values = rings[~again], values[~again]
-            base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
+        if not newer:
+            again = (head > self.tail[rings]) & (self.times[base + ((head - 1) & mask)] == time)
+            if np.count_nonzero(again):
+                place = base[again] + ((head[again] - 1) & mask[again])
+                self.values[place] = values[again]
+                self.revised[rings[again]] += 1
+                rings, values = rings[~again], values[~again]
+                base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
         full = head - self.tail[rings] > mask
         if np.count_nonzero(full):
             for ring in rings[full].tolist():

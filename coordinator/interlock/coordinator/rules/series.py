@@ -218,7 +218,8 @@ class SeriesStore(Columns):
     def append(self, ids: Ids, values: Floats, at: float, taken_s: float) -> Ids:
         """Take in samples of one moment, one for each of these ids, and give back those that count."""
         before = self.times[ids]
-        if len(ids) and not before.max() < at:
+        newer = bool(len(ids)) and bool(before.max() < at)
+        if len(ids) and not newer:
             ended = before == np.inf
             late = before > at
             self.refused += int(ended.sum())
@@ -233,7 +234,7 @@ class SeriesStore(Columns):
         rings = self.ring[ids]
         if len(rings) and rings.max() >= 0:
             windowed = np.flatnonzero(rings >= 0)
-            self.rings.append(rings[windowed], at, values[windowed])
+            self.rings.append(rings[windowed], at, values[windowed], newer=newer)
         return ids
 
     def slots_of(self, ids: Ids) -> list[tuple[Members, Ints]]:

@@ -52,7 +52,7 @@ def extrapolated(  # noqa: PLR0917 - columns of one computation, in both tiers
     sample began, which is a sample of zero if it lies in the window.
     """
     sampled = (last_time - first_time) / 1000
-    interval = np.where(count > 1, sampled / np.maximum(count - 1, 1), 0.0)
+    interval = sampled / (count - 1) if began is None else np.where(count > 1, sampled / np.maximum(count - 1, 1), 0.0)
     to_start, to_end = (first_time - start) / 1000, (end - last_time) / 1000
     threshold = interval * 1.1
     to_start = np.where(to_start >= threshold, interval / 2, to_start)
