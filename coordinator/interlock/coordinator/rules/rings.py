@@ -63,10 +63,10 @@ class Rings:
         self._free_rings.append(ring)
         self.head[ring] = self.tail[ring] = 0
 
-    def append(self, rings: Ints, time: float, values: Floats, *, newer: bool = False) -> None:
+    def append(self, rings: Ints, time: float | Floats, values: Floats, *, newer: bool = False) -> None:
         """One sample for each of these rings, all of them different; newer than what they hold, or just as old.
 
-        `newer`: they are known not to be just as old.
+        `newer`: they are known not to be just as old; only then may each have a time of its own.
         """
         base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
         if not newer:
@@ -79,8 +79,9 @@ class Rings:
                 base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
         full = head - self.tail[rings] > mask
         if np.count_nonzero(full):
-            for ring in rings[full].tolist():
-                self._make_room(ring, time)
+            times = np.broadcast_to(time, rings.shape)[full]
+            for ring, moment in zip(rings[full].tolist(), times.tolist(), strict=True):
+                self._make_room(ring, moment)
             base, mask = self.base[rings], self.mask[rings]
         place = base + (head & mask)
         self.times[place] = time

@@ -150,6 +150,17 @@ class SeriesStore(Columns):
     def publisher_names(self) -> dict[int, str]:
         return {number: name for name, number in self._publishers.items()}
 
+    def silent_publishers(self, now: float, intervals: float) -> tuple[int, int]:
+        """(how many brought none of their series for so many intervals, how many there are)."""
+        count = len(self.labels)
+        known = (self.code[:count] != ENDED) & np.isfinite(self.interval[:count]) & (self.publisher[:count] >= 0)
+        known &= ~self.hidden[:count]
+        overdue = now - self.times[:count] > intervals * self.interval[:count]
+        publishers = self.publisher[:count]
+        seen = np.bincount(publishers[known], minlength=1)
+        late = np.bincount(publishers[known & overdue], minlength=len(seen))
+        return int(((seen > 0) & (late == seen)).sum()), int((seen > 0).sum())
+
     def watched(self) -> Iterable[Members]:
         return self._by_selector.values()
 
@@ -236,6 +247,20 @@ class SeriesStore(Columns):
             windowed = np.flatnonzero(rings >= 0)
             self.rings.append(rings[windowed], at, values[windowed], newer=newer)
         return ids
+
+    def append_all(self, ids: Ids, values: Floats, at: Floats, taken_s: Floats) -> bool:
+        """As `append`, of several moments; False, and nothing is taken in, unless each is newer than what is there."""
+        if not (self.times[ids] < at).all():
+            return False
+        self.times[ids] = at
+        self.values[ids] = values
+        self.taken_s[ids] = taken_s
+        self.code[ids] = PRESENT
+        rings = self.ring[ids]
+        windowed = np.flatnonzero(rings >= 0)
+        if len(windowed):
+            self.rings.append(rings[windowed], at[windowed], values[windowed], newer=True)
+        return True
 
     def slots_of(self, ids: Ids) -> list[tuple[Members, Ints]]:
         """The selectors that these series belong to, with the slots of each in order."""
