@@ -325,20 +325,37 @@ class Windowed(Passing):
         """Compute sums and counts anew from the ring: whatever rounding left behind ends here."""
         state = self.state
         self.anchored += len(slots)
-        for slot, ring in zip(slots.tolist(), rings.tolist(), strict=True):
-            low = max(int(state.tail[slot]), int(arena.tail[ring]))
-            high = max(low, int(state.seen[slot]))
-            index = np.arange(low, high)
-            values = arena.values[arena.base[ring] + (index & arena.mask[ring])]
-            finite = np.isfinite(values)
-            before, after = values[:-1], values[1:]
-            reset = after < before
-            state.tail[slot], state.seen[slot] = low, high
-            state.total[slot], state.total_lost[slot] = _exactly(values[finite])
-            state.drops[slot], state.drops_lost[slot] = _exactly(before[reset & np.isfinite(before)])
-            state.resets[slot] = int(reset.sum())
-            state.changes[slot] = int(((after != before) & ~(np.isnan(after) & np.isnan(before))).sum())
-            state.wild[slot] = int((~finite).sum())
+        low = np.maximum(state.tail[slots], arena.tail[rings])
+        high = np.maximum(low, state.seen[slots])
+        state.tail[slots], state.seen[slots] = low, high
+        counts = high - low
+        bounds = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(counts, out=bounds[1:])
+        index = np.arange(bounds[-1]) + np.repeat(low - bounds[:-1], counts)
+        values = arena.values[arena.at(np.repeat(rings, counts), index)]
+        owners = np.repeat(np.arange(len(slots)), counts)
+        finite = np.isfinite(values)
+
+        def count(what: Flags) -> Ints:
+            return np.bincount(owners[what], minlength=len(slots))
+
+        def total(what: Flags, of: Floats, sums: Floats, lost: Floats) -> None:
+            sums[slots] = lost[slots] = 0.0
+            for owner in np.unique(owners[what]).tolist():
+                run = slice(bounds[owner], bounds[owner + 1])
+                sums[slots[owner]], lost[slots[owner]] = _exactly(of[run][what[run]])
+
+        state.wild[slots] = count(~finite)
+        if self._sums:
+            total(finite, values, state.total, state.total_lost)
+        if self._resets or self._changes:
+            before = np.concatenate([values[:1], values[:-1]])
+            inner = np.ones(len(values), bool)
+            inner[bounds[:-1][counts > 0]] = False
+            reset = inner & (values < before)
+            state.resets[slots] = count(reset)
+            total(reset & np.isfinite(before), before, state.drops, state.drops_lost)
+            state.changes[slots] = count(inner & (values != before) & ~(np.isnan(values) & np.isnan(before)))
 
 
 def _exactly(values: Floats) -> tuple[float, float]:
