@@ -36,6 +36,7 @@ groups:
   - {alert: tried, expr: "trial > 0.95", x_action: rollback, x_dry_run: true}
   - {alert: ask, expr: "doubt > 0.95", x_action: hold}
   - {alert: slow, expr: "took > 1", for: 2s, x_action: rollback}
+  - {alert: lost, expr: "absent_each(up[3s])", x_action: rollback}
 """
 BREACH = Breach(by="operator", reason="no")
 _count = iter(range(1, 1_000_000))
@@ -186,6 +187,30 @@ def test_a_migration_that_is_over_is_not_rolled_back_and_a_held_one_is() -> None
     play.log(1, started())
     play.log(2, MigrationHeld(migration="m-chat", agent="chat", breach=BREACH))
     assert play.sample(3, "ratio", 0.97, host="alpha", gpu="0")[0].startswith("roll back")
+
+
+def silence(*silent: str) -> tuple[list[str], list[Send]]:
+    """Six hosts report for 12 s, then those that are named no more; what is said in the 6 s after that."""
+    play, lines, sends = Play(), [], []
+    play.log(1, started(host="h5"))
+    for second in range(2, 20):
+        for number in range(6):
+            if second < 12 or f"h{number}" not in silent:
+                found = [(labels("up", host=f"h{number}"), 1.0)]
+                play.decisions.ingest(found, [], second, second, publisher=f"h{number}/monitor")
+        lines += play.tick(second)
+        sends += play.sends
+    return lines, sends
+
+
+def test_a_host_that_falls_silent_alone_rolls_back_and_many_together_hold() -> None:
+    lines, _ = silence("h5")
+    assert lines == ["roll back chat 7 via the log", "firing lost ['m-chat']"]
+    lines, sends = silence("h1", "h2", "h3", "h4", "h5")
+    assert not [line for line in lines if line.startswith("roll back")]
+    blamed = [send.body.blamed for send in sends if isinstance(send.body, AlertFiring) and send.body.migrations]
+    assert [{name: blame.who for name, blame in each.items()} for each in blamed] == [{"m-chat": "host"}]
+    assert "5 of 6 publishers fell silent together" in blamed[0]["m-chat"].why
 
 
 def test_the_next_migration_of_the_agent_is_rolled_back_again() -> None:

@@ -44,7 +44,7 @@ BIND_AT_ONCE = 250  # new series that are matched against all selectors in one g
 MAX_PASSES = 16  # recorded series that feed each other settle within so many passes, or the rest waits for a sample
 TOGETHER = 3  # planned batches in one call: from so many on, joining them costs less than following each
 PARTITION_PUBLISHERS = 3  # so many publishers that fall silent together, and half of all, are a partition
-OVERDUE_INTERVALS = 3.0  # a publisher is silent when nothing came for so many of its series' intervals
+OVERDUE_INTERVALS = 1.5  # of a publisher's series: fewer than any rule waits for, so that none fires before it is known
 OWN_LOOKBACK_S = -1.0  # each series knows when it is silent
 
 
