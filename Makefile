@@ -47,7 +47,7 @@ bench-bus: $(STAMP)
 
 # The rule engine alone, and from a publisher's send to the rollback, beside Prometheus and Alertmanager.
 bench-rules: $(STAMP)
-	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
+	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_soak.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
 
 # Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.
 fuzz: $(STAMP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 import event_parts
 from interlock.broker.commands import Breach, RollBack
@@ -21,6 +22,7 @@ from interlock.broker.samples import LATE_S, Announcement, Batch, labels
 from interlock.broker.wire import Body, Event
 from interlock.coordinator.rules.alerts import RESTORE_GRACE_S
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
+from interlock.coordinator.rules.engine import Engine
 from interlock.coordinator.rules.inflight import InFlight
 from interlock.coordinator.rules.intake import REMEMBERED_S, Intake
 from interlock.coordinator.rules.rulefile import parse_rules
@@ -334,6 +336,48 @@ def test_a_series_with_labels_without_end_is_left_out_and_counted() -> None:
     odd = Batch(source="p", epoch=1, seq=1, time=100.0, series=[long, many], ids=[2, 3], values=[1.0, 1.0])
     assert intake.read(odd, 100) == ([], [])
     assert (intake.oversized, intake.unresolved) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"values": [1.0, 2.0]},  # more than ids
+        {"values": []},
+        {"ids": [1, 1], "values": [1.0, 2.0]},  # a series twice
+        {"ids": [7], "values": [9.0]},  # an id that was never announced
+        {"ids": [-1, 2**63 - 1], "values": [9.0, 9.0]},
+        {"time": 1e300},
+        {"time": float("nan")},
+        {"time": -1e18},
+        {"series": [Announcement(1, {}), Announcement(1, {"__name__": ""})]},
+        {"series": [Announcement(1, {"__name__": "ratio", "host": "beta"})]},  # another host's
+    ],
+)
+def test_a_batch_that_is_wrong_harms_no_other_publisher_and_is_counted(wrong: dict[str, Any]) -> None:
+    engine = Engine(parse_rules(RULES, file="f.yml"))
+    intake = Intake()
+
+    def took(batch: Batch, now: float) -> list[str]:
+        found = intake.columns(batch, now, admit=engine.admit, version=engine.store.version, end=engine.end)
+        columns = [] if found is None else [(*found, batch.time, batch.source)]
+        made = engine.apply(columns, now) + engine.tick(now)
+        return [each.state for each in made if each.labels.get("host") == "alpha"]
+
+    bad = Batch(
+        source="alpha/x", epoch=1, seq=1, time=100.0, series=[Announcement(1, {"__name__": "a"})], ids=[1], values=[1.0]
+    )
+    good = Batch(
+        source="alpha/monitor", epoch=1, seq=1, time=100.0, ids=[1], values=[0.5],
+        series=[Announcement(1, {"__name__": "ratio", "host": "alpha", "gpu": "0"})],
+    )  # fmt: skip
+    assert took(good, 100) == []
+    for seq in (1, 2, 3):
+        assert took(msgspec.structs.replace(bad, **{"seq": seq} | wrong), 100 + seq) == []
+    fires = msgspec.structs.replace(good, seq=2, time=104.0, values=[0.97])
+    assert took(fires, 104) == ["firing"]
+    counted = intake.malformed + intake.unresolved + intake.strange + engine.refused
+    assert counted or "time" in wrong or wrong.get("series", [None])[0] == Announcement(1, {})
+    assert len(engine.store.numbers) <= 3
 
 
 def test_other_rules_decide_no_rollback_twice_and_a_rule_that_goes_ends_its_alert() -> None:

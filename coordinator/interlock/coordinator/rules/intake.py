@@ -80,11 +80,11 @@ class Intake:
         samples, ended = self.read(batch, now)
         for labels in ended:
             end(labels)
-        if not samples:
-            return None
         found = dict(samples)
         if len(found) < len(samples) or len(batch.values) != len(batch.ids):
             self.malformed += 1
+        if not samples:
+            return None
         ids = np.fromiter((admit(labels, batch.source) for labels in found), np.int64, len(found))
         if len(found) == len(batch.ids) == len(batch.values):
             if source is not None and np.array_equal(source.ids, ids):

@@ -321,6 +321,7 @@ class RuleService:
                 "rules_unresolved_total": intake.unresolved,
                 "rules_batches_lost_total": intake.lost,
                 "rules_late_total": intake.late,
+                "rules_malformed_total": intake.malformed,
                 "rules_series_refused_total": engine.refused + intake.oversized,
                 "rules_reload_errors_total": self._refused_files,
                 "rules_claims_total": intake.strange + self._decisions.in_flight.claims.total,
