@@ -207,7 +207,18 @@ eval instant at 2m mad_over_time(some[3m])
 """
 
 
-@pytest.mark.parametrize("script", [DURATIONS, EDGES, STARTS, LABELS, BUCKETS])
+NAMES = """
+load 20s
+  a{x="1"} 1 1 0 0 1 1
+  b{x="1"} 5 5 5 5 5 5
+
+# Of one group, in a subquery: now of an element whose name is to go, now of one whose name is to stay.
+eval instant at 100s count_over_time(sum by (x) (a > 0 or b + 0)[100s:20s])
+  {x="1"} 5
+"""
+
+
+@pytest.mark.parametrize("script", [DURATIONS, EDGES, STARTS, LABELS, BUCKETS, NAMES])
 def test_what_prometheus_3_has_and_the_parser_lacks_is_evaluated_as_there(script: str) -> None:
     wrong = [verdict for verdict in check(script) if verdict.outcome != "pass"]
     assert wrong == []

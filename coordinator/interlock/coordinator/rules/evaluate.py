@@ -274,7 +274,9 @@ class _At:
         if not any(map(len, vectors)):
             none = np.empty(0, np.int64)
             return Matrix(none, np.empty(0, bool), Runs(np.zeros(1, np.int64), np.empty(0)), np.empty(0), start, end)
-        series = np.concatenate([vector.keys * 2 + vector.dropped for vector in vectors])
+        keys = np.concatenate([vector.keys for vector in vectors])
+        dropped = np.concatenate([vector.dropped for vector in vectors])
+        series = keys * 2 + (dropped & (self.table.unnamed()(keys) != keys))  # one without a name has none to lose
         times = np.repeat(moments, [len(vector) for vector in vectors])
         values = np.concatenate([vector.values for vector in vectors])
         distinct, groups = aggregations.numbered(series)
