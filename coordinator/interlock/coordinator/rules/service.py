@@ -41,6 +41,7 @@ from interlock.coordinator.rules.sharing import WHOLE, Part, share
 from interlock.coordinator.rules.snapshot import BadSnapshot, Frozen, restore
 
 TICK_S = 0.05  # between looks at deadlines: what `for` may be late by
+TURN_S = 0.01  # at most without a look at what else there is: a queue of ZeroMQ that is full ends its link
 TELEMETRY_S = 1.0  # between our own samples
 PARTIAL_S = 0.05  # between looks at partial results, where engines share a fleet: what a rule over all hosts is late by
 PARTIALS_S = 0.5  # and at most between two of the same: who hears none for 10 s takes the engine for silent
@@ -176,12 +177,16 @@ class RuleService:
                         _log.warning("%s", claim)
 
             async def take_in() -> None:
+                turn = trio.current_time()
                 async for batches in feed:
                     for group in apart(batches):
                         sends = self._take(group)
                         if sends:
                             self._send(nursery, sends)
-                            await trio.lowlevel.checkpoint()  # a rollback leaves before the next batch is looked at
+                        # a rollback leaves before the next batch is looked at, and what comes meanwhile is read
+                        if sends or trio.current_time() - turn > TURN_S:
+                            await trio.lowlevel.checkpoint()
+                            turn = trio.current_time()
                     if self._decisions.engine.backlog:  # a slice at a time: new series hold nobody up
                         await trio.lowlevel.checkpoint()
                         self._decisions.engine.bind()
