@@ -47,7 +47,7 @@ bench-bus: $(STAMP)
 
 # The rule engine alone, and from a publisher's send to the rollback, beside Prometheus and Alertmanager.
 bench-rules: $(STAMP)
-	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
+	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_soak.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
 
 # What a monitor of eight GPUs costs beside gpustat and nvitop, and how soon it tells of a fault; against the stand-in for
 # NVIDIA's library that the tests use, so it needs a C compiler and no GPU. Then what it costs to watch a machine and 20

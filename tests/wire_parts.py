@@ -22,6 +22,7 @@ from interlock.broker import (
     lastvalues,
     patrol,
     protocol,
+    questions,
     receipts,
     replays,
     samples,
@@ -329,6 +330,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "wire-beat": wire_beat,
     "wire-telemetry": wire_telemetry,
     "wire-direct": wire_direct,
+    "wire-questions": lambda: fields(questions.Question) + "\n" + fields(questions.Answer),
     "wire-refusals": wire_refusals,
     "wire-limits": wire_limits,
 }

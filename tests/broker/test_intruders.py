@@ -19,6 +19,7 @@ from interlock.broker.errors import InterlockError, Refused, Unreachable
 from interlock.broker.facts import AlertResolved, HostDown, Steered
 from interlock.broker.gate import Allowance, Gate
 from interlock.broker.protocol import BEAT_TOPIC, Publish, Replay
+from interlock.broker.questions import Question, ask, serve_questions
 from interlock.broker.security import Security
 from interlock.broker.sockets import Socket, open_sockets
 from interlock.broker.tuning import Curve
@@ -247,6 +248,39 @@ async def test_a_host_s_own_endpoint_takes_only_whom_it_may(fleet: Any, nursery:
             assert not await answered(dealer)
         nursery.cancel_scope.cancel()
     assert len(taken) == 3
+
+
+async def test_the_rule_engine_answers_only_who_hears_all_that_is_measured(fleet: Any, nursery: trio.Nursery) -> None:
+    server = fleet.security("rules").key_of("rules")
+    asked: list[str] = []
+
+    def respond(question: Question) -> str:
+        asked.append(question.expr)
+        return "answer"
+
+    async with fleet.bus("rules") as rules:
+        gate = Gate(fleet.security("rules"), "rules")
+        await nursery.start(gate.serve, rules.sockets)
+        serve = partial(serve_questions, rules.sockets, "tcp://127.0.0.1:*", respond, gate=gate)
+        endpoint = await nursery.start(serve)
+        for who, may in (
+            ("operator/local", True),
+            ("coordinator", True),
+            ("host/alpha", False),
+            ("monitor/alpha", False),
+        ):
+            async with fleet.bus(who) as bus:
+                question = Question(id=who, expr=who)
+                try:
+                    assert await ask(bus.sockets, endpoint, server, question, timeout=20) == "answer"
+                    assert may, who
+                except Refused:
+                    assert not may, who
+        async with open_sockets(fleet.stranger()) as sockets:
+            with pytest.raises(Unreachable):
+                await ask(sockets, endpoint, server, Question(id="x", expr="stranger"), timeout=0.6)
+        nursery.cancel_scope.cancel()
+    assert asked == ["operator/local", "coordinator"]
 
 
 async def test_oversized_frames_cut_off_their_sender_only(fleet: Any, caplog: pytest.LogCaptureFixture) -> None:

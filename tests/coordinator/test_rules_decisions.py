@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 import event_parts
 from interlock.broker.commands import Breach, RollBack
@@ -21,6 +22,7 @@ from interlock.broker.samples import LATE_S, Announcement, Batch, labels
 from interlock.broker.wire import Body, Event
 from interlock.coordinator.rules.alerts import RESTORE_GRACE_S
 from interlock.coordinator.rules.decisions import RuleDecisions, Send
+from interlock.coordinator.rules.engine import Engine
 from interlock.coordinator.rules.inflight import InFlight
 from interlock.coordinator.rules.intake import REMEMBERED_S, Intake
 from interlock.coordinator.rules.rulefile import parse_rules
@@ -36,6 +38,7 @@ groups:
   - {alert: tried, expr: "trial > 0.95", x_action: rollback, x_dry_run: true}
   - {alert: ask, expr: "doubt > 0.95", x_action: hold}
   - {alert: slow, expr: "took > 1", for: 2s, x_action: rollback}
+  - {alert: lost, expr: "absent_each(up[3s])", x_action: rollback}
 """
 BREACH = Breach(by="operator", reason="no")
 _count = iter(range(1, 1_000_000))
@@ -188,6 +191,30 @@ def test_a_migration_that_is_over_is_not_rolled_back_and_a_held_one_is() -> None
     assert play.sample(3, "ratio", 0.97, host="alpha", gpu="0")[0].startswith("roll back")
 
 
+def silence(*silent: str) -> tuple[list[str], list[Send]]:
+    """Six hosts report for 12 s, then those that are named no more; what is said in the 6 s after that."""
+    play, lines, sends = Play(), [], []
+    play.log(1, started(host="h5"))
+    for second in range(2, 20):
+        for number in range(6):
+            if second < 12 or f"h{number}" not in silent:
+                found = [(labels("up", host=f"h{number}"), 1.0)]
+                play.decisions.ingest(found, [], second, second, publisher=f"h{number}/monitor")
+        lines += play.tick(second)
+        sends += play.sends
+    return lines, sends
+
+
+def test_a_host_that_falls_silent_alone_rolls_back_and_many_together_hold() -> None:
+    lines, _ = silence("h5")
+    assert lines == ["roll back chat 7 via the log", "firing lost ['m-chat']"]
+    lines, sends = silence("h1", "h2", "h3", "h4", "h5")
+    assert not [line for line in lines if line.startswith("roll back")]
+    blamed = [send.body.blamed for send in sends if isinstance(send.body, AlertFiring) and send.body.migrations]
+    assert [{name: blame.who for name, blame in each.items()} for each in blamed] == [{"m-chat": "host"}]
+    assert "5 of 6 publishers fell silent together" in blamed[0]["m-chat"].why
+
+
 def test_the_next_migration_of_the_agent_is_rolled_back_again() -> None:
     play = Play()
     play.log(1, started())
@@ -309,6 +336,48 @@ def test_a_series_with_labels_without_end_is_left_out_and_counted() -> None:
     odd = Batch(source="p", epoch=1, seq=1, time=100.0, series=[long, many], ids=[2, 3], values=[1.0, 1.0])
     assert intake.read(odd, 100) == ([], [])
     assert (intake.oversized, intake.unresolved) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"values": [1.0, 2.0]},  # more than ids
+        {"values": []},
+        {"ids": [1, 1], "values": [1.0, 2.0]},  # a series twice
+        {"ids": [7], "values": [9.0]},  # an id that was never announced
+        {"ids": [-1, 2**63 - 1], "values": [9.0, 9.0]},
+        {"time": 1e300},
+        {"time": float("nan")},
+        {"time": -1e18},
+        {"series": [Announcement(1, {}), Announcement(1, {"__name__": ""})]},
+        {"series": [Announcement(1, {"__name__": "ratio", "host": "beta"})]},  # another host's
+    ],
+)
+def test_a_batch_that_is_wrong_harms_no_other_publisher_and_is_counted(wrong: dict[str, Any]) -> None:
+    engine = Engine(parse_rules(RULES, file="f.yml"))
+    intake = Intake()
+
+    def took(batch: Batch, now: float) -> list[str]:
+        found = intake.columns(batch, now, admit=engine.admit, version=engine.store.version, end=engine.end)
+        columns = [] if found is None else [(*found, batch.time, batch.source)]
+        made = engine.apply(columns, now) + engine.tick(now)
+        return [each.state for each in made if each.labels.get("host") == "alpha"]
+
+    bad = Batch(
+        source="alpha/x", epoch=1, seq=1, time=100.0, series=[Announcement(1, {"__name__": "a"})], ids=[1], values=[1.0]
+    )
+    good = Batch(
+        source="alpha/monitor", epoch=1, seq=1, time=100.0, ids=[1], values=[0.5],
+        series=[Announcement(1, {"__name__": "ratio", "host": "alpha", "gpu": "0"})],
+    )  # fmt: skip
+    assert took(good, 100) == []
+    for seq in (1, 2, 3):
+        assert took(msgspec.structs.replace(bad, **{"seq": seq} | wrong), 100 + seq) == []
+    fires = msgspec.structs.replace(good, seq=2, time=104.0, values=[0.97])
+    assert took(fires, 104) == ["firing"]
+    counted = intake.malformed + intake.unresolved + intake.strange + engine.refused
+    assert counted or "time" in wrong or wrong.get("series", [None])[0] == Announcement(1, {})
+    assert len(engine.store.numbers) <= 3
 
 
 def test_other_rules_decide_no_rollback_twice_and_a_rule_that_goes_ends_its_alert() -> None:

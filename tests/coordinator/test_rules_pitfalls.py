@@ -15,7 +15,7 @@ from interlock.coordinator.rules.engine import BIND_AT_ONCE, STARTUP_S, WATERMAR
 from interlock.coordinator.rules.rings import Rings
 from interlock.coordinator.rules.rolling import Windowed
 from interlock.coordinator.rules.rulefile import parse_rules
-from interlock.coordinator.rules.series import STALE_FLOOR_S, STALE_INTERVALS
+from interlock.coordinator.rules.series import IDLE_EXPIRY_S, STALE_FLOOR_S, STALE_INTERVALS
 from interlock.coordinator.rules.snapshot import BadSnapshot, Frozen, restore
 from interlock.coordinator.rules.values import Vector
 
@@ -160,6 +160,7 @@ def test_a_counter_that_begins_anew_counts_what_it_had_and_a_new_epoch_is_a_new_
         made.ingest([(labels("c_total"), float(worth))], [], second, second)
     (found,) = value(made, "increase(c_total[10s])", 4.0).values()
     assert found == pytest.approx(35.0)
+    assert window_of(made).at(np.zeros(1, np.int64))[0][0] == pytest.approx(35.0)  # and as it is kept up to date
     made.ingest([(labels("c_total"), 900.0)], [labels("c_total")], 5, 5)  # a new epoch that is already further
     made.ingest([(labels("c_total"), 910.0)], [], 6, 6)
     assert list(value(made, "increase(c_total[10s]) < 900", 6.0)) == [()]
@@ -185,11 +186,13 @@ def test_running_sums_do_not_drift_in_an_hour() -> None:
     ids = np.array([made.admit(labels("x", n=str(number))) for number in range(8)])
     made.bind()
     for second in range(3_600):
-        made.apply([(ids, random.choice([1e-3, 1.0, 1e15], 8), float(second), "p")], float(second))
+        some = [1e-3, 1.0, 1e15] if second < 3_580 else [1e-3]  # in the end what large values left behind would show
+        made.apply([(ids, random.choice(some, 8), float(second), "p")], float(second))
     node = window_of(made)
     kept = node.at(np.arange(8))[0]
     anew = value(made, "sum_over_time(x[20s])", 3_599.0)
-    assert kept == pytest.approx(list(anew.values()), rel=1e-12)
+    assert list(anew.values()) == pytest.approx([0.02] * 8, rel=1e-12)
+    assert kept == pytest.approx([0.02] * 8, rel=1e-9)
     assert node.anchored >= 8 * 3_600 // 64  # at each wrap of the ring
 
 
@@ -258,7 +261,17 @@ def test_a_publisher_that_invents_series_without_end_stops_and_harms_no_other(mo
     assert told(made) == {("bad", "well")}
 
 
-def test_idle_series_are_forgotten_and_memory_stays_flat_under_churn() -> None:
+def test_a_series_that_is_silent_for_an_hour_is_forgotten_with_what_it_held() -> None:
+    made = engine('{alert: bad, expr: "x > 1", x_no_data: keep}')
+    made.ingest([(labels("x", n="1"), 2.0)], [], 0, 0)
+    for minute in range(62):
+        made.ingest([(labels("x", n="2"), 0.0)], [], minute * 60, minute * 60)
+        made.tick(minute * 60)
+        assert (told(made) == {("bad", "1")}) == (minute * 60 <= IDLE_EXPIRY_S)
+    assert len(made.store.numbers) == 1
+
+
+def test_memory_stays_flat_while_series_come_and_go() -> None:
     made = engine('{alert: bad, expr: "sum by (n) (increase(x_total[10s])) > 1e9"}')
     now = 0.0
 

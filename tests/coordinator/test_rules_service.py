@@ -10,19 +10,21 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import trio
 
-from interlock.broker import topics
+from interlock.broker import questions, topics
 from interlock.broker.client import Bus, open_bus
 from interlock.broker.commands import RollBack
 from interlock.broker.config import BrokerConfig, FleetConfig, HostConfig, RulesConfig, SecurityConfig
 from interlock.broker.direct import serve_direct
-from interlock.broker.errors import ConfigError, InUse
+from interlock.broker.errors import ConfigError, InUse, Refused
 from interlock.broker.facts import AlertFiring, AlertResolved, HostUp, MigrationStarted
 from interlock.broker.planes import serve_planes
+from interlock.broker.questions import Question, ask, new_id
 from interlock.broker.samples import labels
 from interlock.broker.wire import Event
 from interlock.coordinator.rules import reloading
@@ -236,6 +238,38 @@ async def test_rules_that_change_are_read_again_and_a_bad_file_leaves_the_old_on
         await stage.sample(0.97, lambda: len(stage.of(AlertFiring)) > 1)
         assert [event.body.rule for event in stage.of(AlertFiring)] == ["gpu-memory", "renamed"]  # type: ignore[attr-defined]
         assert [event.body.rule for event in stage.of(AlertResolved)] == ["gpu-memory"]  # type: ignore[attr-defined]
+
+
+async def test_the_engine_answers_what_an_expression_is_worth_and_why_an_alert_fires() -> None:
+    async with staged() as stage:
+        await stage.start_rules()
+        await stage.sample(0.97, lambda: bool(stage.of(AlertFiring)))
+        where = questions.place(stage.fleet)
+
+        async def asked(**question: str) -> Any:
+            return await ask(stage.bus.sockets, where, b"", Question(id=new_id(), **question), timeout=5.0)  # type: ignore[arg-type]
+
+        told = await asked(expr="gpu_memory_used_ratio * 2")
+        assert [(row["labels"], row["value"]) for row in told["elements"]] == [({"host": "alpha", "gpu": "0"}, 1.94)]
+        told = await asked(alert="gpu-memory")
+        assert [each["state"] for each in told["alerts"]] == ["firing"]
+        assert told["rules"][0]["parts"][0]["elements"][0]["value"] == 0.97
+        with pytest.raises(ConfigError, match="is not PromQL"):
+            await asked(expr="gpu_memory >")
+        with pytest.raises(Refused, match="may take long"):
+            await asked(expr='a{b=~"(x+)+"}')
+        assert len(stage.of(AlertFiring)) == 1  # questions change nothing
+
+
+async def test_a_place_for_answers_that_is_taken_keeps_no_rule_from_its_work(caplog: pytest.LogCaptureFixture) -> None:
+    async with staged() as stage:
+        taken = stage.fleet.folder / "taken"
+        taken.mkdir()
+        rules = RulesConfig(files=["rules.yml"], answers=f"ipc://{taken}")
+        stage.fleet = msgspec.structs.replace(stage.fleet, rules=rules)
+        await stage.start_rules()
+        await stage.sample(0.97, lambda: bool(stage.of(AlertFiring)))
+        assert "no questions are answered" in caplog.text
 
 
 async def test_a_second_rule_engine_on_the_same_state_is_refused() -> None:

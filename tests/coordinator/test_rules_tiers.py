@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -203,3 +204,42 @@ def test_planned_batches_that_wait_together_give_the_same(
         now += 0.26
         engine.tick(now)
         check(engine, now)
+
+
+def test_batches_that_wait_together_say_what_they_say_one_after_another() -> None:
+    """Planned ones are taken in at once; a late one among them, a new one and one that is out of order are not."""
+    text = (
+        "groups: [{name: g, rules: [{alert: high, expr: a > 0.5}, {alert: grown, expr: 'increase(c[10s]) > 3'},"
+        " {alert: apart, expr: a > on(host) group_left() b}, {alert: sum, expr: sum(a) > 4}]}]"
+    )
+    random_ = random.Random(7)
+    rounds: list[list[tuple[str, dict[Labels, float], float]]] = []
+    for second in range(40):
+        batches = []
+        for number in range(8 if second < 20 else 9):
+            host, late = f"h{number}", second % 7 == 3 and number == 2
+            found = {
+                labels("a", host=host): round(random_.random(), 3),
+                labels("b", host=host): round(random_.random(), 3),
+                labels("c", host=host): float(second if random_.random() < 0.9 else 0),
+            }
+            batches.append((host, found, 1000.0 + second - (20.0 if late else 0.0)))
+        rounds.append(batches)
+
+    def said(together: bool) -> list[set[tuple[str, str, str]]]:
+        engine = Engine(parse_rules(text, file="r"))
+        made = []
+        for second, batches in enumerate(rounds):
+            now = 1000.0 + second
+            columns = []
+            for host, found, at in batches:
+                ids = np.array([engine.admit(key, host) for key in found])
+                columns.append((ids, np.array(list(found.values())), at, host))
+            groups = [columns] if together else [[each] for each in columns]
+            transitions = [each for group in groups for each in engine.apply(group, now)]
+            transitions += engine.tick(now)
+            firing = engine.current("firing")
+            made.append({(each.rule.name, str(sorted(each.labels.items())), f"{each.value:g}") for each in firing})
+        return made
+
+    assert said(True) == said(False)

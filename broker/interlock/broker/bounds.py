@@ -40,6 +40,7 @@ RANGES: dict[str, Range] = {
     "LogConfig.keep_mb": Range(1, 100_000_000),
     "CoordinatorConfig.lease_s": Range(0.5, 3600),  # the coordinator renews it every third of that
     "CoordinatorConfig.step_margin_s": Range(0, 3600),
+    "RulesConfig.partitions": Range(1, 64),  # each hears the partial results of all
     "SimulatedGpu.memory_bytes": Range(1, 1 << 50),
     "MonitorConfig.idle_s": PERIOD,
     "MonitorConfig.migrating_s": PERIOD,

@@ -200,6 +200,7 @@ class TelemetryPublisher:
 
     def __init__(self, host: str, publisher: str, put: Callable[[bytes, Batch, Counts], None]) -> None:
         self.host = host
+        self.publisher = publisher
         self._topic = topics.telemetry(host, publisher).encode()
         self._table = SeriesTable(f"{host}/{publisher}", time.time_ns())
         self._put = put

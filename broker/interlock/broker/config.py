@@ -105,6 +105,8 @@ class RulesConfig(_Config, frozen=True, kw_only=True):
 
     # rule files, relative to the fleet file; "default" names the rules that ship. None named: only those
     files: list[str] = []
+    answers: str = ""  # where it is asked (rules eval, explain); empty: a socket in its state folder
+    partitions: int = 1  # processes that share the fleet's hosts; one takes some 100,000 samples a second
 
 
 class SimulatedGpu(_Config, frozen=True, kw_only=True):
@@ -414,8 +416,10 @@ def _check(fleet: FleetConfig, where: str) -> None:
             raise ConfigError(f"{value} is already used by {taken[place]}", where=f"{where}: {key}")
         taken[place] = key
 
-    for name in PLACES:
-        endpoint(getattr(fleet.broker, name), f"broker.{name}")
+    places = {f"broker.{name}": getattr(fleet.broker, name) for name in PLACES}
+    places |= {"rules.answers": fleet.rules.answers} if fleet.rules.answers else {}
+    for key, value in places.items():
+        endpoint(value, key)
     for name, host in fleet.hosts.items():
         check_name(name, where=f"{where}: hosts")
         if name in RESERVED:

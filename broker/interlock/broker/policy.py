@@ -6,6 +6,7 @@ A body belongs to its topic: a host can't slip the coordinator a command under a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import get_args
 
@@ -20,6 +21,8 @@ RULES_TELEMETRY = "telemetry/fleet/"  # the rule engine, the coordinator and the
 CADENCE = cadence.TOPIC  # how long the coordinator wants hosts sampled fast
 
 EVERYTHING = ("",)
+
+_RULES_TOPIC = re.compile(rf"{RULES_TELEMETRY}(rules|(rules|partial)-[0-9]{{1,2}})/")
 
 _ASKED_OF_COORDINATOR = (
     commands.Migrate,
@@ -106,6 +109,11 @@ def link(grant: Grant) -> None:
     _only(grant, "a host's link", grant.role == "host", True)
 
 
+def ask(grant: Grant) -> None:
+    """May this one ask the rule engine what it knows? It knows all that is measured: who hears all may ask."""
+    _only(grant, "the rule engine's answers", grant.role in ("operator", "coordinator"), True)
+
+
 def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
     """May this one send measurements under the topic?"""
     match grant.role:
@@ -113,7 +121,9 @@ def telemetry(grant: Grant, topic: str, batch: Batch) -> None:
             may = topic.startswith(f"telemetry/{grant.name}/") and topic != topics.telemetry(grant.name, "monitor")
         case "monitor":
             may = topic == topics.telemetry(grant.name, "monitor")
-        case "rules" | "coordinator" | "broker":
+        case "rules":  # several of them may share a fleet
+            may = _RULES_TOPIC.fullmatch(topic) is not None
+        case "coordinator" | "broker":
             may = topic == f"{RULES_TELEMETRY}{grant.role}/" or (grant.role == "coordinator" and topic == CADENCE)
         case _:
             may = False

@@ -17,7 +17,7 @@ class Pulse:
 
     def __init__(self, source: str) -> None:
         role, _, name = source.partition("/")
-        self._role, self._name, self._source = role, name or role, source
+        self._role, self._name, self._source = role, name, source
         self._said: set[Labels] = set()
         self.publishers: list[TelemetryPublisher] = []
         self.feeds: list[SampleFeed] = []
@@ -40,12 +40,16 @@ class Pulse:
             self._said = set()
 
     def _figures(self, host: str) -> dict[Labels, float]:
-        found = {labels("role_up", host=host, role=self._role, name=self._name): 1.0}
+        # of a role that runs in several processes under one identity, each has a publisher of its own name
+        name = self._name or self.publishers[0].publisher
+        whose = self._source if self._name else name
+        found = {labels("role_up", host=host, role=self._role, name=name): 1.0}
         dropped = sum(publisher.dropped for publisher in self.publishers)
-        found[labels("bus_dropped_total", host=host, link=f"{self._source} publisher")] = float(dropped)
+        found[labels("bus_dropped_total", host=host, link=f"{whose} publisher")] = float(dropped)
         for feed in self.feeds:
-            found[labels("bus_link_up", host=host, link=feed.name)] = float(not feed.lost)
-            found[labels("bus_dropped_total", host=host, link=feed.name)] = float(feed.dropped)
+            link = feed.name.replace(self._source, whose, 1)
+            found[labels("bus_link_up", host=host, link=link)] = float(not feed.lost)
+            found[labels("bus_dropped_total", host=host, link=link)] = float(feed.dropped)
             for source, count in feed.losses.items():
-                found[labels("bus_lost_total", host=host, link=feed.name, source=source)] = float(count)
+                found[labels("bus_lost_total", host=host, link=link, source=source)] = float(count)
         return found

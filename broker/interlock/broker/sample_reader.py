@@ -14,7 +14,9 @@ from interlock.broker.sockets import Sockets
 from interlock.broker.telemetry_link import TelemetryLink
 from interlock.broker.telemetry_protocol import BEAT_TOPIC, LINK_LOST_S, Beat, decode_beat
 
-SOCKET_QUEUE = 1000  # batches that wait in ZeroMQ while this process does nothing at all; then the plane drops ours
+# Batches that wait in ZeroMQ while this process does nothing at all: 100 MB, and 25 s of 200,000 samples a second. When
+# it is full the link is given up, and libzmq 4.3.5 may end the process (`fq.cpp`, `!_more`) over a message half read.
+SOCKET_QUEUE = 50_000
 ASK_AGAIN_S = 1.0  # without an answer; building one for 10,000 sources takes some 0.5 s
 JOIN_PATIENCE_S = 2.0  # without what the plane remembers by then, a reader starts with what comes
 LOOK_S = 0.1  # between looks at the time

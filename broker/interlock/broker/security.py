@@ -148,6 +148,7 @@ def _check_loopback(fleet: FleetConfig) -> None:
     endpoints = {f"broker.{name}": getattr(fleet.broker, name) for name in PLACES}
     endpoints |= {f"hosts.{name}.control": host.control for name, host in fleet.hosts.items()}
     endpoints |= {f"hosts.{name}.link": host.link for name, host in fleet.hosts.items() if host.link}
+    endpoints |= {"rules.answers": fleet.rules.answers} if fleet.rules.answers else {}
     for key, endpoint in endpoints.items():
         if isinstance(endpoint, str) and not _LOOPBACK.fullmatch(endpoint):
             raise ConfigError(

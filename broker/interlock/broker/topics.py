@@ -11,7 +11,7 @@ fact/alert/<rule>/              an alert fired or resolved
 fact/gpu/<host>/                what a host's monitor says of faults of its GPUs
 record/<agent>/                 what was measured of a migration
 snapshot/fleet/                 what the coordinator has folded of all that was before
-telemetry/<host>/<publisher>/   batches of samples
+telemetry/<host>/<publisher>/   batches of samples; host "fleet": of roles that belong to none
 """
 
 from __future__ import annotations

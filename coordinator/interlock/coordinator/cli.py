@@ -434,7 +434,10 @@ def _rules(chosen: argparse.Namespace) -> int:
         return rules_verb.run(chosen)
     from interlock.coordinator.rules.service import run_rules
 
-    return _here("rules", chosen.fleet, run_rules)
+    async def run(fleet: FleetConfig, ready: Callable[[], None]) -> None:
+        await run_rules(fleet, ready, chosen.partition)
+
+    return _here("rules", chosen.fleet, run)
 
 
 def _here(name: str, path: Path, run: Callable[[FleetConfig, Callable[[], None]], Awaitable[None]]) -> int:

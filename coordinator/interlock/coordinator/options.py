@@ -163,6 +163,8 @@ def keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
 
 def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Without an action, `rules` is the role."""
+    which = "which of the rule engines that share the fleet ([rules] partitions) this one is"
+    rules.add_argument("--partition", type=whole_number, default=0, metavar="N", help=which)
     acts = rules.add_subparsers(dest="act", metavar="ACTION", required=False)
 
     def act(name: str, help: str) -> argparse.ArgumentParser:
@@ -175,13 +177,17 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
     check.add_argument("--hosts", type=whole_number, metavar="N", help="on so many hosts (default: as the fleet file)")
     test = act("test", "run promtool's unit-test files against our engine")
     test.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    evaluate = act("eval", "the value of an expression, of what the bus brings now or of a recording")
+    evaluate = act("eval", "the value of an expression, as the rule engine that runs has it, or of a recording")
     evaluate.add_argument("expression", metavar="EXPR")
     replay = act("replay", "what rules would have done on a recorded day: each transition with its time")
     replay.add_argument("recording", type=Path, metavar="RECORDING", help="what interlock watch --json printed")
     explain = act("explain", "why an alert fires or not: each part of its expression, the samples, since when")
     explain.add_argument("alert", metavar="ALERT")
     for one in (evaluate, explain):
+        which = "ask this one of the rule engines that share the fleet"
+        one.add_argument("--partition", type=whole_number, default=1, metavar="N", help=which)
+        listen = "compute it here from what the bus brings, instead of asking the rule engine that runs"
+        one.add_argument("--listen", action="store_true", help=listen)
         one.add_argument("--file", type=Path, metavar="RECORDING", help="what interlock watch --json printed")
         when = "at this time (default: now, of a recording its end; explain: the last firing)"
         one.add_argument("--time", metavar="TIME", help=when)
@@ -190,4 +196,6 @@ def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParse
         one.add_argument("--rules", action="append", default=[], metavar="FILE", help=whose)
     conformance = act("conformance", "run Prometheus' own test scripts (promqltest) against our engine; JSON")
     conformance.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    conformance.add_argument("--failures", action="store_true", help="say on standard error what differs")
+    conformance.add_argument(
+        "--failures", action="store_true", help="what differs or is unsupported, on standard error"
+    )

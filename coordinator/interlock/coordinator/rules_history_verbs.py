@@ -6,6 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from interlock.broker.errors import ConfigError, Unreachable
 from interlock.broker.samples import NAME, Labels, SeriesReader
 from interlock.coordinator.logbook import moment
 from interlock.coordinator.rules import explain as explaining
+from interlock.coordinator.rules.answering import told
 from interlock.coordinator.rules.evaluate import Evaluation
 from interlock.coordinator.rules.language import parse
 from interlock.coordinator.rules.recording import Taken, read
@@ -26,7 +28,6 @@ from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import load_rules
 from interlock.coordinator.rules.source import History
 from interlock.coordinator.rules.template import number
-from interlock.coordinator.rules.values import Matrix, Vector
 from interlock.coordinator.terminal import note, on_bus, say_json
 
 LISTEN_S = 2.5  # what there is comes with a publisher's next batch of all its series: one a second
@@ -38,26 +39,22 @@ def evaluate(chosen: argparse.Namespace) -> int:
     rule = Rule(name="eval", text=chosen.expression, expression=tree)
     history, end = _history(chosen, [rule])
     at = moment(chosen.time) if chosen.time else end
-    value = Evaluation(history, at).result(tree)
-    sets = history.table.sets
-    rows: list[dict[str, Any]] = []
-    if isinstance(value, Vector):
-        pairs = zip(value.keys.tolist(), value.values.tolist(), strict=True)
-        rows = [{"labels": dict(sets[key]), "value": worth} for key, worth in pairs]
-    elif isinstance(value, Matrix):
-        samples = zip(value.times.tolist(), value.runs.values.tolist(), value.runs.owners().tolist(), strict=True)
-        rows = [{"labels": dict(sets[value.keys[i]]), "time": t / 1000, "value": v} for t, v, i in samples]
-    else:
-        rows = [{"labels": {}, "value": value}]
+    rows = told(Evaluation(history, at).result(tree), history.table.sets)
     if chosen.json:
         say_json({"expr": chosen.expression, "time": at, "elements": rows})
-        return 0
+    else:
+        tell_elements(rows, at)
+    return 0
+
+
+def tell_elements(rows: Sequence[dict[str, Any]], at: float, more: int = 0) -> None:
     for row in rows:
         worth = row["value"] if isinstance(row["value"], str) else number(row["value"])
         print(shown(tuple(row["labels"].items())), worth, *([f"@ {row['time']:.3f}"] if "time" in row else []))
+    if more:
+        note(f"and {more} more")
     if not rows:
         note(f"nothing at {clock(at)}")
-    return 0
 
 
 def run_replay(chosen: argparse.Namespace) -> int:
@@ -99,7 +96,7 @@ def run_explain(chosen: argparse.Namespace) -> int:
         for t, body in each.events
         if t.startswith((f"fact/alert/{chosen.alert}/", "rollback/"))
     ]
-    verdicts = [(rule, list(explaining.explain(rule.expression, history, at))) for rule in named]
+    verdicts = [(rule, list(explaining.explain(rule.expression, partial(Evaluation, history, at)))) for rule in named]
     if chosen.json:
         rows = [
             {"rule": rule.name, "expr": rule.text, "parts": [p.to_json() for p in parts]} for rule, parts in verdicts
@@ -110,7 +107,7 @@ def run_explain(chosen: argparse.Namespace) -> int:
         )
         return 0
     for rule, parts in verdicts:
-        _tell(rule, parts, at)
+        tell_parts(rule.where, rule.for_s, parts, at)
     for when, change in made:
         labels = shown(tuple(change.labels.items()))
         print(f"{clock(when)}  {change.state}  {labels}  since {clock(change.since)}: {change.summary}")
@@ -118,9 +115,9 @@ def run_explain(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(rule: Rule, parts: Sequence[explaining.Part], at: float) -> None:
+def tell_parts(where: str, for_s: float, parts: Sequence[explaining.Part], at: float) -> None:
     holds = "holds" if parts and parts[0].elements else "gives nothing"
-    print(f"{rule.where}: {holds} at {clock(at)}" + (f"; for {rule.for_s:g}s" if rule.for_s else ""))
+    print(f"{where}: {holds} at {clock(at)}" + (f"; for {for_s:g}s" if for_s else ""))
     for part in parts:
         indent = "  " * (part.depth + 1)
         plain = part.error or ("" if part.number is None else f"= {number(part.number)}")
@@ -130,7 +127,7 @@ def _tell(rule: Rule, parts: Sequence[explaining.Part], at: float) -> None:
         lines = lines or [(labels, None, value) for labels, value in part.elements.items()]
         for labels, when, value in lines[: explaining.MAX_ELEMENTS]:
             print(f"{indent}  {shown(labels)} {number(value)}" + (f" @ {clock(when)}" if when is not None else ""))
-        rest = len(lines) - explaining.MAX_ELEMENTS
+        rest = len(lines) - explaining.MAX_ELEMENTS + part.more
         if rest > 0:
             print(f"{indent}  and {rest} more")
 

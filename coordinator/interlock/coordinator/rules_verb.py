@@ -6,16 +6,18 @@ import argparse
 import glob
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from interlock.broker.config import load_fleet
 from interlock.broker.errors import ConfigError
-from interlock.coordinator import rules_history_verbs
+from interlock.coordinator import rules_history_verbs, rules_live_verbs
 from interlock.coordinator.rules import check, conformance, unittests
 from interlock.coordinator.rules.check import Checked
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.rulefile import SHIPPED, load_rules, parse_rules, shipped_rules
+from interlock.coordinator.rules.sharing import Part, share
 from interlock.coordinator.rules.vocabulary import Size
 from interlock.coordinator.terminal import say_json
 
@@ -28,12 +30,19 @@ def run(chosen: argparse.Namespace) -> int:
     acts = {
         "check": _check,
         "test": _test,
-        "eval": rules_history_verbs.evaluate,
+        "eval": rules_live_verbs.evaluate if _live(chosen) else rules_history_verbs.evaluate,
         "replay": rules_history_verbs.run_replay,
-        "explain": rules_history_verbs.run_explain,
+        "explain": rules_live_verbs.explain if _live(chosen) else rules_history_verbs.run_explain,
         "conformance": _conformance,
     }
     return acts[chosen.act](chosen)
+
+
+def _live(chosen: argparse.Namespace) -> bool:
+    """The engine that runs is asked, unless others samples, or other rules, are meant than it has."""
+    if chosen.act == "explain" and chosen.rules:
+        return False
+    return chosen.act in ("eval", "explain") and not chosen.file and not chosen.listen
 
 
 def _check(chosen: argparse.Namespace) -> int:
@@ -50,6 +59,8 @@ def _check(chosen: argparse.Namespace) -> int:
             problems.append(error)
             continue
         rules += found
+    if chosen.fleet.exists() and (count := load_fleet(chosen.fleet).rules.partitions) > 1:
+        problems += _not_shared(rules, Part(1, count))
     size, told = _size(chosen)
     checked = [*map(check.broken, problems), *check.check(rules, size)]
     severities = [finding.severity for each in checked for finding in each.findings]
@@ -62,6 +73,17 @@ def _check(chosen: argparse.Namespace) -> int:
         print(f"{len(rules)} rules: {', '.join(f'{count} {kind}' for kind, count in counts.items())}; {told}")
     wrong = counts["errors"] + (counts["warnings"] if chosen.strict else 0)
     return EXIT_FAILED if wrong else 0
+
+
+def _not_shared(rules: Sequence[Rule], part: Part) -> Iterator[ConfigError]:
+    """Of rules that the engines of the fleet file, being several, could not run."""
+    recording = [rule for rule in rules if rule.kind == "record"]
+    for rule in rules:
+        try:
+            share([*recording, rule], part)
+        except ConfigError as error:
+            if error.where == rule.where:
+                yield error
 
 
 def _test(chosen: argparse.Namespace) -> int:
@@ -122,8 +144,8 @@ def _conformance(chosen: argparse.Namespace) -> int:
         verdicts = list(conformance.check(text_of(path)))
         files[_name(path, files)] = conformance.tally(verdicts)
         for verdict in verdicts if chosen.failures else ():
-            if verdict.outcome == "fail":
-                print(f"{path}:{verdict.line}: {verdict.query}: {verdict.detail}", file=sys.stderr)
+            if verdict.outcome != "pass":
+                print(f"{path}:{verdict.line}: {verdict.outcome}: {verdict.query}: {verdict.detail}", file=sys.stderr)
     report = conformance.report(files)
     print(json.dumps(report, indent=2))
     return EXIT_FAILED if report["failed"] else 0

@@ -19,6 +19,7 @@ from interlock.broker.keyring import Keyring, identities_of
 from interlock.broker.role import held
 from interlock.broker.security import is_insecure
 from interlock.coordinator.rules.rulefile import load_rules
+from interlock.coordinator.rules.sharing import Part, share
 from interlock.coordinator.supervisor import STOP_S, RoleSpec, Supervisor
 
 QUEUED_LINES = 2000  # log lines that wait for a slow terminal; more are dropped: no role may stall for its log
@@ -88,13 +89,17 @@ def role_specs(fleet: FleetConfig) -> list[RoleSpec]:
         ]
         return RoleSpec(name, argv, phase, stop_s)
 
+    count = fleet.rules.partitions
+    rules = [spec("rules", 2, "coordinator", "rules")]
+    if count > 1:
+        rules = [spec(f"rules-{n}", 2, "coordinator", "rules", "--partition", str(n)) for n in range(1, count + 1)]
     monitored = [name for name, host in fleet.hosts.items() if host.monitor]
     return [
         spec("broker", 0, "broker"),
         *(spec(f"host/{name}", 1, "agents", "--name", name, stop_s=stop_s) for name in fleet.hosts),
         # beside the hosts: an agent that reserves GPU memory at its start waits for the first readings
         *(spec(f"monitor/{name}", 1, "monitors", "--host", name) for name in monitored),
-        spec("rules", 2, "coordinator", "rules"),
+        *rules,
         spec("coordinator", 2, "coordinator", "coordinator"),
     ]
 
@@ -104,7 +109,7 @@ def check_fleet(path: Path) -> FleetConfig:
     fleet = load_fleet(path)
     for name, agent in fleet.agents.items():
         source_of(fleet, agent.revisions[agent.serve], where=f"{path}: agents.{name}.revisions.{agent.serve}")
-    load_rules(fleet.rules.files, fleet.folder)
+    share(load_rules(fleet.rules.files, fleet.folder), Part(1, fleet.rules.partitions))
     return fleet
 
 

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from interlock.coordinator.rules.notes import Forced
+
 Bucket = tuple[float, float]  # (upper bound, count of what is not above it)
 
 SMALL_CHANGE = 1e-12  # relative; a count that falls by less was computed inexactly
@@ -25,11 +27,11 @@ def merged(buckets: Sequence[Bucket]) -> list[Bucket]:
     return list(made.items())
 
 
-def monotonic(buckets: Sequence[Bucket]) -> tuple[list[float], bool]:
-    """(counts that never fall, whether that had to be forced beyond inexactness)."""
+def monotonic(buckets: Sequence[Bucket]) -> tuple[list[float], Forced | None]:
+    """(counts that never fall, where that had to be forced beyond inexactness)."""
     made: list[float] = []
-    forced = False
-    for _, count in buckets:
+    forced: list[Bucket] = []  # (bound, by how much)
+    for upper, count in buckets:
         before = made[-1] if made else count
         change = abs(count - before)
         small = change <= SMALL_CHANGE * (abs(count) + abs(before))
@@ -37,25 +39,27 @@ def monotonic(buckets: Sequence[Bucket]) -> tuple[list[float], bool]:
             made.append(before)
         elif count < before:
             made.append(before)
-            forced = True
+            forced.append((upper, before - count))
         else:
             made.append(count)
-    return made, forced
+    if not forced:
+        return made, None
+    return made, Forced(forced[0][0], forced[-1][0], max(by for _, by in forced))
 
 
-def quantile(q: float, found: Sequence[Bucket]) -> tuple[float, bool]:
-    """(the quantile by linear interpolation in its bucket, whether counts had to be forced upwards)."""
+def quantile(q: float, found: Sequence[Bucket]) -> tuple[float, Forced | None]:
+    """(the quantile by linear interpolation in its bucket, where counts had to be forced upwards)."""
     if math.isnan(q):
-        return math.nan, False
+        return math.nan, None
     if q < 0 or q > 1:
-        return math.copysign(math.inf, q), False
+        return math.copysign(math.inf, q), None
     buckets = merged(found)
     if buckets[-1][0] != math.inf:
-        return math.nan, False
+        return math.nan, None
     counts, forced = monotonic(buckets)
     observations = counts[-1]
-    if len(buckets) < 2 or observations == 0 or math.isnan(observations):
-        return math.nan, False
+    if len(buckets) < 2 or observations == 0:
+        return math.nan, forced
     rank = q * observations
     place = next((at for at in range(len(buckets) - 1) if counts[at] >= rank), len(buckets) - 1)
     if place == len(buckets) - 1:
@@ -87,13 +91,8 @@ def _rank(value: float, buckets: Sequence[Bucket], count: float) -> float:
         if start >= value:
             return min(before, count)
         if upper > value:
-            inside = total - before
-            share = (value - start) / (upper - start) if math.isfinite(upper - start) else _infinite_share(start, upper)
-            return min(before + inside * share, count)
+            if start == -math.inf:  # a bucket without end can't be cut: all of the first counts, none of the last
+                return min(total, count)
+            return min(before + (total - before) * (value - start) / (upper - start), count)
         before, start = total, upper
     return count
-
-
-def _infinite_share(start: float, upper: float) -> float:
-    """Interpolation where one side is infinite, as the division gives it."""
-    return math.nan if start == -math.inf else 0.0

@@ -10,11 +10,12 @@ import numpy as np
 
 from interlock.broker.samples import NAME, Labels
 from interlock.coordinator.rules import aggregations, buckets, relabel
-from interlock.coordinator.rules.enrich import enriched
+from interlock.coordinator.rules.enrich import enriched, looked_at
 from interlock.coordinator.rules.expression import Expression, Matcher, Moment, Selector, Text, Window
 from interlock.coordinator.rules.labelsets import LabelTable, replaced
+from interlock.coordinator.rules.notes import Kind, Notes
 from interlock.coordinator.rules.source import Source, milliseconds
-from interlock.coordinator.rules.values import Matrix, Value, Vector, empty, single
+from interlock.coordinator.rules.values import Flags, Floats, Matrix, Value, Vector, empty, single
 
 MEMBER_S = 3600.0  # a series that was silent for longer is no member that should report
 
@@ -30,6 +31,9 @@ class Around(Protocol):
 
     @property
     def step(self) -> float: ...
+
+    @property
+    def notes(self) -> Notes: ...
 
 
 class At(Protocol):
@@ -47,15 +51,17 @@ class At(Protocol):
 
     def scalar(self, expression: Expression) -> float: ...
 
-    def note(self, kind: Literal["warn", "info"], text: str) -> None: ...
+    def note(self, kind: Kind, text: str) -> None: ...
 
     def moment(self, at: Moment | None, offset_s: float) -> float: ...
 
     def selector(self, selector: Selector, *, lookback_s: float | None = None) -> Vector: ...
 
+    def begun(self, selector: Selector) -> tuple[Vector, Floats | None]: ...
+
     def check_quantile(self, q: Value | None) -> None: ...
 
-    def relabelled(self, vector: Vector, key: Any, function: Callable[[Labels], Labels], dst: str) -> Vector: ...
+    def relabelled(self, vector: Vector, key: Any, function: Callable[[Labels], Labels], named: Flags) -> Vector: ...
 
 
 def _absent_labels(matchers: tuple[Matcher, ...]) -> Labels:
@@ -117,7 +123,7 @@ def _timestamp(at: At, arguments: tuple[Expression, ...]) -> Vector:
 
 def _sort(at: At, arguments: tuple[Expression, ...], *, descending: bool) -> Vector:
     if at.of.start is not None:
-        at.note("warn", "sort is ineffective for range queries since results are always ordered by labels (1:1)")
+        at.note("warn", "sort is ineffective for range queries since results are always ordered by labels")
     return aggregations.sorted_by_value(at.vector(arguments[0]), descending=descending)
 
 
@@ -132,14 +138,18 @@ def _sort_by_label(at: At, arguments: tuple[Expression, ...], *, descending: boo
 
 def _label_replace(at: At, arguments: tuple[Expression, ...]) -> Vector:
     texts = [argument for argument in arguments[1:] if isinstance(argument, Text)]
-    function = relabel.replacer(*texts)
-    return at.relabelled(at.vector(arguments[0]), ("replace", *texts), function, texts[0].value)
+    function, vector = relabel.replacer(*texts), at.vector(arguments[0])
+    named = np.zeros(len(vector), bool)
+    if texts[0].value == NAME:
+        changes = relabel.matching(texts[2], texts[3])
+        named = np.array([changes(at.table.sets[key]) for key in vector.keys.tolist()], bool)
+    return at.relabelled(vector, ("replace", *texts), function, named)
 
 
 def _label_join(at: At, arguments: tuple[Expression, ...]) -> Vector:
     texts = [argument for argument in arguments[1:] if isinstance(argument, Text)]
-    function = relabel.joiner(texts[0], texts[1], texts[2:])
-    return at.relabelled(at.vector(arguments[0]), ("join", *texts), function, texts[0].value)
+    function, vector = relabel.joiner(texts[0], texts[1], texts[2:]), at.vector(arguments[0])
+    return at.relabelled(vector, ("join", *texts), function, np.full(len(vector), texts[0].value == NAME))
 
 
 def _histograms(at: At, expression: Expression) -> tuple[list[int], list[list[buckets.Bucket]]]:
@@ -154,7 +164,7 @@ def _histograms(at: At, expression: Expression) -> tuple[list[int], list[list[bu
             named = f' for metric name "{labels[NAME]}"' if labels.get(NAME) else ""
             at.note(
                 "warn",
-                f'bucket label "le" is missing or has a malformed value of "{labels.get("le", "")}"{named} (1:1)',
+                f'bucket label "le" is missing or has a malformed value of "{labels.get("le", "")}"{named}',
             )
             continue
         found.setdefault(rest, []).append((upper, count))
@@ -173,15 +183,8 @@ def _quantiles(at: At, q: float, keys: list[int], found: list[list[buckets.Bucke
     for key, each in zip(keys, found, strict=True):
         value, forced = buckets.quantile(q, each)
         made.append(value)
-        if forced:
-            metric = dict(at.table.sets[key]).get(NAME)
-            at.note(
-                "info",
-                "input to histogram_quantile needed to be fixed for monotonicity (see "
-                "https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile)"
-                + (f' for metric name "{metric}"' if metric else "")
-                + " (1:1)",
-            )
+        if forced is not None:
+            at.of.notes.forced(dict(at.table.sets[key]).get(NAME, ""), forced, at.at / 1000)
     return made
 
 
@@ -208,7 +211,21 @@ def _histogram_fraction(at: At, arguments: tuple[Expression, ...]) -> Vector:
 
 def _info(at: At, arguments: tuple[Expression, ...]) -> Vector:
     chosen = arguments[1] if len(arguments) > 1 else None
-    return enriched(at.table, at.vector(arguments[0]), cast(Selector | None, chosen), at.selector)
+    moment, offset_s = looked_at(arguments[0])
+
+    def select(matchers: tuple[Matcher, ...]) -> Vector:
+        return at.selector(Selector(matchers, offset_s, moment))
+
+    return enriched(at.table, at.vector(arguments[0]), cast(Selector | None, chosen), select)
+
+
+def _start_timestamp(at: At, arguments: tuple[Expression, ...]) -> Vector:
+    selector = arguments[0]
+    if not isinstance(selector, Selector):
+        at.vector(selector)
+        return empty()
+    vector, starts = at.begun(selector)
+    return empty() if starts is None else vector.with_values(starts / 1000)
 
 
 def _seconds_of(which: Literal["start", "end"]) -> Callable[[At, tuple[Expression, ...]], float]:
@@ -235,6 +252,7 @@ CALLS: dict[str, Callable[[At, tuple[Expression, ...]], Value]] = {
     "vector": lambda at, arguments: single(at.scalar(arguments[0])),
     "time": lambda at, arguments: at.at / 1000,
     "timestamp": _timestamp,
+    "start_timestamp": _start_timestamp,
     "pi": lambda at, arguments: math.pi,
     "start": _seconds_of("start"),
     "end": _seconds_of("end"),

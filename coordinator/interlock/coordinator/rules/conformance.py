@@ -14,12 +14,14 @@ from typing import Literal
 
 from interlock.broker.errors import ConfigError
 from interlock.broker.samples import Labels
-from interlock.coordinator.rules.evaluate import Evaluation, Note
+from interlock.coordinator.rules.evaluate import Evaluation
 from interlock.coordinator.rules.expression import Expression, selectors
 from interlock.coordinator.rules.labelsets import shown
 from interlock.coordinator.rules.language import NotSupported, parse
-from interlock.coordinator.rules.promqltest import Clear, Eval, Expect, Load, commands, moment
+from interlock.coordinator.rules.notes import Kind, Notes
+from interlock.coordinator.rules.promqltest import Clear, Eval, Expect, Load, Strange, commands, moment
 from interlock.coordinator.rules.source import History, milliseconds
+from interlock.coordinator.rules.spelling import ONE_MOMENT, Span
 from interlock.coordinator.rules.values import EvaluationError, Matrix, Value, Vector
 
 TOLERANCE = 1e-6  # relative; promqltest's own
@@ -42,15 +44,19 @@ class Loaded:
     def __init__(self) -> None:
         self.history = History()
         self.histograms: list[Labels] = []
+        self.strange = ""  # what wasn't understood of what is to be loaded
 
     def load(self, command: Load) -> None:
         for labels, points in command.series:
+            starts = command.starts.get(labels, [])
             for index, point in enumerate(points):
                 at = milliseconds(index * command.step)
                 if point == "stale":
                     self.history.end(labels, at)
                 elif isinstance(point, float):
-                    self.history.append(labels, point, at)
+                    before = starts[index] if index < len(starts) else None
+                    start = at + milliseconds(before) if isinstance(before, float) else None
+                    self.history.append(labels, point, at, start=start)
             if "histogram" in points:
                 self.histograms.append(labels)
 
@@ -67,6 +73,10 @@ def check(script: str) -> Iterator[Verdict]:
                 loaded = Loaded()
             case Load():
                 loaded.load(command)
+            case Strange():
+                if command.loads:
+                    loaded.strange = command.why
+                yield Verdict(command.line, command.text, "unsupported", command.why)
             case Eval():
                 outcome, detail = _judge(command, loaded)
                 yield Verdict(command.line, command.query, outcome, detail)
@@ -90,15 +100,17 @@ def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
 
 def _judge(command: Eval, loaded: Loaded) -> tuple[Outcome, str]:
     fails = command.of("fail")
+    if loaded.strange:
+        return "unsupported", f"the series before it: {loaded.strange}"
     try:
-        expression = parse(command.query, where=f"line {command.line}")
+        expression = parse(command.query, where=f"line {command.line}", span=_span(command))
     except NotSupported as error:
         return "unsupported", error.what
     except ConfigError as error:  # what the parser refuses is right to fail, and otherwise newer than it
         return ("pass", "") if fails else ("unsupported", error.what)
     if any("histogram" in points for _, points in command.rows) or loaded.meets_histogram(expression):
         return "unsupported", "native histograms"
-    notes: set[Note] = set()
+    notes = Notes()
     try:
         results = [_evaluation(command, loaded, at, notes).result(expression) for at in command.times]
     except EvaluationError as error:
@@ -113,7 +125,11 @@ def _judge(command: Eval, loaded: Loaded) -> tuple[Outcome, str]:
     return "pass", ""
 
 
-def _evaluation(command: Eval, loaded: Loaded, at: float, notes: set[Note]) -> Evaluation:
+def _span(command: Eval) -> Span:
+    return ONE_MOMENT if command.instant else Span(command.step, command.times[-1] - command.times[0])
+
+
+def _evaluation(command: Eval, loaded: Loaded, at: float, notes: Notes) -> Evaluation:
     if command.instant:
         return Evaluation(loaded.history, at, notes=notes)
     first, last = command.times[0], command.times[-1]
@@ -192,9 +208,10 @@ def _compare_matrix(command: Eval, result: Value, ranges: list[Expect], loaded: 
             yield f"gave {pairs_given}, not {wanted[key]}"
 
 
-def _compare_notes(command: Eval, notes: set[Note]) -> Iterator[str]:
-    for kind in ("warn", "info"):
-        found = sorted(text for sort, text in notes if sort == kind)
+def _compare_notes(command: Eval, notes: Notes) -> Iterator[str]:
+    kinds: tuple[Kind, ...] = ("warn", "info")
+    for kind in kinds:
+        found = notes.texts(kind)
         expects = command.of(kind)
         if command.of(f"no_{kind}") and found:
             yield f"unexpected {kind}: {found[0]}"

@@ -23,6 +23,7 @@ from interlock.coordinator.rules.clocks import Skew
 from interlock.coordinator.rules.engine import Columns, Engine
 from interlock.coordinator.rules.inflight import AlertKey, InFlight, Migration, alert_key
 from interlock.coordinator.rules.rule import Rule
+from interlock.coordinator.rules.sharing import FLEET, HOST, WHOLE, Part, Shared, share
 
 EXCUSED_S = 2.0  # a breach that nothing excuses any more for so long is the candidate's: well within the 5 s promised
 
@@ -50,16 +51,23 @@ class Excused:
 class RuleDecisions:
     """The engine beside the migrations in flight. `controls`: where hosts listen that have not said so themselves."""
 
-    def __init__(self, rules: Sequence[Rule], controls: Mapping[str, str]) -> None:
+    def __init__(self, rules: Sequence[Rule], controls: Mapping[str, str], part: Part = WHOLE) -> None:
         self._twins: dict[str, str] = {}
         self._silent: set[str] = set()
-        self.engine = Engine(self._with_twins(rules))
+        self._part = part
+        self._shared = Shared()
+        self.engine = Engine(self._arranged(rules))
         self._excused: list[Excused] = []
         self.in_flight = InFlight()
         self._controls = controls
         self._log_clock = Skew()
         self._live = False
         self._undone: set[str] = set()  # ids of rollbacks that were decided, of migrations in flight
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """Alerts that are ours alone: what they say of a permanent revision speaks for a candidate, and is not told."""
+        return frozenset(self._silent)
 
     def _with_twins(self, rules: Sequence[Rule]) -> list[Rule]:
         names = {rule.name for rule in rules}
@@ -68,10 +76,29 @@ class RuleDecisions:
         self._silent = set(self._twins.values())
         return [*rules, *(made for _, made in twins)]
 
+    def _arranged(self, rules: Sequence[Rule]) -> list[Rule]:
+        """What the engine evaluates of them: with twins, and of several engines this one's part. ConfigError."""
+        shared = share(self._with_twins(rules), self._part)
+        self._shared = shared
+        return shared.rules
+
+    def _is_ours(self, rule: str, labels: Mapping[str, str]) -> bool:
+        """Whether this engine is the one that tells of an alert."""
+        if not self._part.shared:
+            return True
+        host = FLEET if rule in self._shared.fleet_wide else labels.get(HOST, FLEET)
+        return self._part.owns(host)
+
+    def partials(self) -> dict[Labels, float]:
+        """What this engine tells the others: the newest partial results."""
+        store, names = self.engine.store, {rule.name for rule in self._shared.partials}
+        recorded = [each.recorded for each in self.engine.running if each.rule.name in names]
+        return {labels: float(store.values[number]) for series in recorded for labels, number in series.items()}
+
     def reload(self, rules: Sequence[Rule], now: float) -> list[Send]:
         """Other rules from now on; what is the same keeps its state, alerts of rules that are gone resolve."""
         silent = set(self._silent)
-        made = self.engine.reload(self._with_twins(rules), now)
+        made = self.engine.reload(self._arranged(rules), now)
         return self._answer([each for each in made if each.rule.name not in silent], now)
 
     def follow(self, event: Event, now: float) -> list[Send]:
@@ -103,6 +130,8 @@ class RuleDecisions:
                 running.alerts.keep_firing({labels for rule, labels in self.in_flight.firing if rule == name})
         for fired in list(self.in_flight.firing.values()):
             alert = fired.alert
+            if not self._is_ours(alert.rule, alert.labels):
+                continue
             known = self.engine.restore(
                 alert.rule, alert.labels, alert.value, sample_time=alert.sample_time, since=fired.at, now=now
             )

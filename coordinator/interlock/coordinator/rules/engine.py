@@ -28,9 +28,10 @@ from interlock.coordinator.rules.language import parse
 from interlock.coordinator.rules.nodes import Node
 from interlock.coordinator.rules.operators import quietly
 from interlock.coordinator.rules.plans import Plan, Plans, together
+from interlock.coordinator.rules.recorder import Recorder
 from interlock.coordinator.rules.rule import Rule
 from interlock.coordinator.rules.running import Running, unnamed
-from interlock.coordinator.rules.series import BASELINE, ENDED, NOBODY, PRESENT, SeriesStore
+from interlock.coordinator.rules.series import BASELINE, NOBODY, PRESENT, SeriesStore
 from interlock.coordinator.rules.source import milliseconds
 from interlock.coordinator.rules.values import EvaluationError, Floats, Ints, Value
 
@@ -43,12 +44,12 @@ BIND_AT_ONCE = 250  # new series that are matched against all selectors in one g
 MAX_PASSES = 16  # recorded series that feed each other settle within so many passes, or the rest waits for a sample
 TOGETHER = 3  # planned batches in one call: from so many on, joining them costs less than following each
 PARTITION_PUBLISHERS = 3  # so many publishers that fall silent together, and half of all, are a partition
-OVERDUE_INTERVALS = 3.0  # a publisher is silent when nothing came for so many of its series' intervals
-RECORDER = ""  # the publisher of what rules record
+OVERDUE_INTERVALS = 1.5  # of a publisher's series: fewer than any rule waits for, so that none fires before it is known
 OWN_LOOKBACK_S = -1.0  # each series knows when it is silent
 
 
 Columns = tuple[Ints, Floats, float, str]  # a batch: ids from `admit`, values, when they were taken, publisher
+Asked = tuple[Columns, Plan | None]  # a batch, and its plan if it has one
 
 
 class Engine:
@@ -70,6 +71,7 @@ class Engine:
         self._next_scan = self._next_batch = -math.inf
         self._queue: list[Running] = []
         self._plans = Plans()
+        self._recorder = Recorder(self.store, self._tell, lambda: self._now_ms)
         self._arrange()
 
     @property
@@ -239,14 +241,7 @@ class Engine:
 
     def partition(self, now: float) -> str:
         """What says that many publishers fell silent together, rather than one of them; empty if they didn't."""
-        store, count = self.store, len(self.store.labels)
-        known = (store.code[:count] != ENDED) & np.isfinite(store.interval[:count]) & (store.publisher[:count] >= 0)
-        known &= ~store.hidden[:count]
-        overdue = now * 1000 - store.times[:count] > OVERDUE_INTERVALS * store.interval[:count]
-        publishers = store.publisher[:count]
-        seen = np.bincount(publishers[known], minlength=1)
-        late = np.bincount(publishers[known & overdue], minlength=len(seen))
-        all_, silent = int((seen > 0).sum()), int(((seen > 0) & (late == seen)).sum())
+        silent, all_ = self.store.silent_publishers(now * 1000, OVERDUE_INTERVALS)
         if silent < PARTITION_PUBLISHERS or 2 * silent < all_:
             return ""
         return f"{silent} of {all_} publishers fell silent together: a partition"
@@ -272,10 +267,13 @@ class Engine:
         self.store.bind(BIND_AT_ONCE)
         plans: list[Plan] = []
         latest = -math.inf
-        for ids, values, time, publisher in batches:
+        if len(batches) >= TOGETHER:
+            asked, plans, latest = self._append_planned(batches, now)
+        else:
+            asked = [(batch, self._plan(batch)) for batch in batches]
+        for (ids, values, time, publisher), plan in asked:
             taken = time if math.isfinite(time) else now
             at = milliseconds(self._skew(publisher).in_order(taken, now))
-            plan = self._plans.of(self.store, publisher, ids, self.store.version) if len(ids) else None
             if plan is None and len(ids) and ids.min() < 0:
                 self.store.refused += int((ids < 0).sum())
                 counted = self.store.append(ids[ids >= 0], values[ids >= 0], at, taken)
@@ -288,7 +286,32 @@ class Engine:
             else:
                 changed.append(counted)
         made = self._follow(plans, now, latest) if plans else []
-        return made + self._settle(changed, now, latest if batches else None) + self._release(now)
+        sampled = latest if latest > -math.inf else None
+        return made + self._settle(changed, now, sampled) + self._release(now)
+
+    def _plan(self, batch: Columns) -> Plan | None:
+        ids, _, _, publisher = batch
+        return self._plans.of(self.store, publisher, ids, self.store.version) if len(ids) else None
+
+    def _append_planned(self, batches: Sequence[Columns], now: float) -> tuple[list[Asked], list[Plan], float]:
+        """Take in at once those that have a plan: (the others, the plans, when the newest was taken)."""
+        found = [self._plan(batch) for batch in batches]
+        planned = [(batch, plan) for batch, plan in zip(batches, found, strict=True) if plan is not None]
+        others: list[Asked] = [(batch, None) for batch, plan in zip(batches, found, strict=True) if plan is None]
+        if len(planned) < TOGETHER:
+            return [*planned, *others], [], -math.inf
+        counts = [len(ids) for (ids, _, _, _), _ in planned]
+        taken = [time if math.isfinite(time) else now for (_, _, time, _), _ in planned]
+        at = [
+            milliseconds(self._skew(publisher).in_order(time, now))
+            for time, ((_, _, _, publisher), _) in zip(taken, planned, strict=True)
+        ]
+        ids = np.concatenate([ids for (ids, _, _, _), _ in planned])
+        values = np.concatenate([values for (_, values, _, _), _ in planned])
+        if not self.store.append_all(ids, values, np.repeat(at, counts), np.repeat(taken, counts)):
+            return [*planned, *others], [], -math.inf
+        self.samples += len(ids)
+        return others, [plan for _, plan in planned], max(taken)
 
     def _follow(self, plans: Sequence[Plan], now: float, sample_time: float) -> list[Transition]:
         """Let nodes and rules look as planned; a rule that can't, by now, looks as it does without a plan."""
@@ -299,8 +322,7 @@ class Engine:
                 step(slots)
             for running, slots in looks:
                 if self._as_planned(running, slots, now, sample_time):
-                    unique = np.unique(slots)
-                    made += running.see(unique, *running.at(unique), now)
+                    made += running.see(slots, *running.at(slots), now, repeated=True)
             return made
         for plan in plans:
             for _, _, _, bound in plan.steps:
@@ -453,7 +475,7 @@ class Engine:
                 self.errors.pop(running.rule.where, None)
                 running.mark(running.root.slots())
             if running.rule.kind == "record":
-                self._record_slots(running, now)
+                self._recorder.slots(running, now)
                 return []
             return running.look(now)
         return self._whole(running, now, self.evaluation(now))
@@ -473,48 +495,6 @@ class Engine:
             running.error = ""
             self.errors.pop(running.rule.where, None)
         if running.rule.kind == "record":
-            self._record(running, found, now)
+            self._recorder.whole(running, found, now)
             return []
         return running.compare(found, now)
-
-    def _record_slots(self, running: Running, now: float) -> None:
-        assert running.root is not None
-        slots = running.slots()
-        values, codes = running.root.at(slots)
-        found = {}
-        for slot, value, code in zip(slots.tolist(), values.tolist(), codes.tolist(), strict=True):
-            key = running.keys.get(slot)
-            if key is None:
-                continue
-            series = running.series_key(key)
-            if code == PRESENT:
-                found[series] = value
-            elif series in running.recorded:
-                self._end_recorded(running, series)
-        for key in running.take_orphans():
-            self._end_recorded(running, running.series_key(key))
-        self._append_recorded(running, found, now)
-
-    def _record(self, running: Running, found: dict[Labels, float], now: float) -> None:
-        """The rule's elements become samples of the series it records; an element that goes ends its series."""
-        for series in [series for series in running.recorded if series not in found]:
-            self._end_recorded(running, series)
-        self._append_recorded(running, found, now)
-
-    def _end_recorded(self, running: Running, series: Labels) -> None:
-        if running.recorded.pop(series, None) is not None:
-            number = self.store.end(series)
-            if number is not None:
-                self._tell(np.array([number]))
-
-    def _append_recorded(self, running: Running, found: dict[Labels, float], now: float) -> None:
-        if not found:
-            return
-        ids = np.fromiter((self.store.admit(series, RECORDER) for series in found), np.int64, len(found))
-        values = np.fromiter(found.values(), np.float64, len(found))
-        good = ids >= 0
-        self.store.refused += int((~good).sum())
-        self.store.bind(len(self.store.unbound))
-        running.recorded.update(zip(found, ids.tolist(), strict=True))
-        taken = running.sample_time if running.sample_time is not None else now
-        self._tell(self.store.append(ids[good], values[good], self._now_ms, taken))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
 from interlock.broker.samples import NAME, Labels
-from interlock.coordinator.rules import aggregations
+from interlock.coordinator.rules import aggregations, edges
 from interlock.coordinator.rules.calls import CALLS
 from interlock.coordinator.rules.expression import (
     Aggregate,
@@ -30,6 +30,8 @@ from interlock.coordinator.rules.expression import (
     Window,
 )
 from interlock.coordinator.rules.joins import combined, paired
+from interlock.coordinator.rules.labelsets import Ids
+from interlock.coordinator.rules.notes import Kind, Notes, general
 from interlock.coordinator.rules.operators import (
     ARITHMETIC,
     CALENDAR,
@@ -43,6 +45,8 @@ from interlock.coordinator.rules.operators import (
 from interlock.coordinator.rules.source import Source, milliseconds
 from interlock.coordinator.rules.values import (
     EvaluationError,
+    Flags,
+    Floats,
     Matrix,
     Runs,
     Value,
@@ -50,22 +54,22 @@ from interlock.coordinator.rules.values import (
     empty,
     single,
 )
-from interlock.coordinator.rules.windows import KEEP_NAME, WINDOW_FUNCTIONS, enough
+from interlock.coordinator.rules.windows import KEEP_NAME, WINDOW_FUNCTIONS, enough, overlapping
 
 LOOKBACK_S = 300.0  # a sample counts for so long where no newer one comes; Prometheus' default
 SUBQUERY_STEP_S = 60.0  # of a subquery that names none; Prometheus' default evaluation interval
 MAX_STEPS = 11_000  # of a subquery: Prometheus' limit of points of a series
 MAX_POINTS = 50_000_000  # samples that one evaluation may bring together; Prometheus' default limit
+PART_COST = 20  # elements that cost as much as a part of an expression does in any case
 COUNTERS = ("_total", "_sum", "_count", "_bucket")
-
-Note = tuple[Literal["warn", "info"], str]
 
 
 @dataclass
 class Evaluation:
     """One expression at one moment; times in seconds. `start` to `end`, `step`: of the range that is evaluated.
 
-    `wary`: a forecast needs more than two samples. `notes`: what Prometheus would warn of.
+    `wary`: a forecast needs more than two samples. `notes`: what Prometheus would warn of. `budget`: the elements and
+    samples that all of its parts may have together, each part counting as `PART_COST` more; 0: no limit.
     """
 
     source: Source
@@ -76,7 +80,14 @@ class Evaluation:
     step: float = 0.0
     default_step: float = SUBQUERY_STEP_S
     wary: bool = False
-    notes: set[Note] = field(default_factory=set)
+    notes: Notes = field(default_factory=Notes)
+    budget: int = 0
+    spent: int = 0
+
+    def spend(self, elements: int) -> None:
+        self.spent += elements
+        if self.spent > self.budget:
+            raise EvaluationError(f"it takes more than {self.budget} elements and samples to compute")
 
     def result(self, expression: Expression) -> Value:
         """What is told: names that are to go are gone, and no two elements have the same labels."""
@@ -120,6 +131,17 @@ class _At:
     # --- by kind of node
 
     def value(self, expression: Expression) -> Value:
+        if not self.of.budget:
+            return self.worth(expression)
+        self.of.spend(PART_COST)
+        found = self.worth(expression)
+        if isinstance(found, Matrix):
+            self.of.spend(len(found.runs.values))
+        elif isinstance(found, Vector):
+            self.of.spend(len(found))
+        return found
+
+    def worth(self, expression: Expression) -> Value:
         match expression:
             case Number(value):
                 return value
@@ -155,8 +177,8 @@ class _At:
             return value
         raise EvaluationError("a number is needed here")
 
-    def note(self, kind: Literal["warn", "info"], text: str) -> None:
-        self.of.notes.add((kind, f"PromQL {'warning' if kind == 'warn' else 'info'}: {text}"))
+    def note(self, kind: Kind, text: str) -> None:
+        self.of.notes.add(kind, text)
 
     # --- samples
 
@@ -173,24 +195,60 @@ class _At:
         return moment - milliseconds(offset_s)
 
     def selector(self, selector: Selector, *, lookback_s: float | None = None) -> Vector:
+        if selector.edges == "smoothed":
+            return self.smoothed(selector)
+        return self.newest(selector, self.of.lookback if lookback_s is None else lookback_s)[0]
+
+    def newest(self, selector: Selector, lookback_s: float) -> tuple[Vector, Ids]:
+        """The newest sample of each series, and the series' numbers."""
         source = self.of.source
         series = source.select(selector)
-        lookback = milliseconds(self.of.lookback if lookback_s is None else lookback_s)
-        found, times, values = source.latest(series, self.moment(selector.at, selector.offset_s), lookback)
+        moment = self.moment(selector.at, selector.offset_s)
+        found, times, values = source.latest(series, moment, milliseconds(lookback_s))
         keys = source.keys(series[found])
-        return Vector(keys, values[found], np.zeros(len(keys), bool), times[found])
+        return Vector(keys, values[found], np.zeros(len(keys), bool), times[found]), series[found]
+
+    def begun(self, selector: Selector) -> tuple[Vector, Floats | None]:
+        """The newest samples, and when their counters began (milliseconds, 0 where nobody knows)."""
+        vector, series = self.newest(selector, self.of.lookback)
+        assert vector.times is not None
+        return vector, self.of.source.started(series, vector.times)
+
+    def smoothed(self, selector: Selector) -> Vector:
+        at, around = self.moment(selector.at, selector.offset_s), self.lookback
+        matrix = self.samples(selector, at - around, at + around, at, at)
+        places, values = edges.between(matrix, at)
+        return Vector(matrix.keys[places], values, np.zeros(len(places), bool), np.full(len(places), at))
+
+    @property
+    def lookback(self) -> float:
+        """Milliseconds. Where each series has its own, Prometheus' lookback for what looks around a moment."""
+        return milliseconds(self.of.lookback if self.of.lookback > 0 else LOOKBACK_S)
 
     def window(self, window: Window) -> Matrix:
-        source, selector = self.of.source, window.selector
+        matrix = self.around(window)
+        return edges.extended(matrix, window.selector.edges) if window.selector.edges else matrix
+
+    def around(self, window: Window) -> Matrix:
+        """The samples in a window; and those around it, of one whose ends count."""
+        selector = window.selector
         end = self.moment(selector.at, selector.offset_s)
         start = end - milliseconds(window.seconds)
+        before = self.lookback if selector.edges else 0.0
+        after = self.lookback if selector.edges == "smoothed" else 0.0
+        return self.samples(selector, start - before, end + after, start, end)
+
+    def samples(self, selector: Selector, since: float, until: float, start: float, end: float) -> Matrix:
+        """The samples in (since, until] of a window (start, end]."""
+        source = self.of.source
         series = source.select(selector)
-        bounds, times, values = source.window(series, start, end)
+        bounds, times, values = source.window(series, since, until)
         self.count(len(values))
+        starts = None if selector.edges else source.started(np.repeat(series, np.diff(bounds)), times)
         some = np.diff(bounds) > 0
         bounds = np.concatenate([bounds[:1], bounds[1:][some]])
         keys = source.keys(series[some])
-        return Matrix(keys, np.zeros(len(keys), bool), Runs(bounds, values), times, start, end)
+        return Matrix(keys, np.zeros(len(keys), bool), Runs(bounds, values), times, start, end, starts)
 
     def count(self, points: int) -> None:
         self.points[0] += points
@@ -216,7 +274,9 @@ class _At:
         if not any(map(len, vectors)):
             none = np.empty(0, np.int64)
             return Matrix(none, np.empty(0, bool), Runs(np.zeros(1, np.int64), np.empty(0)), np.empty(0), start, end)
-        series = np.concatenate([vector.keys * 2 + vector.dropped for vector in vectors])
+        keys = np.concatenate([vector.keys for vector in vectors])
+        dropped = np.concatenate([vector.dropped for vector in vectors])
+        series = keys * 2 + (dropped & (self.table.unnamed()(keys) != keys))  # one without a name has none to lose
         times = np.repeat(moments, [len(vector) for vector in vectors])
         values = np.concatenate([vector.values for vector in vectors])
         distinct, groups = aggregations.numbered(series)
@@ -268,7 +328,8 @@ class _At:
             limit = self.number(parameter if parameter is not None else math.nan)
             if expression.op == "limit_ratio" and abs(limit) > 1:
                 capped = math.copysign(1.0, limit)
-                self.note("warn", f"ratio value should be between -1 and 1, got {limit:g}, capping to {capped:g} (1:1)")
+                told = f"got {general(limit)}, capping to {general(capped)}"
+                self.note("warn", f"ratio value should be between -1 and 1, {told}")
             return aggregations.ranked(self.table, expression, vector, limit)
         return aggregations.reduced(
             self.table, expression, vector, None if parameter is None else self.number(parameter)
@@ -276,8 +337,7 @@ class _At:
 
     def check_quantile(self, q: Value | None) -> None:
         if isinstance(q, float) and not 0 <= q <= 1:
-            got = "NaN" if math.isnan(q) else f"{q:+g}" if math.isinf(q) else f"{q:g}"
-            self.note("warn", f"quantile value should be between 0 and 1, got {got.replace('inf', 'Inf')} (1:1)")
+            self.note("warn", f"quantile value should be between 0 and 1, got {general(q)}")
 
     # --- functions
 
@@ -294,6 +354,8 @@ class _At:
         if not ranges:
             raise EvaluationError(f"{name}() needs a window")
         parameters: list[Any] = [self.scalar(argument) for argument in arguments if argument is not ranges[0]]
+        if isinstance(ranges[0], Window) and ranges[0].selector.edges:
+            return self.over_edges(name, ranges[0])
         matrix = cast(Matrix, self.value(ranges[0]))
         if name == "quantile_over_time" and len(matrix):
             self.check_quantile(parameters[0])
@@ -306,18 +368,36 @@ class _At:
         dropped = matrix.dropped | (name not in KEEP_NAME)
         made = Vector(matrix.keys, values, dropped)
         made = made if found is None else made.take(found)
-        if name in ("rate", "increase") and len(made):
-            self.check_counters(matrix)
+        if name in ("rate", "increase"):
+            self.check_counters(made)
+            for key in matrix.keys[overlapping(matrix)].tolist():
+                self.of.notes.overlap(self.metric(key))
         return made
 
-    def check_counters(self, matrix: Matrix) -> None:
-        for key in matrix.keys.tolist():
-            metric = dict(self.table.sets[key]).get(NAME, "")
+    def over_edges(self, name: str, window: Window) -> Vector:
+        """A function of a window whose ends count."""
+        edge = window.selector.edges
+        edges.allowed(edge, name)
+        matrix = self.around(window)
+        if name in ("changes", "resets"):
+            matrix = edges.anchored(matrix)
+            return Vector(matrix.keys, WINDOW_FUNCTIONS[name](matrix)[0], np.ones(len(matrix), bool))
+        places, values = edges.changed(matrix, edge, name)
+        made = Vector(matrix.keys[places], values, np.ones(len(places), bool))
+        if name in edges.COUNTERS:
+            self.check_counters(made)
+        return made
+
+    def check_counters(self, made: Vector) -> None:
+        for metric in {self.metric(key) for key in made.keys.tolist()}:
             if metric and not metric.endswith(COUNTERS):
                 self.note(
                     "info",
-                    f'metric might not be a counter, name does not end in _total/_sum/_count/_bucket: "{metric}" (1:1)',
+                    f'metric might not be a counter, name does not end in _total/_sum/_count/_bucket: "{metric}"',
                 )
+
+    def metric(self, key: int) -> str:
+        return dict(self.table.sets[key]).get(NAME, "")
 
     def elementwise(self, name: str, arguments: tuple[Expression, ...]) -> Vector:
         if not arguments:  # the date functions look at the time of the evaluation then
@@ -328,10 +408,11 @@ class _At:
             return empty()
         return vector.with_values(ELEMENTWISE[name](vector.values, *parameters))
 
-    def relabelled(self, vector: Vector, key: Any, function: Callable[[Labels], Labels], dst: str) -> Vector:
+    def relabelled(self, vector: Vector, key: Any, function: Callable[[Labels], Labels], named: Flags) -> Vector:
+        """With other labels. `named`: which elements were given a name by it, so that theirs goes no more."""
         keys = self.table.derive(key, function)(vector.keys)
-        _distinct(keys * 2 + (vector.dropped if dst != NAME else False))
-        dropped = vector.dropped & ((keys == vector.keys) if dst == NAME else True)
+        dropped = vector.dropped & ~named
+        _distinct(keys * 2 + dropped)
         return Vector(keys, vector.values, dropped)
 
 

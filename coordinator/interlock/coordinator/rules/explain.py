@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from interlock.broker.samples import Labels
+from interlock.broker.samples import NAME, Labels
 from interlock.coordinator.rules.evaluate import Evaluation
 from interlock.coordinator.rules.expression import (
     Aggregate,
@@ -20,7 +20,6 @@ from interlock.coordinator.rules.expression import (
     Text,
     Window,
 )
-from interlock.coordinator.rules.source import Source
 from interlock.coordinator.rules.values import EvaluationError, Matrix, Vector
 
 MAX_ELEMENTS = 8  # shown of each part
@@ -37,33 +36,53 @@ class Part:
     samples: list[tuple[Labels, float, float]] = field(default_factory=list)
     error: str = ""
     number: float | None = None
+    more: int = 0  # elements that are not told
 
-    def to_json(self) -> dict[str, Any]:
-        return {
+    def to_json(self, most: int | None = None) -> dict[str, Any]:
+        """`most`: elements and samples that are told; `more` counts the others."""
+        elements = [{"labels": dict(labels), "value": value} for labels, value in self.elements.items()]
+        samples = [{"labels": dict(labels), "time": at, "value": value} for labels, at, value in self.samples]
+        tree = {
             "depth": self.depth,
             "expr": self.text,
-            "elements": [{"labels": dict(labels), "value": value} for labels, value in self.elements.items()],
-            "samples": [{"labels": dict(labels), "time": at, "value": value} for labels, at, value in self.samples],
+            "elements": elements[:most],
+            "samples": samples[:most],
             "number": self.number,
             "error": self.error,
         }
+        return tree if most is None else {**tree, "more": max(0, max(len(elements), len(samples)) - most)}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Part:
+        def key(found: Mapping[str, Any]) -> Labels:
+            return tuple(sorted(found["labels"].items()))
+
+        return cls(
+            tree["depth"],
+            tree["expr"],
+            {key(each): each["value"] for each in tree["elements"]},
+            [(key(each), each["time"], each["value"]) for each in tree["samples"]],
+            tree["error"],
+            tree["number"],
+            tree.get("more", 0),
+        )
 
 
-def explain(expression: Expression, source: Source, at: float) -> Iterator[Part]:
-    """The expression and its parts at a moment, outermost first."""
-    yield from _parts(expression, source, at, 0)
+def explain(expression: Expression, begin: Callable[[], Evaluation]) -> Iterator[Part]:
+    """The expression and its parts, outermost first; `begin` makes the evaluation of each."""
+    yield from _parts(expression, begin, 0)
 
 
-def _parts(tree: Expression, source: Source, at: float, depth: int) -> Iterator[Part]:
+def _parts(tree: Expression, begin: Callable[[], Evaluation], depth: int) -> Iterator[Part]:
     if isinstance(tree, (Number, Text)):
         return
-    text = written(tree)
+    text, evaluation = written(tree), begin()
     try:
-        value = Evaluation(source, at).result(tree)
+        value = evaluation.result(tree)
     except EvaluationError as error:
         yield Part(depth, text, error=error.what)
     else:
-        sets = source.table.sets
+        sets = evaluation.source.table.sets
         if isinstance(value, Vector):
             found = {sets[key]: worth for key, worth in zip(value.keys.tolist(), value.values.tolist(), strict=True)}
             samples = []
@@ -76,7 +95,7 @@ def _parts(tree: Expression, source: Source, at: float, depth: int) -> Iterator[
         elif isinstance(value, float):
             yield Part(depth, text, number=value)
     for child in _children(tree):
-        yield from _parts(child, source, at, depth + 1)
+        yield from _parts(child, begin, depth + 1)
 
 
 def _samples(matrix: Matrix, sets: list[Labels]) -> list[tuple[Labels, float, float]]:
@@ -107,17 +126,12 @@ def written(tree: Expression) -> str:
             return f"{value:g}"
         case Text(value):
             return f'"{value}"'
-        case Selector(matchers, offset_s, moment):
-            name = tree.metric or ""
-            rest = [one for one in matchers if not (one.label == "__name__" and one.op == "=")]
-            inside = ",".join(f'{one.label}{one.op}"{one.value}"' for one in rest)
-            text = name + (f"{{{inside}}}" if inside or not name else "")
-            text += "" if moment is None else f" @ {moment}"
-            return text + (f" offset {offset_s:g}s" if offset_s else "")
+        case Selector():
+            return _chosen(tree) + _shifted(tree)
         case Window(selector, seconds):
-            return f"{written(selector)}[{seconds:g}s]"
+            return f"{_chosen(selector)}[{seconds:g}s]{_shifted(selector)}"
         case Subquery(operand, seconds, step_s):
-            return f"({written(operand)})[{seconds:g}s:{'' if step_s is None else f'{step_s:g}s'}]"
+            return f"({written(operand)})[{seconds:g}s:{'' if step_s is None else f'{step_s:g}s'}]{_shifted(tree)}"
         case Negate(operand):
             return f"-({written(operand)})"
         case Binary():
@@ -128,6 +142,20 @@ def written(tree: Expression) -> str:
             return f"{op}{by} ({first}{written(operand)})"
         case Call(function, arguments):
             return f"{function}({', '.join(map(written, arguments))})"
+
+
+def _chosen(selector: Selector) -> str:
+    name = selector.metric or ""
+    rest = [one for one in selector.matchers if not (one.label == NAME and one.op == "=")]
+    inside = ",".join(f'{one.label}{one.op}"{one.value}"' for one in rest)
+    return name + (f"{{{inside}}}" if inside or not name else "")
+
+
+def _shifted(tree: Selector | Subquery) -> str:
+    """What stands behind a selector, or the window of one."""
+    moment = "" if tree.at is None else f" @ {tree.at}{'()' if isinstance(tree.at, str) else ''}"
+    edges = f" {tree.edges}" if isinstance(tree, Selector) and tree.edges else ""
+    return moment + (f" offset {tree.offset_s:g}s" if tree.offset_s else "") + edges
 
 
 def _side(tree: Expression) -> str:

@@ -85,6 +85,7 @@ class Text:
 
 
 Moment = float | Literal["start", "end"]  # seconds, or an end of the range that is evaluated
+Edges = Literal["", "anchored", "smoothed"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,15 @@ class Selector:
     """Series by their labels; the newest sample of each. The metric's name is a matcher on `__name__`.
 
     `alternatives`: of these groups of matchers, one must match too. `offset_s` is subtracted from `at`, or from the
-    time of the evaluation.
+    time of the evaluation. `edges`: what counts at the ends of a window beside the samples in it, the newest sample
+    before it (anchored), or what a line through the samples on both sides gives (smoothed).
     """
 
     matchers: tuple[Matcher, ...]
     offset_s: float = 0.0
     at: Moment | None = None
     alternatives: tuple[tuple[Matcher, ...], ...] = ()
+    edges: Edges = ""
 
     def matches(self, labels: Labels) -> bool:
         found = dict(labels)
@@ -114,8 +117,8 @@ class Selector:
 
     @property
     def shifted(self) -> bool:
-        """It looks at another time than that of the evaluation."""
-        return self.offset_s != 0.0 or self.at is not None
+        """It looks at other samples than those up to the time of the evaluation."""
+        return self.offset_s != 0.0 or self.at is not None or bool(self.edges)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,7 @@ class Graph:
     def _make(self, expression: Expression) -> Node:
         match expression:
             case Selector():
-                if expression.shifted:
-                    raise NotIncremental("it looks at another time (offset or @)")
+                _refuse_shifted(expression)
                 return Leaf(self._store, self._store.watch(expression))
             case Negate(operand) if not is_scalar(operand):
                 return Each(self.build(operand), np.negative)
@@ -151,8 +150,7 @@ class Graph:
                 return self._relabelled(name, inner, [text for text in texts if isinstance(text, Text)])
         if name in INCREMENTAL_WINDOWS and len(arguments) == 1 and isinstance(arguments[0], Window):
             window = arguments[0]
-            if window.selector.shifted:
-                raise NotIncremental("it looks at another time (offset or @)")
+            _refuse_shifted(window.selector)
             self._store.watch(window.selector, window.seconds * 1000)
             leaf = self.build(window.selector)
             assert isinstance(leaf, Leaf)
@@ -177,6 +175,13 @@ class Graph:
         except EvaluationError as error:
             raise NotIncremental(error.what) from None
         return Relabelled(self.build(inner), function)
+
+
+def _refuse_shifted(selector: Selector) -> None:
+    if selector.edges:
+        raise NotIncremental(f"it looks beyond its window ({selector.edges})")
+    if selector.shifted:
+        raise NotIncremental("it looks at another time (offset or @)")
 
 
 def reachable(root: Node) -> Iterator[Node]:

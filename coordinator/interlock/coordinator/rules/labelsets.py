@@ -84,5 +84,12 @@ def replaced(labels: Labels, name: str, value: str) -> Labels:
     return tuple(sorted([*rest, (name, value)])) if value else tuple(rest)
 
 
+def named_set(labels: Labels) -> str:
+    """With the metric's name before the braces, as Prometheus writes a series."""
+    name = dict(labels).get(NAME, "")
+    rest = tuple(pair for pair in labels if pair[0] != NAME)
+    return name + (shown(rest) if rest or not name else "")
+
+
 def shown(labels: Labels) -> str:
     return "{" + ", ".join(f'{name}="{value}"' for name, value in labels) + "}"

@@ -19,6 +19,7 @@ from interlock.coordinator.rules.expression import (
     Binary,
     Call,
     Cardinality,
+    Edges,
     Expression,
     Matcher,
     Matching,
@@ -40,6 +41,7 @@ from interlock.coordinator.rules.operators import (
     SETS,
     WINDOWED,
 )
+from interlock.coordinator.rules.spelling import BEFORE_1970, EDGES, ONE_MOMENT, Span, respelled
 
 _MATCH_OPS: dict[str, MatchOp] = {"Equal": "=", "NotEqual": "!=", "Re": "=~", "NotRe": "!~"}
 _CARDINALITIES: dict[str, Cardinality] = {
@@ -65,7 +67,7 @@ MAX_DEPTH = 100  # nested nodes; deeper ones would exhaust Python's stack in the
 
 _STRING = re.compile(r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | `[^`]*` """, re.VERBOSE)
 _BYTES = re.compile(r"\\x[89a-fA-F]|\\[23][0-7]{2}")  # one that stands for itself and not for a character
-_BEFORE_1970 = re.compile(r"@ (-[\d.]+)(?: offset \S+)?$")
+_TRIMMED = re.compile(r"</|>/")
 _PART = re.compile(r"[-+*/%^(]|[=!<>]=?|\b(?:and|or|unless|atan2)\b", re.IGNORECASE)
 
 
@@ -73,18 +75,26 @@ class NotSupported(ConfigError):
     """A construct that parses, and that we don't run. `what` names it."""
 
 
-def parse(text: str, *, where: str = "expression") -> Expression:
-    """The tree of a PromQL expression. ConfigError where it is wrong; NotSupported names what we don't run."""
+def parse(text: str, *, where: str = "expression", span: Span = ONE_MOMENT) -> Expression:
+    """The tree of a PromQL expression. ConfigError where it is wrong; NotSupported names what we don't run.
+
+    `span`: of the range that it is for, if its durations are to say `step()` or `range()`.
+    """
     if len(text) > MAX_EXPRESSION:
         raise ConfigError(f"the expression has {len(text)} characters", where=where, hint=f"at most {MAX_EXPRESSION}")
-    parts = len(_PART.findall(_STRING.sub("", text)))
+    bare = _STRING.sub("", text)
+    parts = len(_PART.findall(bare))
     if parts > MAX_PARTS:
         raise ConfigError(
             f"{_shown(text)} has {parts} operators and parentheses", where=where, hint=f"at most {MAX_PARTS}"
         )
     try:
-        tree = promql.parse(text)
+        tree = promql.parse(respelled(text, span, where=where))
     except ValueError as error:
+        if _TRIMMED.search(bare):
+            raise NotSupported(
+                f"native histograms are: the operators </ and >/ are not supported in {_shown(text)}", where=where
+            ) from None
         raise ConfigError(f"{_shown(text)} is not PromQL: {error}", where=where) from None
     except BaseException as error:  # the parser is Rust: its panic is no Exception, and no end of ours
         if type(error).__name__ != "PanicException":
@@ -146,11 +156,15 @@ class _Reader:
 
     def selector(self, tree: Any) -> Selector:
         name = () if tree.name is None else (Matcher(NAME, "=", tree.name),)
+        groups = [self.matchers(group) for group in (tree.matchers.matchers, *tree.matchers.or_matchers)]
+        edges = next((one.value for group in groups for one in group if one.label == EDGES), "none")
+        first, *others = (tuple(one for one in group if one.label != EDGES) for group in groups)
         return Selector(
-            (*name, *self.matchers(tree.matchers.matchers)),
+            (*name, *first),
             _offset(tree),
             self.moment(tree),
-            tuple(self.matchers(group) for group in tree.matchers.or_matchers),
+            tuple(others),
+            cast(Edges, edges if edges != "none" else ""),
         )
 
     def matchers(self, found: Any) -> tuple[Matcher, ...]:
@@ -163,14 +177,14 @@ class _Reader:
         return tuple(made)
 
     def moment(self, tree: Any) -> Moment | None:
-        """What stands behind @. The parser can't say a time before 1970 but in its text."""
-        before_1970 = _BEFORE_1970.search(str(tree.prettify()))
-        if before_1970 is not None:
-            return float(before_1970[1])
+        """What stands behind @."""
         if tree.at is None:
             return None
         kind = _kind(tree.at.type)
-        return "start" if kind == "Start" else "end" if kind == "End" else float(tree.at.at.timestamp())
+        if kind in ("Start", "End"):
+            return "start" if kind == "Start" else "end"
+        seconds = float(tree.at.at.timestamp())
+        return BEFORE_1970 - seconds if seconds >= BEFORE_1970 else seconds
 
     def binary(self, tree: Any, depth: int) -> Binary:
         op = str(tree.op)

@@ -140,9 +140,10 @@ WINDOWED = (
     "ts_of_min_over_time", "ts_of_max_over_time", "anomaly_score",
 )  # fmt: skip
 OTHER_FUNCTIONS = (
-    "absent", "absent_over_time", "absent_each", "baseline", "scalar", "vector", "time", "timestamp", "pi", "start",
-    "end", "step", "range", "max_of", "min_of", "sort", "sort_desc", "sort_by_label", "sort_by_label_desc",
-    "label_replace", "label_join", "histogram_quantile", "histogram_quantiles", "histogram_fraction", "info",
+    "absent", "absent_over_time", "absent_each", "baseline", "scalar", "vector", "time", "timestamp", "start_timestamp",
+    "pi", "start", "end", "step", "range", "max_of", "min_of", "sort", "sort_desc", "sort_by_label",
+    "sort_by_label_desc", "label_replace", "label_join", "histogram_quantile", "histogram_quantiles",
+    "histogram_fraction", "info",
 )  # fmt: skip
 
 

@@ -357,7 +357,7 @@ class Combined(Node):
 
     def touched(self, port: int, slots: Ints) -> None:
         if port == self._watched:
-            self._count(port, np.unique(slots))
+            self._count(port, slots)
         outer = self._outer[port][slots]
         outer = outer[outer >= 0]
         if len(outer):
@@ -368,7 +368,7 @@ class Combined(Node):
             counted = np.unique(slots)
             fetch = self.children[port].bound(counted, plan.fresh)
             plan.do(
-                self, port, lambda slots: self._count(port, np.unique(slots)), counted,
+                self, port, lambda slots: self._count(port, slots), counted,
                 lambda: self._recount(port, counted, fetch()[1]),
             )  # fmt: skip
         outer = self._outer[port][slots]
@@ -379,6 +379,7 @@ class Combined(Node):
     # --- inside
 
     def _count(self, port: int, slots: Ints) -> None:
+        """Of slots that may be there twice."""
         self._recount(port, slots, self.children[port].at(slots)[1])
 
     def _recount(self, port: int, slots: Ints, codes: Codes | None) -> None:
@@ -388,7 +389,8 @@ class Combined(Node):
         changed = before != codes
         if not np.count_nonzero(changed):
             return
-        slots, before, codes = slots[changed], before[changed], codes[changed]
+        slots, places = np.unique(slots[changed], return_index=True)
+        before, codes = before[changed][places], codes[changed][places]
         self._code[port][slots] = codes
         groups = self._group[port][slots]
         present, filtered = self._present[port], self._filtered[port]

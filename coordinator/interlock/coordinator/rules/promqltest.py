@@ -23,6 +23,10 @@ _NUMBER = r"(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[iI][nN][fF]|[nN][aA][nN])"
 _VALUE = re.compile(rf"([-+]?{_NUMBER})([-+]{_NUMBER})?(?:x(\d+))?")
 _HISTOGRAM = re.compile(r"\{\{.*?\}\}(?:[-+]\{\{.*?\}\})?(?:x(\d+))?")
 _EXPECT = re.compile(r"expect\s+(fail|warn|no_warn|info|no_info|ordered|string|range vector)\b\s*(.*)")
+_COMMAND = re.compile(r"(?:clear|load(?:_with_nhcb)?|eval\w*)\b")
+_STARTS = re.compile(r"(.*?)@st\s+(.*)")  # a line before a series, with the times at which its counter began
+_SIGNED = r"[-+]?\d+[a-wyz]*"  # a duration in such a line: an x begins the count
+_START = re.compile(rf"(?:_(?:x(\d+))?|({_SIGNED})(?:([-+]{_SIGNED})?x(\d+))?)")
 _NAME = re.compile(r"[a-zA-Z_:][\w:]*")
 _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"|' + r"'((?:[^'\\\n]|\\.)*)'|`([^`]*)`")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.))")
@@ -40,9 +44,12 @@ class Expect:
 
 @dataclass
 class Load:
+    """`starts`: beside some series, how long before each sample its counter began (seconds, not above 0)."""
+
     line: int
     step: float
     series: list[tuple[Labels, Points]]
+    starts: dict[Labels, Points] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,42 +73,69 @@ class Clear:
     line: int
 
 
-def commands(script: str) -> Iterator[Load | Eval | Clear]:
-    """The script's commands in their order. ConfigError, with the line, for what is none."""
+@dataclass(frozen=True)
+class Strange:
+    """A command that isn't understood: what is in it is unknown, and so is what follows from a `load`."""
+
+    line: int
+    text: str
+    why: str
+    loads: bool = False
+
+
+def commands(script: str) -> Iterator[Load | Eval | Clear | Strange]:
+    """The script's commands in their order."""
     for line, block in _blocks(script):
-        head = block[0].split()
+        word = block[0].split()[0].lower()
         try:
-            if head[0] == "clear":
+            if word == "clear":
                 yield Clear(line)
-            elif head[0] in ("load", "load_with_nhcb"):
-                series = [series_row(row) for row in block[1:]]
-                if head[0] == "load_with_nhcb":
-                    series += [made for labels, _ in series for made in _native(labels)]
-                yield Load(line, duration(head[1]), series)
-            elif head[0].startswith("eval"):
+            elif word.startswith("load"):
+                yield _load(line, word, block)
+            elif word.startswith("eval"):
                 yield _eval(line, block)
             else:
-                raise ConfigError(f"{head[0]!r} is no command", hint="load, clear or eval")
+                yield Strange(line, block[0], f"{word!r} is no command")
         except ConfigError as error:
-            raise ConfigError(error.what, where=f"line {line}", hint=error.hint) from None
+            yield Strange(line, block[0], error.what, loads=word.startswith("load"))
 
 
 def _blocks(script: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, lines) of each command: it ends before an empty line, a comment, or another command at a line's start."""
     block: list[str] = []
     start = 0
     for number, raw in enumerate(script.splitlines(), 1):
-        text = raw.rstrip()
-        if not text.strip() or text.lstrip().startswith("#"):
+        text = raw.strip()
+        blank = not text or text.startswith("#")
+        if block and (blank or _COMMAND.match(raw)):
+            yield start, block
+            block = []
+        if blank:
             continue
-        if re.match(r"(?:clear|load|load_with_nhcb|eval\w*)\b", text) and not text[0].isspace():
-            if block:
-                yield start, block
-            block, start = [], number
-        elif not block:
+        if not block:
             start = number
-        block.append(text.strip())
+        block.append(text)
     if block:
         yield start, block
+
+
+def _load(line: int, word: str, block: Sequence[str]) -> Load:
+    head = block[0].split()
+    if word not in ("load", "load_with_nhcb") or len(head) != 2:
+        raise ConfigError(f"is no load: {block[0]!r}")
+    made = Load(line, duration(head[1]), [])
+    for row in block[1:]:
+        found = _STARTS.match(row)
+        if found is not None:
+            labels, rest = series(found[1])
+            if rest:
+                raise ConfigError(f"{row!r} is no series")
+            made.starts[labels] = start_offsets(found[2])
+        else:
+            made.series.append(series_row(row))
+    if word == "load_with_nhcb":
+        made.series += [native for labels, _ in list(made.series) for native in _native(labels)]
+    return made
 
 
 def _eval(line: int, block: Sequence[str]) -> Eval:
@@ -146,9 +180,9 @@ def _expect(row: str) -> Expect | None:
 
 def moment(text: str) -> float:
     """Seconds, or a duration; negative too."""
-    if re.fullmatch(r"[-+]?[\d.]+", text):
+    if re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)", text):
         return float(text)
-    return -duration(text[1:]) if text.startswith("-") else duration(text)
+    return -duration(text[1:]) if text.startswith("-") else duration(text.removeprefix("+"))
 
 
 def _row(row: str) -> tuple[Labels | None, Points]:
@@ -264,6 +298,23 @@ def _repeated(word: str) -> Points:
         value += step
         values.append(value)
     return values
+
+
+def start_offsets(text: str) -> Points:
+    """Durations one after another, in the notation of values: _x2 -30s -1m-1mx3."""
+    made: Points = []
+    for word in text.split():
+        found = _START.fullmatch(word)
+        if found is None:
+            raise ConfigError(f"{word!r} is no start time")
+        if word.startswith("_"):
+            made += [None] * min(int(found[1] or 1), MAX_POINTS + 1)
+        else:
+            first, step = moment(found[2]), moment(found[3] or "0")
+            made += [first + step * at for at in range(min(int(found[4] or 0), MAX_POINTS) + 1)]
+        if len(made) > MAX_POINTS:
+            raise ConfigError(f"more than {MAX_POINTS} values")
+    return made
 
 
 def _native(labels: Labels) -> list[tuple[Labels, Points]]:

@@ -37,6 +37,12 @@ def replacer(dst: Text, replacement: Text, src: Text, pattern: Text) -> Callable
     return replace
 
 
+def matching(src: Text, pattern: Text) -> Callable[[Labels], bool]:
+    """Which label sets label_replace changes. The pattern is one that `replacer` took."""
+    found = re.compile(python_pattern(pattern.value), re.DOTALL)
+    return lambda labels: found.fullmatch(dict(labels).get(src.value, "")) is not None
+
+
 def expanded(template: str, matched: re.Match[str]) -> str:
     """The template with $1, ${1} and ${name} filled in; a group that isn't there is empty, as in Go."""
 
@@ -81,11 +87,21 @@ def open_metrics(value: float) -> str:
     return text if "." in text or "e" in text else text + ".0"
 
 
-def natural_key(labels: Labels, names: Sequence[str]) -> list[list[tuple[int, int, str]]]:
+def natural_key(labels: Labels, names: Sequence[str]) -> list[list[_Chunk]]:
     """By what label sets are ordered, label by label: runs of digits count as numbers."""
     found = dict(labels)
-    return [_chunks(found.get(name, "")) for name in names]
+    return [[_Chunk(part) for part in re.findall(r"\d+|\D+", found.get(name, ""))] for name in names]
 
 
-def _chunks(text: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.findall(r"\d+|\D+", text)]
+class _Chunk(str):
+    """A part of a label's value. Two numbers compare as such; a number and something else compare as texts."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        numbers = self.isdecimal() and isinstance(other, str) and other.isdecimal()
+        return int(self) == int(other) if numbers else str.__eq__(self, other)  # type: ignore[call-overload]
+
+    def __lt__(self, other: str) -> bool:
+        return int(self) < int(other) if self.isdecimal() and other.isdecimal() else str.__lt__(self, other)

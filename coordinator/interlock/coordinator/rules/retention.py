@@ -23,41 +23,46 @@ SAMPLED_KEEP_S = 5.0  # a rule with an interval looks at a moment that is a litt
 Wanted = tuple[Selector, float, bool]  # a plain selector, seconds, whether it is of what was recorded as a baseline
 
 
-def wanted(rule: Rule) -> list[Wanted]:
-    """The selectors of a rule; 0 seconds where only the newest sample counts."""
+def wanted(rule: Rule, *, lookback_s: float = LOOKBACK_S) -> list[Wanted]:
+    """The selectors of a rule; 0 seconds where only the newest sample counts.
+
+    `lookback_s`: how long a sample of the past counts for, where none followed.
+    """
     least = SAMPLED_KEEP_S if rule.interval_s else 0.0
     found: dict[tuple[Selector, bool], float] = {}
     expressions = [rule.expression, *([rule.resolve] if rule.resolve is not None else [])]
     for expression in expressions:
-        for selector, keep_s, recorded in _wanted(expression, 0.0):
+        for selector, keep_s, recorded in _wanted(expression, 0.0, lookback_s):
             found[selector, recorded] = max(found.get((selector, recorded), least), keep_s)
     return [(selector, keep_s, recorded) for (selector, recorded), keep_s in found.items()]
 
 
-def _wanted(expression: Expression, back_s: float) -> Iterator[Wanted]:
+def _wanted(expression: Expression, back_s: float, lookback_s: float) -> Iterator[Wanted]:
     match expression:
         case Selector():
             shifted = _shift(expression, back_s)
-            yield _plain(expression), shifted + LOOKBACK_S if shifted > 0 else 0.0, False
+            around = shifted > 0 or expression.edges
+            yield _plain(expression), shifted + lookback_s if around else 0.0, False
         case Window(selector, seconds):
-            yield _plain(selector), _shift(selector, back_s) + seconds, False
+            before = lookback_s if selector.edges else 0.0
+            yield _plain(selector), _shift(selector, back_s) + before + seconds, False
         case Subquery(operand, seconds, step_s):
             step = SUBQUERY_STEP_S if step_s is None else step_s
-            yield from _wanted(operand, _shift(expression, back_s) + seconds + step)
+            yield from _wanted(operand, _shift(expression, back_s) + seconds + step, lookback_s)
         case Call("baseline", (Selector() as selector,)):
             yield _plain(selector), 0.0, True
         case Call(arguments=arguments):
             for argument in arguments:
-                yield from _wanted(argument, back_s)
+                yield from _wanted(argument, back_s, lookback_s)
         case Negate(operand):
-            yield from _wanted(operand, back_s)
+            yield from _wanted(operand, back_s, lookback_s)
         case Binary(left=left, right=right):
-            yield from _wanted(left, back_s)
-            yield from _wanted(right, back_s)
+            yield from _wanted(left, back_s, lookback_s)
+            yield from _wanted(right, back_s, lookback_s)
         case Aggregate(operand=operand, parameter=parameter):
-            yield from _wanted(operand, back_s)
+            yield from _wanted(operand, back_s, lookback_s)
             if parameter is not None:
-                yield from _wanted(parameter, back_s)
+                yield from _wanted(parameter, back_s, lookback_s)
 
 
 def _shift(shifted: Selector | Subquery, back_s: float) -> float:

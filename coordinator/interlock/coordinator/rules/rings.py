@@ -63,20 +63,23 @@ class Rings:
         self._free_rings.append(ring)
         self.head[ring] = self.tail[ring] = 0
 
-    def append(self, rings: Ints, time: float, values: Floats) -> None:
-        """One sample for each of these rings, all of them different; newer than what they hold, or just as old."""
+    def append(self, rings: Ints, time: float | Floats, values: Floats, *, newer: bool = False) -> None:
+        """One sample for each of these rings, all of them different; newer than what they hold, or just as old.
+
+        `newer`: they are known not to be just as old; only then may each have a time of its own.
+        """
         base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
-        again = (head > self.tail[rings]) & (self.times[base + ((head - 1) & mask)] == time)
-        if np.count_nonzero(again):
-            place = base[again] + ((head[again] - 1) & mask[again])
-            self.values[place] = values[again]
-            self.revised[rings[again]] += 1
-            rings, values = rings[~again], values[~again]
-            base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
+        if not newer:
+            again = (head > self.tail[rings]) & (self.times[base + ((head - 1) & mask)] == time)
+            if np.count_nonzero(again):
+                place = base[again] + ((head[again] - 1) & mask[again])
+                self.values[place] = values[again]
+                self.revised[rings[again]] += 1
+                rings, values = rings[~again], values[~again]
+                base, mask, head = self.base[rings], self.mask[rings], self.head[rings]
         full = head - self.tail[rings] > mask
         if np.count_nonzero(full):
-            for ring in rings[full].tolist():
-                self._make_room(ring, time)
+            self._make_room(rings[full], np.broadcast_to(time, rings.shape)[full])
             base, mask = self.base[rings], self.mask[rings]
         place = base + (head & mask)
         self.times[place] = time
@@ -115,8 +118,8 @@ class Rings:
         place: Ints = self.base[rings] + (index & self.mask[rings])
         return place
 
-    def search(self, rings: Ints, moment: float) -> Ints:
-        """The number of the first sample of each ring that is later than the moment."""
+    def search(self, rings: Ints, moment: float | Floats) -> Ints:
+        """The number of the first sample of each ring that is later than the moment, or than its own one."""
         low, high = self.tail[rings].copy(), self.head[rings].copy()
         while True:
             open_ = low < high
@@ -143,15 +146,16 @@ class Rings:
 
     # --- inside
 
-    def _make_room(self, ring: int, now: float) -> None:
-        """Let go what is out of all windows; if that is less than half, double the ring."""
-        oldest = now - float(self.keep[ring])
-        one = np.array([ring])
-        kept_from = int(self.search(one, oldest)[0])
-        self.tail[ring] = kept_from
-        capacity = int(self.mask[ring]) + 1
-        if int(self.head[ring]) - kept_from <= capacity // 2:
-            return
+    def _make_room(self, rings: Ints, now: Floats) -> None:
+        """Let go what is out of all windows; where that is less than half, double the ring."""
+        kept_from = self.search(rings, now - self.keep[rings])
+        self.tail[rings] = kept_from
+        tight = self.head[rings] - kept_from > (self.mask[rings] + 1) // 2
+        for ring in rings[tight].tolist():
+            self._double(ring)
+
+    def _double(self, ring: int) -> None:
+        kept_from, capacity = int(self.tail[ring]), int(self.mask[ring]) + 1
         base = self._place(2 * capacity) if 2 * capacity <= MAX_RING else -1
         if base < 0:
             if int(self.head[ring]) - kept_from == capacity:

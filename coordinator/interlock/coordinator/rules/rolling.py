@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from interlock.coordinator.rules.columns import Columns
-from interlock.coordinator.rules.nodes import Cells, Leaf, Passing, Planned
+from interlock.coordinator.rules.nodes import Cells, Codes, Fetch, Leaf, Passing, Planned
 from interlock.coordinator.rules.rings import Rings
 from interlock.coordinator.rules.series import ENDED, MISSING, PRESENT
 from interlock.coordinator.rules.values import Flags, Floats, Ints, Matrix, Runs
@@ -63,6 +63,9 @@ class Windowed(Passing):
         self._name = name
         self._window = window_ms
         self._clock = clock
+        self._sums = name in ("sum_over_time", "avg_over_time")  # what is kept up to date is what is asked for
+        self._resets = name in ("rate", "increase", "resets")
+        self._changes = name == "changes"
         self.state = Rolling()
         self.anchored = 0  # how often sums were computed anew
         for slot in leaf.slots().tolist():
@@ -124,6 +127,27 @@ class Windowed(Passing):
         values, found = self._function(slots, rings)
         codes = np.where(found, np.uint8(PRESENT), np.where(codes == ENDED, np.uint8(ENDED), np.uint8(MISSING)))
         return values, codes
+
+    def bound(self, slots: Ints, fresh: Flags) -> Fetch:
+        ids, rates = self._leaf.members.ids[slots], self._name in ("rate", "increase", "delta")
+        rings, store = self._leaf.store.ring[ids], self._leaf.store.rings
+        if not (rates and len(slots) and fresh[ids].all() and (rings >= 0).all()):
+            return lambda: self.at(slots)
+
+        def fetched() -> tuple[Floats, Codes | None]:
+            state = self.state
+            tail, head = state.tail[slots], state.seen[slots]
+            count = head - tail
+            if count.min() < 2 or np.count_nonzero(state.wild[slots]):
+                return self.at(slots)
+            base, mask = store.base[rings], store.mask[rings]
+            first, last = base + (tail & mask), base + ((head - 1) & mask)
+            values, found, doubtful = self._rate(store, slots, count, first, last)
+            if np.count_nonzero(doubtful) or np.count_nonzero(found) < len(found):
+                return self.at(slots)
+            return values, None
+
+        return fetched
 
     def _function(self, slots: Ints, rings: Ints) -> tuple[Floats, Flags]:
         state, store = self.state, self._leaf.store.rings
@@ -217,35 +241,48 @@ class Windowed(Passing):
             state.revised[slots[revised]] = arena.revised[rings[revised]]
             self._anchor(slots[revised], rings[revised], arena)
         while True:
-            new = arena.head[rings] > state.seen[slots]
-            if not np.count_nonzero(new):
+            lead = arena.head[rings] - state.seen[slots]
+            if not np.count_nonzero(lead > 0):
                 break
+            if len(lead) and lead.min() == lead.max() == 1:  # a sample for each, as a planned batch brings
+                if self._take(slots, rings, arena):
+                    break
+                continue
+            new = lead > 0
             self._take(slots[new], rings[new], arena)
         start = self._clock() - self._window
         while True:
             tail = state.tail[slots]
             oldest = arena.times[arena.at(rings, tail)]
             out = (tail < state.seen[slots]) & ((oldest <= start) | (tail < arena.tail[rings]))
-            if not np.count_nonzero(out):
+            count = np.count_nonzero(out)
+            if not count:
                 break
-            self._drop(slots[out], rings[out], arena)
+            if count == len(out):
+                self._drop(slots, rings, arena)
+            else:
+                self._drop(slots[out], rings[out], arena)
 
-    def _take(self, slots: Ints, rings: Ints, arena: Rings) -> None:
+    def _take(self, slots: Ints, rings: Ints, arena: Rings) -> bool:
+        """The next sample of each; whether every one of them was there to take."""
         state = self.state
         seen = state.seen[slots]
         lost = seen < arena.tail[rings]  # the ring let go what was never looked at
-        if np.count_nonzero(lost):
+        some_lost = bool(np.count_nonzero(lost))
+        if some_lost:
             self._anchor(slots[lost], rings[lost], arena)
             slots, rings, seen = slots[~lost], rings[~lost], seen[~lost]
         value = arena.values[arena.at(rings, seen)]
-        inside = seen > state.tail[slots]
-        before = arena.values[arena.at(rings, np.maximum(seen - 1, 0))]
         self._count(slots, value, 1)
-        self._pair(slots, before, value, inside, 1)
+        if self._resets or self._changes:
+            before = arena.values[arena.at(rings, np.maximum(seen - 1, 0))]
+            self._pair(slots, before, value, seen > state.tail[slots], 1)
         state.seen[slots] = seen + 1
-        wrapped = (seen & arena.mask[rings]) == arena.mask[rings]
+        mask = arena.mask[rings]
+        wrapped = (seen & mask) == mask
         if np.count_nonzero(wrapped):
             self._anchor(slots[wrapped], rings[wrapped], arena)
+        return not some_lost
 
     def _drop(self, slots: Ints, rings: Ints, arena: Rings) -> None:
         state = self.state
@@ -254,47 +291,71 @@ class Windowed(Passing):
         if np.count_nonzero(lost):
             self._anchor(slots[lost], rings[lost], arena)
             slots, rings, tail = slots[~lost], rings[~lost], tail[~lost]
-        value = arena.values[arena.at(rings, tail)]
-        after = arena.values[arena.at(rings, tail + 1)]
+        value, seen = arena.values[arena.at(rings, tail)], state.seen[slots]
         self._count(slots, value, -1)
-        self._pair(slots, value, after, tail + 1 < state.seen[slots], -1)
+        if self._resets or self._changes:
+            self._pair(slots, value, arena.values[arena.at(rings, tail + 1)], tail + 1 < seen, -1)
         state.tail[slots] = tail + 1
-        empty = slots[state.tail[slots] == state.seen[slots]]
-        for column in (state.total, state.total_lost, state.drops, state.drops_lost):
-            column[empty] = 0.0
+        emptied = tail + 1 == seen
+        if np.count_nonzero(emptied):
+            empty = slots[emptied]
+            for column in (state.total, state.total_lost, state.drops, state.drops_lost):
+                column[empty] = 0.0
 
     def _count(self, slots: Ints, value: Floats, sign: int) -> None:
         state = self.state
         finite = np.isfinite(value)
-        state.wild[slots] += np.where(finite, 0, sign)
-        _add(state.total, state.total_lost, slots, np.where(finite, sign * value, 0.0))
+        if np.count_nonzero(finite) < len(value):
+            state.wild[slots] += np.where(finite, 0, sign)
+            value = np.where(finite, value, 0.0)
+        if self._sums:
+            _add(state.total, state.total_lost, slots, sign * value)
 
     def _pair(self, slots: Ints, before: Floats, value: Floats, inside: Flags, sign: int) -> None:
         state = self.state
+        if self._changes:
+            changed = inside & (value != before) & ~(np.isnan(value) & np.isnan(before))
+            state.changes[slots] += sign * changed
         reset = inside & (value < before)
-        state.resets[slots] += sign * reset
-        changed = inside & (value != before) & ~(np.isnan(value) & np.isnan(before))
-        state.changes[slots] += sign * changed
-        _add(state.drops, state.drops_lost, slots, np.where(reset & np.isfinite(before), sign * before, 0.0))
+        if self._resets and np.count_nonzero(reset):
+            state.resets[slots] += sign * reset
+            _add(state.drops, state.drops_lost, slots, np.where(reset & np.isfinite(before), sign * before, 0.0))
 
     def _anchor(self, slots: Ints, rings: Ints, arena: Rings) -> None:
         """Compute sums and counts anew from the ring: whatever rounding left behind ends here."""
         state = self.state
         self.anchored += len(slots)
-        for slot, ring in zip(slots.tolist(), rings.tolist(), strict=True):
-            low = max(int(state.tail[slot]), int(arena.tail[ring]))
-            high = max(low, int(state.seen[slot]))
-            index = np.arange(low, high)
-            values = arena.values[arena.base[ring] + (index & arena.mask[ring])]
-            finite = np.isfinite(values)
-            before, after = values[:-1], values[1:]
-            reset = after < before
-            state.tail[slot], state.seen[slot] = low, high
-            state.total[slot], state.total_lost[slot] = _exactly(values[finite])
-            state.drops[slot], state.drops_lost[slot] = _exactly(before[reset & np.isfinite(before)])
-            state.resets[slot] = int(reset.sum())
-            state.changes[slot] = int(((after != before) & ~(np.isnan(after) & np.isnan(before))).sum())
-            state.wild[slot] = int((~finite).sum())
+        low = np.maximum(state.tail[slots], arena.tail[rings])
+        high = np.maximum(low, state.seen[slots])
+        state.tail[slots], state.seen[slots] = low, high
+        counts = high - low
+        bounds = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(counts, out=bounds[1:])
+        index = np.arange(bounds[-1]) + np.repeat(low - bounds[:-1], counts)
+        values = arena.values[arena.at(np.repeat(rings, counts), index)]
+        owners = np.repeat(np.arange(len(slots)), counts)
+        finite = np.isfinite(values)
+
+        def count(what: Flags) -> Ints:
+            return np.bincount(owners[what], minlength=len(slots))
+
+        def total(what: Flags, of: Floats, sums: Floats, lost: Floats) -> None:
+            sums[slots] = lost[slots] = 0.0
+            for owner in np.unique(owners[what]).tolist():
+                run = slice(bounds[owner], bounds[owner + 1])
+                sums[slots[owner]], lost[slots[owner]] = _exactly(of[run][what[run]])
+
+        state.wild[slots] = count(~finite)
+        if self._sums:
+            total(finite, values, state.total, state.total_lost)
+        if self._resets or self._changes:
+            before = np.concatenate([values[:1], values[:-1]])
+            inner = np.ones(len(values), bool)
+            inner[bounds[:-1][counts > 0]] = False
+            reset = inner & (values < before)
+            state.resets[slots] = count(reset)
+            total(reset & np.isfinite(before), before, state.drops, state.drops_lost)
+            state.changes[slots] = count(inner & (values != before) & ~(np.isnan(values) & np.isnan(before)))
 
 
 def _exactly(values: Floats) -> tuple[float, float]:

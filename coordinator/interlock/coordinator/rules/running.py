@@ -168,8 +168,10 @@ class Running:
         assert self.root is not None
         return self.root.at(slots)
 
-    def see(self, slots: Ints, values: Floats, codes: Codes | None, now: float) -> list[Transition]:
-        """What these cells say. Most say nothing: no breach, and no alert to end."""
+    def see(
+        self, slots: Ints, values: Floats, codes: Codes | None, now: float, *, repeated: bool = False
+    ) -> list[Transition]:
+        """What these cells say. Most say nothing: no breach, and no alert to end. `repeated`: some are there twice."""
         silence_fires = self.rule.no_data == "fire"
         if codes is None:
             codes = np.zeros(len(values), np.uint8)
@@ -179,7 +181,12 @@ class Running:
         odd = (codes == PRESENT) | (rows >= 0)
         if silence_fires:
             odd |= codes == MISSING
-        return self._observe(slots[odd], values[odd], codes[odd], rows[odd], now) if np.count_nonzero(odd) else []
+        if not np.count_nonzero(odd):
+            return []
+        if repeated:
+            places = np.flatnonzero(odd)
+            odd = places[np.unique(slots[places], return_index=True)[1]]
+        return self._observe(slots[odd], values[odd], codes[odd], rows[odd], now)
 
     def _observe(self, slots: Ints, values: Floats, codes: Codes, rows: Ints, now: float) -> list[Transition]:
         made: list[Transition] = []

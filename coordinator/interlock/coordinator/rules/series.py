@@ -150,6 +150,17 @@ class SeriesStore(Columns):
     def publisher_names(self) -> dict[int, str]:
         return {number: name for name, number in self._publishers.items()}
 
+    def silent_publishers(self, now: float, intervals: float) -> tuple[int, int]:
+        """(how many brought none of their series for so many intervals, how many there are)."""
+        count = len(self.labels)
+        known = (self.code[:count] != ENDED) & np.isfinite(self.interval[:count]) & (self.publisher[:count] >= 0)
+        known &= ~self.hidden[:count]
+        overdue = now - self.times[:count] > intervals * self.interval[:count]
+        publishers = self.publisher[:count]
+        seen = np.bincount(publishers[known], minlength=1)
+        late = np.bincount(publishers[known & overdue], minlength=len(seen))
+        return int(((seen > 0) & (late == seen)).sum()), int((seen > 0).sum())
+
     def watched(self) -> Iterable[Members]:
         return self._by_selector.values()
 
@@ -218,7 +229,8 @@ class SeriesStore(Columns):
     def append(self, ids: Ids, values: Floats, at: float, taken_s: float) -> Ids:
         """Take in samples of one moment, one for each of these ids, and give back those that count."""
         before = self.times[ids]
-        if len(ids) and not before.max() < at:
+        newer = bool(len(ids)) and bool(before.max() < at)
+        if len(ids) and not newer:
             ended = before == np.inf
             late = before > at
             self.refused += int(ended.sum())
@@ -233,8 +245,22 @@ class SeriesStore(Columns):
         rings = self.ring[ids]
         if len(rings) and rings.max() >= 0:
             windowed = np.flatnonzero(rings >= 0)
-            self.rings.append(rings[windowed], at, values[windowed])
+            self.rings.append(rings[windowed], at, values[windowed], newer=newer)
         return ids
+
+    def append_all(self, ids: Ids, values: Floats, at: Floats, taken_s: Floats) -> bool:
+        """As `append`, of several moments; False, and nothing is taken in, unless each is newer than what is there."""
+        if not (self.times[ids] < at).all():
+            return False
+        self.times[ids] = at
+        self.values[ids] = values
+        self.taken_s[ids] = taken_s
+        self.code[ids] = PRESENT
+        rings = self.ring[ids]
+        windowed = np.flatnonzero(rings >= 0)
+        if len(windowed):
+            self.rings.append(rings[windowed], at[windowed], values[windowed], newer=True)
+        return True
 
     def slots_of(self, ids: Ids) -> list[tuple[Members, Ints]]:
         """The selectors that these series belong to, with the slots of each in order."""
@@ -335,6 +361,20 @@ class SeriesStore(Columns):
         ]
         return np.array(found, np.int64)
 
+    def looks(self, selector: Selector) -> int:
+        """How many series `select` holds against the selector; none where it is watched."""
+        return 0 if (selector, False) in self._by_selector else len(self._candidates(selector.metric))
+
+    def kept(self, selector: Selector) -> tuple[int, float]:
+        """(samples there are of its series, seconds that each is kept for); infinity where there is no series."""
+        series = self.select(selector)
+        if not len(series):
+            return 0, float("inf")
+        rings = self.ring[series]
+        if (rings < 0).any():
+            return 0, 0.0
+        return int((self.rings.head[rings] - self.rings.tail[rings]).sum()), float(self.rings.keep[rings].min()) / 1000
+
     def baselines(self, selector: Selector) -> Ids:
         watched = self._by_selector.get((selector, True))
         return np.empty(0, np.int64) if watched is None else watched.series()
@@ -379,6 +419,10 @@ class SeriesStore(Columns):
         counts = np.zeros(len(series), np.int64)
         counts[has] = np.diff(bounds)
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]), times, values
+
+    def started(self, series: Ids, times: Floats) -> Floats | None:
+        """Publishers on the bus don't say when their counters began."""
+        return None
 
     # --- inside
 

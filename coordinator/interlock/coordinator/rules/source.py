@@ -51,6 +51,13 @@ class Source(Protocol):
         """(bounds, times, values): the samples of each in (start, end], one series after another."""
         ...
 
+    def started(self, series: Ids, times: Floats) -> Floats | None:
+        """When the counters of these samples began (a sample is a series and its time), 0 where nobody knows.
+
+        None where nobody knows of any.
+        """
+        ...
+
 
 class History:
     """Every sample ever appended, for scripts, unit tests and recordings."""
@@ -64,13 +71,17 @@ class History:
         self._values: list[list[float]] = []
         self._columns: dict[int, tuple[Floats, Floats]] = {}
         self._by_metric: dict[str, list[int]] = {}
+        self._starts: dict[int, dict[float, float]] = {}  # by series: time of a sample -> when its counter began
 
     @property
     def table(self) -> LabelTable:
         return self._table
 
-    def append(self, labels: Labels, value: float, at: float) -> None:
-        """A sample at `at` milliseconds. One that is older than the series' newest is put where it belongs."""
+    def append(self, labels: Labels, value: float, at: float, *, start: float | None = None) -> None:
+        """A sample at `at` milliseconds. One that is older than the series' newest is put where it belongs.
+
+        `start`: when its counter began, if that is known.
+        """
         number = self._numbers.get(labels)
         if number is None:
             number = self._numbers[labels] = len(self._labels)
@@ -78,6 +89,8 @@ class History:
             self._times.append([])
             self._values.append([])
             self._by_metric.setdefault(dict(labels).get(NAME, ""), []).append(number)
+        if start is not None:
+            self._starts.setdefault(number, {})[at] = start
         times, values = self._times[number], self._values[number]
         self._columns.pop(number, None)
         if times and at <= times[-1]:
@@ -131,6 +144,13 @@ class History:
         if not times:
             return bounds, np.empty(0), np.empty(0)
         return bounds, np.concatenate(times), np.concatenate(values)
+
+    def started(self, series: Ids, times: Floats) -> Floats | None:
+        if not self._starts:
+            return None
+        pairs = zip(series.tolist(), times.tolist(), strict=True)
+        none: dict[float, float] = {}
+        return np.array([self._starts.get(number, none).get(time, 0.0) for number, time in pairs], float)
 
     def _column(self, number: int) -> tuple[Floats, Floats]:
         made = self._columns.get(number)

@@ -100,7 +100,10 @@ class Runs:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The samples of each series in a window (start, end]; series without any are left out. Milliseconds."""
+    """The samples of each series in a window (start, end]; series without any are left out. Milliseconds.
+
+    `starts`: when the counter of each sample began, 0 where nobody knows; None if that is so everywhere.
+    """
 
     keys: Ids
     dropped: Flags
@@ -108,6 +111,7 @@ class Matrix:
     times: Floats
     start: float
     end: float
+    starts: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -30,6 +30,7 @@ def _metrics(names: str, labels: str, every_s: float, bounds: tuple[float, float
 
 _ANY, _PLUS, _FLAG, _RATIO = (float("-inf"), float("inf")), (0.0, float("inf")), (0.0, 1.0), (0.0, 1.0)
 _GPU, _AGENT, _CUT = "host gpu uuid", "host agent revision role", "host agent revision role quantile"
+_RULES = "host partition"
 
 METRICS: dict[str, Metric] = {
     **_metrics("gpu_up", _GPU, HOT_S, _FLAG),
@@ -102,14 +103,10 @@ METRICS: dict[str, Metric] = {
     **_metrics("agent_shadow_mismatches_total agent_shadow_dropped_total", _AGENT, HOT_S, _PLUS),
     **_metrics("agent_shadow_errors_total agent_connections agent_connections_total", _AGENT, HOT_S, _PLUS),
     **_metrics("agent_connection_bytes_total", f"{_AGENT} direction", HOT_S, _PLUS),
-    **_metrics("rules_samples_total rules_evaluations_total rules_evaluation_errors_total", "host", CALM_S, _PLUS),
-    **_metrics("rules_unresolved_total rules_batches_lost_total rules_late_total", "host", CALM_S, _PLUS),
-    **_metrics(
-        "rules_reload_errors_total rules_series_refused_total rules_claims_total rules_alerts_firing",
-        "host",
-        CALM_S,
-        _PLUS,
-    ),
+    **_metrics("rules_samples_total rules_evaluations_total rules_evaluation_errors_total", _RULES, CALM_S, _PLUS),
+    **_metrics("rules_unresolved_total rules_batches_lost_total rules_late_total", _RULES, CALM_S, _PLUS),
+    **_metrics("rules_malformed_total rules_reload_errors_total rules_series_refused_total", _RULES, CALM_S, _PLUS),
+    **_metrics("rules_claims_total rules_alerts_firing", _RULES, CALM_S, _PLUS),
     **_metrics("role_up", "host role name", 0.5, _FLAG),
     **_metrics("bus_dropped_total bus_link_up", "host link", 0.5, _PLUS),
     **_metrics("bus_lost_total", "host link source", 0.5, _PLUS),

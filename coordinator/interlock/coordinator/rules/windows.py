@@ -44,24 +44,33 @@ def extrapolated(  # noqa: PLR0917 - columns of one computation, in both tiers
     *,
     counter: bool,
     per_second: bool,
+    began: Floats | None = None,
 ) -> Result:
     """The change over the whole window from the samples in it, as Prometheus extrapolates it. Times in milliseconds.
 
-    `change`: from the first sample to the last, resets of a counter made good.
+    `change`: from the first sample to the last, resets of a counter made good. `began`: when the counter of the first
+    sample began, which is a sample of zero if it lies in the window.
     """
     sampled = (last_time - first_time) / 1000
-    interval = sampled / (count - 1)
+    interval = sampled / (count - 1) if began is None else np.where(count > 1, sampled / np.maximum(count - 1, 1), 0.0)
     to_start, to_end = (first_time - start) / 1000, (end - last_time) / 1000
     threshold = interval * 1.1
     to_start = np.where(to_start >= threshold, interval / 2, to_start)
     if counter:  # a counter never was below zero
         to_zero = np.where((change > 0) & (first >= 0), sampled * (first / change), to_start)
         to_start = np.where(to_zero < to_start, to_zero, to_start)
+    found = (count > 1) & (sampled > 0)
+    if began is not None:
+        zero = (began != 0) & (began > start) & (began < first_time)
+        to_start = np.where(zero, 0.0, to_start)
+        sampled = np.where(zero, (last_time - began) / 1000, sampled)
+        change = np.where(zero, change + first, change)
+        found |= zero
     to_end = np.where(to_end >= threshold, interval / 2, to_end)
     factor = (sampled + to_start + to_end) / sampled
     if per_second:
         factor = factor / ((end - start) / 1000)
-    return change * factor, (count > 1) & (sampled > 0)
+    return change * factor, found
 
 
 def cancelled(change: Floats, first: Floats, last: Floats, drops: Floats) -> Flags:
@@ -82,6 +91,32 @@ def steps(matrix: Matrix) -> tuple[Floats, Floats, Flags]:
     return before, values, inner
 
 
+def began_anew(matrix: Matrix) -> Flags:
+    """Which samples' counters began after the sample before them, as far as start times tell."""
+    if matrix.starts is None:
+        return np.zeros(len(matrix.times), bool)
+    starts, times = matrix.starts, matrix.times
+    earlier, earlier_start = _shifted(times), _shifted(starts)
+    known = (starts != 0) & (starts < times)
+    chained = (starts == earlier) & (earlier_start != 0) & (earlier_start < earlier)  # a delta begins where one ended
+    found: Flags = known & ((starts > earlier) | chained) & ~_firsts(matrix.runs)
+    return found
+
+
+def overlapping(matrix: Matrix) -> Flags:
+    """Which series have a sample whose counter began before the sample before it, and not with it."""
+    if matrix.starts is None:
+        return np.zeros(len(matrix), bool)
+    starts, earlier = matrix.starts, _shifted(matrix.times)
+    odd = (starts != 0) & (starts < earlier) & (starts != _shifted(matrix.starts)) & ~_firsts(matrix.runs)
+    return matrix.runs.reduce(np.maximum, odd.astype(float)) > 0
+
+
+def _shifted(values: Floats) -> Floats:
+    """What stands one place before."""
+    return np.concatenate([values[:1], values[:-1]])
+
+
 def _rate(*, counter: bool, per_second: bool) -> WindowFunction:
     def function(matrix: Matrix) -> Result:
         runs, times = matrix.runs, matrix.times
@@ -89,7 +124,7 @@ def _rate(*, counter: bool, per_second: bool) -> WindowFunction:
         change = last - first
         if counter:
             before, value, inner = steps(matrix)
-            reset = inner & (value < before)
+            reset = inner & ((value < before) | began_anew(matrix))
             drops = runs.reduce(np.add, np.where(reset, before, 0.0))
             change = change + drops
             doubtful = cancelled(change, first, last, drops)
@@ -99,6 +134,7 @@ def _rate(*, counter: bool, per_second: bool) -> WindowFunction:
         return extrapolated(
             runs.counts, times[runs.starts], first, times[runs.lasts], change, matrix.start, matrix.end,
             counter=counter, per_second=per_second,
+            began=None if matrix.starts is None or not counter else matrix.starts[runs.starts],
         )  # fmt: skip
 
     return function
@@ -110,7 +146,8 @@ def _instant(*, rate: bool) -> WindowFunction:
         last = runs.lasts
         before = np.maximum(last - 1, runs.starts)
         value, earlier = runs.values[last], runs.values[before]
-        change = np.where(value < earlier, value, value - earlier) if rate else value - earlier
+        reset = (value < earlier) | began_anew(matrix)[last]
+        change = np.where(reset, value, value - earlier) if rate else value - earlier
         sampled = times[last] - times[before]
         return (change / (sampled / 1000) if rate else change), (runs.counts > 1) & (sampled != 0)
 
@@ -166,7 +203,8 @@ def _changes(matrix: Matrix) -> Result:
 
 def _resets(matrix: Matrix) -> Result:
     before, value, inner = steps(matrix)
-    return matrix.runs.reduce(np.add, (inner & (value < before)).astype(float)), None
+    reset = inner & ((value < before) | began_anew(matrix))
+    return matrix.runs.reduce(np.add, reset.astype(float)), None
 
 
 def _quantile(matrix: Matrix, q: float) -> Result:
@@ -174,10 +212,11 @@ def _quantile(matrix: Matrix, q: float) -> Result:
 
 
 def _mad(matrix: Matrix) -> Result:
-    """The median of the distances from the median."""
+    """The median of the distances from the median; nothing is known of it where a sample is NaN."""
     middle = quantiles(0.5, matrix.runs)
     distances = np.abs(matrix.runs.values - np.repeat(middle, matrix.runs.counts))
-    return quantiles(0.5, matrix.runs.with_values(distances)), None
+    unknown = matrix.runs.reduce(np.add, np.isnan(matrix.runs.values).astype(float)) > 0
+    return np.where(unknown, np.nan, quantiles(0.5, matrix.runs.with_values(distances))), None
 
 
 def _smoothed(matrix: Matrix, smoothing: float, trend: float) -> Result:
