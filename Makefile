@@ -12,7 +12,7 @@ SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LINTED := $(wildcard broker agents monitors coordinator tests examples)
 
-.PHONY: help demo test check bench bench-bus bench-rules fuzz format clean
+.PHONY: help demo test check bench bench-assess bench-bus bench-rules fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,6 +48,10 @@ bench-bus: $(STAMP)
 # The rule engine alone, and from a publisher's send to the rollback, beside Prometheus and Alertmanager.
 bench-rules: $(STAMP)
 	@set -e; $(BIN)/python tests/benchmarks/bench_rules.py; $(BIN)/python tests/benchmarks/bench_rules_path.py --rival
+
+# `interlock assess` over CPython's Lib, beside radon and lizard where they are installed.
+bench-assess: $(STAMP)
+	@$(BIN)/python tests/benchmarks/bench_assess.py
 
 # Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.
 fuzz: $(STAMP)

@@ -24,6 +24,7 @@ from interlock.broker.role import run_role
 from interlock.coordinator.options import (
     REPORTS,
     STEERING,
+    assess_options,
     drill_options,
     keys_options,
     log_options,
@@ -120,6 +121,7 @@ def parser() -> Parser:
     watch_options(verb("watch", "follow what happens on the bus"))
     log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
+    assess_options(verb("assess", "find the agents in source trees, and how risky each is to move"))
     verb("asyncapi", "print the AsyncAPI 3 document of the bus, for programs in other languages")
     verb("shell", "a prompt with these verbs")
     up = verb("up", "run every role of a fleet on this machine")
@@ -358,6 +360,15 @@ def _log(chosen: argparse.Namespace) -> int:
     return log_verb.run(chosen, lambda: load_fleet(chosen.fleet), with_bus)
 
 
+def _assess(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import assess_verb
+
+    for option, path in (("--sarif", chosen.sarif), ("--html", chosen.html)):
+        if path is not None:
+            check_writable(path, option)
+    return assess_verb.run(chosen)
+
+
 def _asyncapi(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.asyncapi import rendered
 
@@ -445,6 +456,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "watch": _watch,
     "log": _log,
     "keys": _keys,
+    "assess": _assess,
     "asyncapi": _asyncapi,
     "shell": _shell,
     "up": _up,

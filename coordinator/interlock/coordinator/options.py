@@ -152,6 +152,21 @@ def keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
     install.add_argument("file", type=Path, metavar="FILE")
 
 
+def assess_options(assess: argparse.ArgumentParser) -> None:
+    assess.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folders or files")
+    assess.add_argument("--config", type=Path, metavar="FILE", help="TOML: excludes, points, bounds, base classes")
+    assess.add_argument("--exclude", action="append", default=[], metavar="NAME", help="leave out; * and ? are known")
+    assess.add_argument("--base", action="append", default=[], metavar="CLASS", help="one more agent base class")
+    assess.add_argument("--details", action="store_true", help="each place that shows a factor")
+    assess.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, too")
+    assess.add_argument("--sarif", type=Path, metavar="FILE", help="write it as SARIF, for editors and code hosts")
+    assess.add_argument(
+        "--fail-above", choices=list(STRATEGY_OF), metavar="LEVEL",
+        help="exit with 13 if an agent's level is higher, or it can't be migrated",
+    )  # fmt: skip
+    assess.add_argument("--workers", type=whole_number, default=0, metavar="N", help="processes (default: the cores)")
+
+
 def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Without an action, `rules` is the role."""
     acts = rules.add_subparsers(dest="act", metavar="ACTION", required=False)

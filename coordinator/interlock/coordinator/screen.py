@@ -12,6 +12,8 @@ from rich.table import Table
 
 from interlock.broker.facts import WaveResult
 from interlock.broker.wire import Event
+from interlock.coordinator.assess import text as assess_text
+from interlock.coordinator.assess.report import Report as Assessment
 from interlock.coordinator.fleet import Fleet, Migration, Wave
 from interlock.coordinator.ping import Roll
 from interlock.coordinator.planning import Forecast
@@ -167,6 +169,15 @@ class Screen:
             self.line(f"would be REFUSED now: {reason}", "bad")
         if not found.refused:
             self.line("would begin now", "good")
+
+    def assessed(self, found: Assessment, *, details: bool) -> None:
+        """What `interlock assess` shows."""
+        for line, how in assess_text.head(found):
+            self.line(line, how)
+        if found.agents:
+            self._table("Agents", assess_text.COLUMNS, assess_text.rows(found))
+        for line, how in assess_text.rest(found, details=details):
+            self.line(line, how)
 
     # --- inside
 
