@@ -35,6 +35,7 @@ HELD = {
         "answers.py",
         "agent.py",
         "contract.py",
+        "fixed_ports.py",
         "serving.py",
         "state_door.py",
         "transfer.py",

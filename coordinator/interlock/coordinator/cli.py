@@ -26,6 +26,7 @@ from interlock.coordinator.options import (
     STEERING,
     assess_options,
     drill_options,
+    import_options,
     keys_options,
     log_options,
     migrate_options,
@@ -122,6 +123,7 @@ def parser() -> Parser:
     log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
     assess_options(verb("assess", "find the agents in source trees, and how risky each is to move"))
+    import_options(verb("import", "turn a start-up list of scripts into a fleet file"))
     verb("asyncapi", "print the AsyncAPI 3 document of the bus, for programs in other languages")
     verb("shell", "a prompt with these verbs")
     up = verb("up", "run every role of a fleet on this machine")
@@ -369,6 +371,14 @@ def _assess(chosen: argparse.Namespace) -> int:
     return assess_verb.run(chosen)
 
 
+def _import(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import import_verb
+
+    if chosen.out is not None:
+        check_writable(chosen.out, "--out")
+    return import_verb.run(chosen)
+
+
 def _asyncapi(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.asyncapi import rendered
 
@@ -457,6 +467,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "log": _log,
     "keys": _keys,
     "assess": _assess,
+    "import": _import,
     "asyncapi": _asyncapi,
     "shell": _shell,
     "up": _up,

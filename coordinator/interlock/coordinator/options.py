@@ -167,6 +167,25 @@ def assess_options(assess: argparse.ArgumentParser) -> None:
     assess.add_argument("--workers", type=whole_number, default=0, metavar="N", help="processes (default: the cores)")
 
 
+def import_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("list", type=Path, metavar="STARTUP.yaml", help="which scripts run, on which ports")
+    one.add_argument("--out", type=Path, metavar="FLEET.toml", help="write it there (default: standard output)")
+    one.add_argument("--force", action="store_true", help="overwrite a file that is there")
+    one.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="where the scripts' paths start (default: is looked for)"
+    )
+    one.add_argument("--name", default="fleet", metavar="NAME", help="of the fleet")
+    one.add_argument("--host", default="main", metavar="NAME", help="of the host that all of them run on")
+    one.add_argument("--address", default="127.0.0.1", help="where clients reach the agents (0.0.0.0: from anywhere)")
+    one.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the list; else the environment's",
+    )
+
+
 def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Without an action, `rules` is the role."""
     acts = rules.add_subparsers(dest="act", metavar="ACTION", required=False)

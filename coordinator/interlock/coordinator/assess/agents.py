@@ -113,7 +113,7 @@ def _listed(project: Project, entries: Sequence[tuple[str, Entry]], agents: list
     """Give each agent its entry; make agents of entries whose script holds none."""
     wrong = []
     for folder, entry in entries:
-        path = _script(project, folder, entry.script)
+        path = script_file(project, folder, entry.script)
         if path is None:
             wrong.append(f"{entry.place}: {entry.name}: there is no script {entry.script}")
             continue
@@ -127,7 +127,7 @@ def _listed(project: Project, entries: Sequence[tuple[str, Entry]], agents: list
     return wrong
 
 
-def _script(project: Project, folder: str, script: str) -> str | None:
+def script_file(project: Project, folder: str, script: str) -> str | None:
     """The file of a script, from its list's folder upwards; else the nearest whose path ends so."""
     parts = [part for part in PurePosixPath(script.replace("\\", "/")).parts if part not in (".", "/", "..")]
     if not parts:

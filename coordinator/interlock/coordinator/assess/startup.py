@@ -7,6 +7,7 @@ be sums with variables of the environment: `${PORT_OFFSET}+7200`, `${PORT:-7200}
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -18,12 +19,14 @@ PORT = ("port", "zmq_port", "request_port")
 HEALTH = ("health_check_port", "health_port", "healthcheck_port", "health")
 DEPENDS = ("dependencies", "depends_on", "depends", "requires", "needs")
 REQUIRED = ("required",)
-KNOWN = frozenset((*SCRIPT, *NAME, *PORT, *HEALTH, *DEPENDS, *REQUIRED))
+ARGUMENTS = ("args", "arguments")
+ENVIRONMENT = ("env", "environment", "env_vars")
+KNOWN = frozenset((*SCRIPT, *NAME, *PORT, *HEALTH, *DEPENDS, *REQUIRED, *ARGUMENTS, *ENVIRONMENT))
 DEPTH = 12  # of groups in groups
 MAX_ENTRIES = 10_000
 MAX_NODES = 200_000  # that are looked at: aliases can make a small file endless
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
+_VARIABLE = re.compile(r"\$\{(\w+)(?:(?::-|:|-)([^}]*))?\}|\$(\w+)")
 _SUM = re.compile(r"[\d\s+()-]+")
 
 
@@ -39,6 +42,8 @@ class Entry:
     health: int = 0
     depends: tuple[str, ...] = ()
     required: bool | None = None
+    arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
     unknown: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -119,6 +124,12 @@ class _Reader:
 
         first(SCRIPT, ())
         named = first(NAME, (str, int))
+        arguments = first(ARGUMENTS, (list, str))
+        try:
+            words = shlex.split(arguments) if isinstance(arguments, str) else [str(each) for each in arguments or ()]
+        except ValueError:  # a quotation without an end
+            words, unknown["args"] = [], arguments
+        variables = first(ENVIRONMENT, dict) or {}
         return Entry(
             name=str(named).strip() if named is not None and str(named).strip() else key or PurePosixPath(script).stem,
             script=script,
@@ -128,6 +139,8 @@ class _Reader:
             health=port(HEALTH),
             depends=_texts(first(DEPENDS, (list, str))),
             required=first(REQUIRED, bool),
+            arguments=tuple(words),
+            environment=tuple((str(name), filled(str(value), self._environment)) for name, value in variables.items()),
             unknown=unknown,
             notes=tuple(notes),
         )
@@ -159,6 +172,11 @@ def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         return ()
     return tuple(str(each.get("name", "")) if isinstance(each, dict) else str(each) for each in value if each)
+
+
+def filled(text: str, environment: Mapping[str, str]) -> str:
+    """With the variables that are set; one that is not stays as it stands, or is its default."""
+    return _VARIABLE.sub(lambda found: environment.get(found[1] or found[3], found[2] or found[0]), text)
 
 
 def port_of(value: Any, environment: Mapping[str, str]) -> tuple[int, str]:
