@@ -36,6 +36,7 @@ HELD = {
         "agent.py",
         "contract.py",
         "fixed_ports.py",
+        "sandbox.py",
         "serving.py",
         "state_door.py",
         "transfer.py",

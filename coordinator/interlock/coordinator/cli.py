@@ -52,9 +52,10 @@ ELSEWHERE = {
     "broker": ("interlock.broker", "run the broker in this process"),
     "host": ("interlock.agents", "run a host in this process: agents and their gateways (--name HOST)"),
     "monitor": ("interlock.monitors", "run a monitor of a host in this process (--host HOST)"),
+    "check": ("interlock.agents.check_verb", "start a class agent in a sandbox, and say what is not ready to be moved"),
     "backup": ("interlock.agents.backup_verb", "list, verify or restore the backups of this machine's hosts"),
 }
-TOOLS = {"backup"}  # of these, what is no role: it ends by itself
+TOOLS = {"backup", "check"}  # of these, what is no role: it ends by itself
 
 
 class WrongUsage(SystemExit):
