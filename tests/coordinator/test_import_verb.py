@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from interlock.broker.config import AgentConfig, load_fleet, parse_fleet
 from interlock.coordinator.assess.startup import Entry, port_of, read_startup
 from interlock.coordinator.cli import main
 from interlock.coordinator.importing import Script, fleet_file
+from interlock.coordinator.source_risk import source_risk
 
 PROJECT = Path(__file__).parents[1] / "assess" / "fleet"
 
@@ -253,3 +255,34 @@ def test_a_file_that_is_no_list_is_refused(
     assert said in capsys.readouterr().err
     assert main(["import", str(tmp_path / "list.yaml"), "--set", "nothing"]) == 2
     assert main(["import", str(tmp_path / "missing.yaml")]) == 2
+
+
+# --- the risk that a plan shows
+
+
+def planned(tmp_path: Path, revision: str) -> Any:
+    config = tmp_path / "fleet.toml"
+    config.write_text(
+        '[hosts.alpha]\ncontrol = "tcp://127.0.0.1:7180"\n'
+        '[agents.one]\nhost = "alpha"\nendpoint = "tcp://127.0.0.1:7201"\nserve = "v1"\nlevel = "low"\n'
+        f"[agents.one.revisions]\nv1 = {{ {revision} }}\n"
+    )
+    return trio.run(source_risk, load_fleet(config), "one", "v1")
+
+
+def test_a_plan_has_the_score_of_the_class_or_the_script_that_the_revision_names(tmp_path: Path) -> None:
+    found = planned(tmp_path, f'source = "{PROJECT.parent / "sockets"}", entry = "agent:Talker"')
+    assert (found.score, found.level, found.problem) == (8, "low", "")
+    assert found.factors == ["manages its own sockets (agent.py:14)"]
+    probe = 'probe = { kind = "tcp", port = "request" }'
+    source = PROJECT.parent / "broken"
+    found = planned(tmp_path, f'source = "{source}", command = ["{{python}}", "old.py", "{{port}}"], {probe}')
+    assert (found.score, found.level) == (34, "high")
+    assert found.problem.startswith("old.py:14:")
+
+
+def test_a_plan_knows_no_score_of_what_it_does_not_find(tmp_path: Path) -> None:
+    probe = 'probe = { kind = "tcp", port = "request" }'
+    assert planned(tmp_path, f'source = "{PROJECT.parent / "sockets"}", entry = "agent:Other"') is None
+    assert planned(tmp_path, f'source = "missing", command = ["run"], {probe}') is None
+    assert planned(tmp_path, f'source = "{PROJECT}", command = ["run", "{{port}}"], {probe}') is None

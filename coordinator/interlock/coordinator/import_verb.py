@@ -13,7 +13,7 @@ import trio
 
 from interlock.broker.config import parse_fleet
 from interlock.broker.errors import ConfigError, Refused
-from interlock.coordinator.assess import agents, pool, walking
+from interlock.coordinator.assess import agents
 from interlock.coordinator.assess.agents import Agent, script_file
 from interlock.coordinator.assess.graph import port_of
 from interlock.coordinator.assess.project import Project, dotted
@@ -22,6 +22,7 @@ from interlock.coordinator.assess.settings import Settings
 from interlock.coordinator.assess.startup import Entry, StartUp, read_startup
 from interlock.coordinator.importing import Imported, Script, fleet_file
 from interlock.coordinator.rules.yamltree import load_yaml
+from interlock.coordinator.source_risk import read_project
 from interlock.coordinator.terminal import note, say_json
 
 ABOVE = 3  # folders above the list, at most, in which its scripts are looked for
@@ -81,12 +82,6 @@ def read_list(path: Path, environment: dict[str, str]) -> StartUp:
         hint = "an entry is a mapping with script_path (or script, path), and a port; see docs/assessing.md"
         raise ConfigError("holds no entry of a start-up list", where=str(path), hint=hint)
     return found
-
-
-async def read_project(root: Path, settings: Settings) -> Project:
-    tree = walking.walk([root], settings.excluded)
-    modules, _ = await pool.read_all(tree.root, tree.sources, limit=settings.max_bytes)
-    return Project(modules)
 
 
 def convert(listed: StartUp, chosen: argparse.Namespace) -> Imported:

@@ -215,6 +215,8 @@ def _reach(
             target = project.find(ref.removeprefix("&"), spot.path)
             if target is None or Spot(target.path, target.name.partition(".")[0]) in blocked:
                 continue
+            if import_only and target.name and not ref.endswith(target.name.rpartition(".")[2]):
+                continue  # an attribute of a class, which makes no object of it
             found = [target]
             if target in project.classes:
                 found = [each for above in project.ancestors(target) if above not in blocked
