@@ -89,7 +89,7 @@ def main() -> None:
         )
     rivals = {
         "radon": ["cc", "--total-average", "--exclude", "*/site-packages/*", str(folder)],
-        "lizard": ["-l", "python", "-t", str(cores), "-x", "*/site-packages/*", str(folder)],
+        "lizard": ["-l", "python", "-t", str(cores), "-i", "-1", "-x", "*/site-packages/*", str(folder)],
     }
     beside = {
         name: timed([sys.executable, "-m", name, *options]) if importlib.util.find_spec(name) else "not installed"

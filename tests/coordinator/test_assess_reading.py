@@ -111,6 +111,41 @@ def test_what_is_deep_long_or_goes_round_in_circles_takes_no_time_and_ends_nothi
     read(source.encode(), "a.py")
 
 
+EVERYTHING = """
+match x:
+    case True | None: a()
+    case {"health": y, **rest}: b()
+    case [1, *z] if (q := z): c()
+    case K(1, k=2) as w: d()
+    case _: pass
+try:
+    pass
+except* (OSError, ValueError) as e:
+    raise
+async def f(a, /, b: int = 1, *c, d=2, **e) -> int:
+    global g, h
+    async with x as (m, [n, *o]), y:
+        async for p in q: await r
+    del a, b[0], c.d
+    return {**a, "k": [*b]}, {i for i in a async for j in b if i}, lambda *a, k=1, **b: (yield a)
+@d(1)
+class K(B, metaclass=M, **kw):
+    x: int
+    y: "List[int]" = f"{a!r:>{w}}" + b"" + 1j + ...
+    x[1:2, ::3] += -1 if not a < b <= c else a and b or c
+for i in j:
+    break
+else:
+    assert a, b
+"""
+
+
+def test_every_kind_of_statement_and_expression_is_walked() -> None:
+    for text in (EVERYTHING, f"{EVERYTHING}\nprint 'and once more, by the other parser'"):
+        module = read(text.encode(), "a.py")
+        assert {"f", "K"} <= {scope.name for scope in module.scopes}
+
+
 # --- names
 
 

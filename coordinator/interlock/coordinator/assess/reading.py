@@ -22,6 +22,15 @@ MAX_SOURCE = (
 MAIN = "<main>"
 _SKIPPED = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Constant, ast.Name)
 _LEAVES = frozenset(kind for base in _SKIPPED for kind in (base, *base.__subclasses__()))
+_WORDS = frozenset(
+    ("annotation", "arg", "attr", "conversion", "ctx", "id", "is_async", "kind", "kwd_attrs", "level", "module", "name",
+     "names", "op", "ops", "rest", "returns", "simple", "str", "tag", "type_comment")
+)  # fmt: skip  # fields that hold no nodes, or none that could matter
+_FIELDS: dict[type, tuple[str, ...]] = {
+    kind: tuple(name for name in kind._fields if name not in _WORDS)
+    for kind in vars(ast).values()
+    if isinstance(kind, type) and issubclass(kind, ast.AST)
+}
 
 
 def read(raw: bytes, path: str, *, limit: int = MAX_SOURCE) -> Module:
@@ -118,6 +127,7 @@ class Reader:
         for space in self._spaces:  # they hold each other, and the tree
             space.bound.clear()
             space.attributes.clear()
+            space.known.clear()
         return found
 
     def _space(self, kind: str, name: str, outer: Space | None) -> Space:
@@ -151,14 +161,17 @@ class Reader:
 
     def _children(self, node: ast.AST, space: Space, scope: Scope) -> None:
         stack = self._stack
-        for name in node._fields:
+        for name in _FIELDS.get(type(node), ()):  # some fields hold plain values
             value = getattr(node, name, None)
-            if isinstance(value, list):
-                for each in reversed(value):
-                    if isinstance(each, ast.AST) and type(each) not in _LEAVES:
-                        stack.append((each, space, scope))
-            elif isinstance(value, ast.AST) and type(value) not in _LEAVES:
-                stack.append((value, space, scope))
+            if value is None:
+                continue
+            if type(value) is not list:
+                if type(value) not in _LEAVES:
+                    stack.append((value, space, scope))
+                continue
+            for each in reversed(value):
+                if each is not None and type(each) not in _LEAVES:
+                    stack.append((each, space, scope))
 
     def _place(self, node: ast.AST, space: Space, scope: Scope) -> None:
         self._places.append((node, space, scope))

@@ -12,6 +12,7 @@ import builtins
 from typing import Any, NamedTuple
 
 DEPTH = 24  # aliases of aliases: nobody writes more, and generated code must not cost the stack
+SURE = 4  # what is found with no more aliases than these before it is remembered: no limit cut it short
 CHAIN = 40  # attributes and calls in one expression
 STEPS = 400  # looks at bindings for one question: names that are bound to each other would cost any number
 LENGTH = 300  # characters of a resolved name or text
@@ -45,7 +46,7 @@ Binding = ast.expr | str | Parameter | Own | Placed | None
 class Space:
     """One lexical scope, and what its names are bound to, in order."""
 
-    __slots__ = ("attributes", "bound", "declared", "kind", "name", "outer")
+    __slots__ = ("attributes", "bound", "declared", "kind", "known", "name", "outer")
 
     def __init__(self, kind: str, name: str, outer: Space | None) -> None:
         self.kind = kind  # "module", "class" or "function"
@@ -54,6 +55,7 @@ class Space:
         self.bound: dict[str, list[Binding]] = {}
         self.attributes: dict[str, list[Binding]] = {}  # of a class: what methods assign to self
         self.declared: set[str] = set()  # global or nonlocal
+        self.known: dict[str, str | None] = {}  # what its names, and ".attribute" of self, were found to stand for
 
     def bind(self, name: str, value: Binding) -> None:
         space = self
@@ -140,6 +142,14 @@ class Names:
         return head if head is not None and "()" not in head else None
 
     def _name(self, name: str, space: Space, depth: int) -> str | None:
+        if name in space.known:
+            return space.known[name]
+        said = self._looked_up(name, space, depth)
+        if depth < SURE and self._left >= 0:
+            space.known[name] = said
+        return said
+
+    def _looked_up(self, name: str, space: Space, depth: int) -> str | None:
         found = space.look_up(name)
         if found is None:
             if name in BUILTINS:
@@ -193,11 +203,17 @@ class Names:
         return next((each.klass for each in found[1] if isinstance(each, Own)), None)
 
     def _attribute(self, klass: Space, name: str, depth: int) -> str | None:
+        key = f".{name}"
+        if key in klass.known:
+            return klass.known[key]
         said = None
         if depth < DEPTH:
             said = self._of(klass.attributes.get(name, []), klass, depth + 1)
             said = said or self._of(klass.bound.get(name, []), klass, depth + 1)
-        return said or f"{klass.name}.{name}"
+        said = said or f"{klass.name}.{name}"
+        if depth < SURE and self._left >= 0:
+            klass.known[key] = said
+        return said
 
     def _special(self, node: ast.Call, space: Space, depth: int) -> str | None:
         """Imports at run time, and attributes that are named by a text."""
