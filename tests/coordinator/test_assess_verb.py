@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import os
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_ten_thousand_files_are_walked_and_counted(tmp_path: Path) -> None:
         for number in range(100):
             (tmp_path / str(folder) / f"m{number}.py").touch()
     assert len(walking.walk([tmp_path], EXCLUDED).sources) == 10_000
+
+
+def test_of_python_s_own_library_the_http_server_is_one_and_json_is_none() -> None:
+    library = Path(sysconfig.get_path("stdlib"))
+    found = examined(library / "http", library / "json", library / "sqlite3")
+    assert names(found) == ["server"]
+    (server,) = found.agents
+    assert (server.file, server.kind, server.migratable, found.broken) == ("http/server.py", "module", True, [])
+    assert {"no_base", "sockets", "threads"} <= {factor.factor for factor in server.factors}
 
 
 # --- processes
