@@ -91,7 +91,7 @@ class Project:
     def find(self, name: str, asker: str) -> Spot | None:
         return self.chase(name, asker)[1]
 
-    def _step(self, name: str, asker: str, stars: int = 0) -> tuple[Spot | None, tuple[str, str] | None]:
+    def _step(self, name: str, asker: str, stars: set[str] | None = None) -> tuple[Spot | None, tuple[str, str] | None]:
         """Where a name leads: a place, or (another name, the file in which that holds)."""
         if name.startswith(":"):
             return self._inside(asker, name[1:].split("."), stars)
@@ -118,7 +118,7 @@ class Project:
                     return self._inside(path, parts[count:], stars)
         return None, None
 
-    def _inside(self, path: str, rest: list[str], stars: int) -> tuple[Spot | None, tuple[str, str] | None]:
+    def _inside(self, path: str, rest: list[str], stars: set[str] | None) -> tuple[Spot | None, tuple[str, str] | None]:
         if not rest:
             return Spot(path, ""), None
         module, scopes = self.modules[path], self.scopes[path]
@@ -134,9 +134,12 @@ class Project:
             for inner in (f"{package}{first}.py", f"{package}{first}/__init__.py"):
                 if inner in self.modules:
                     return self._inside(inner, rest[1:], stars)
-        for star in module.stars if stars < HOPS else ():
+        stars = set() if stars is None else stars  # files whose star imports this question has followed
+        followed = path in stars
+        stars.add(path)
+        for star in () if followed else module.stars:
             target = star + ".".join(rest) if star.endswith(".") else ".".join([star, *rest])
-            spot, alias = self._step(target, path, stars + 1)
+            spot, alias = self._step(target, path, stars)
             if alias is not None or (spot is not None and spot.name):
                 return spot, alias
         return Spot(path, ""), None
