@@ -7,7 +7,7 @@ what these call of the tree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -60,8 +60,13 @@ def find(project: Project, entries: Sequence[tuple[str, Entry]], settings: Setti
         if path not in taken and (agent := _by_loop(project, module, classes)) is not None:
             agents.append(agent)
     wrong = _listed(project, entries, agents)
+    blocked = classes | {spot for spot in project.classes if spot.name in roots}
+    by_file: dict[str, set[str]] = {}
+    for spot in classes:
+        by_file.setdefault(spot.path, set()).add(spot.name)
     for agent in agents:
-        agent.sightings = list(_sightings(project, agent, classes, settings, roots))
+        starts = _starts(project, agent, by_file.get(agent.file, set()))
+        agent.sightings = list(_sightings(project, agent, starts, blocked, settings))
         _blame(project, agent)
     agents.sort(key=lambda agent: (agent.file, agent.line, agent.name))
     return agents, wrong
@@ -146,18 +151,14 @@ def script_file(project: Project, folder: str, script: str) -> str | None:
 
 
 def _sightings(
-    project: Project, agent: Agent, classes: set[Spot], settings: Settings, roots: Roots
+    project: Project, agent: Agent, starts: Sequence[Spot], blocked: set[Spot], settings: Settings
 ) -> Iterator[Sighting]:
+    """starts: what is its own; blocked: all agents and base classes, which it does not answer for."""
     hooks = _hooks(project, agent, settings)
     root = agent.lineage.root_spot if agent.lineage is not None else None
-    blocked = {spot for spot in classes if spot != agent.spot} | {
-        spot for spot in project.classes if spot.name in roots
-    }
-    if agent.lineage is not None:
-        blocked -= set(agent.lineage.between)
-    starts = _starts(project, agent, classes)
+    own = {agent.spot, *(agent.lineage.between if agent.lineage is not None else ())}
     seen: set[tuple[str, Found]] = set()
-    for spot in _reach(project, starts, blocked, without=root.path if root is not None else ""):
+    for spot in _reach(project, starts, blocked, own, without=root.path if root is not None else ""):
         for found in _found(project, spot):
             if found.sign == "health" and found.detail == "method" and found.what.removeprefix("def ") in hooks:
                 continue
@@ -166,18 +167,21 @@ def _sightings(
                 yield Sighting(spot.path, found)
 
 
-def _starts(project: Project, agent: Agent, classes: set[Spot]) -> list[Spot]:
-    """The whole file without other agents; of a file with several, the agent's class and what runs for all."""
+def _starts(project: Project, agent: Agent, classes: set[str]) -> list[Spot]:
+    """The whole file without other agents; of a file with several, the agent's class and what runs for all.
+
+    classes: the agents in its file.
+    """
     here = project.scopes[agent.file]
     if agent.kind == "class":
         own = [scope for above in project.ancestors(agent.spot) for scope in project.members(above)]
         roots = {agent.lineage.root_spot} if agent.lineage is not None else set()
         own = [spot for spot in own if not any(root is not None and _is_in(spot, root) for root in roots)]
-        others = {spot.name for spot in classes if spot.path == agent.file and spot != agent.spot}
+        others = classes - {agent.name}
         if others:
             return [*own, *(Spot(agent.file, name) for name in ("", MAIN) if name in here)]
     else:
-        own, others = [], {spot.name for spot in classes if spot.path == agent.file}
+        own, others = [], classes
     return [*own, *(Spot(agent.file, name) for name in here if name.partition(".")[0] not in others)]
 
 
@@ -194,9 +198,12 @@ def _hooks(project: Project, agent: Agent, settings: Settings) -> set[str]:
 
 
 def _reach(
-    project: Project, starts: Sequence[Spot], blocked: set[Spot], *, without: str = "", strict: bool = False
-) -> Iterator[Spot]:
-    """The scopes that run when these do, as far as names tell. without: a file whose own body is left out.
+    project: Project, starts: Sequence[Spot], blocked: set[Spot], own: Collection[Spot] = (), *,
+    without: str = "", strict: bool = False,
+) -> Iterator[Spot]:  # fmt: skip
+    """The scopes that run when these do, as far as names tell; none of a class that is blocked, unless it is its own.
+
+    without: a file whose own body is left out.
 
     strict: the body of a file runs only what it calls itself, and of a class that it makes only `__init__`.
     """
@@ -213,13 +220,14 @@ def _reach(
             if import_only and ref[0] == "&":
                 continue
             target = project.find(ref.removeprefix("&"), spot.path)
-            if target is None or Spot(target.path, target.name.partition(".")[0]) in blocked:
+            top = Spot(target.path, target.name.partition(".")[0]) if target is not None else None
+            if target is None or top is None or (top in blocked and top not in own):
                 continue
             if import_only and target.name and not ref.endswith(target.name.rpartition(".")[2]):
                 continue  # an attribute of a class, which makes no object of it
             found = [target]
             if target in project.classes:
-                found = [each for above in project.ancestors(target) if above not in blocked
+                found = [each for above in project.ancestors(target) if above not in blocked or above in own
                          for each in project.members(above)
                          if not import_only or each.name.endswith(".__init__")]  # fmt: skip
             if target.path not in (spot.path, without):

@@ -25,6 +25,16 @@ class Graph(msgspec.Struct, frozen=True):
     cycles: list[list[str]]
 
 
+def neighbours(edges: Iterable[tuple[str, str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """By agent: what it needs, and what needs it."""
+    needs: dict[str, list[str]] = {}
+    needed_by: dict[str, list[str]] = {}
+    for one, other in edges:
+        needs.setdefault(one, []).append(other)
+        needed_by.setdefault(other, []).append(one)
+    return needs, needed_by
+
+
 def port_of(endpoint: str) -> int:
     """0 if it has none, or one that the source does not tell."""
     found = _PORT.match(endpoint)

@@ -106,7 +106,7 @@ class Project:
         return None, None
 
     def _relative(
-        self, level: int, parts: list[str], asker: str, stars: int
+        self, level: int, parts: list[str], asker: str, stars: set[str] | None
     ) -> tuple[Spot | None, tuple[str, str] | None]:
         folder = PurePosixPath(asker).parent
         for _ in range(level - 1):

@@ -119,13 +119,15 @@ def report(
         {name: [each.endpoint for each in ends] for name, ends in connects.items()},
         said,
     )
+    needs, needed_by = graph.neighbours(edges.edges)
     assessed = [
         _assessed(
             name,
             agent,
             project.modules[agent.file],
-            edges,
             settings,
+            depends=sorted(needs.get(name, ())),
+            needed_by=sorted(needed_by.get(name, ())),
             uncompiled=uncompiled.get(agent.file),
             binds=binds[name],
             connects=connects[name],
@@ -133,11 +135,12 @@ def report(
         for name, agent in names.items()
     ]
     levels = Counter("unmigratable" if not each.migratable else each.level for each in assessed)
+    folded = {name.casefold() for name in names}
     unknown = [
         f"{name}: its start-up list says that it needs {other}, which is no agent here"
         for name, others in said.items()
         for other in others
-        if other.casefold() not in {each.casefold() for each in names}
+        if other.casefold() not in folded
     ]
     return Report(
         format=FORMAT,
@@ -168,10 +171,9 @@ def _names(agents: Sequence[Agent]) -> dict[str, Agent]:
 
 
 def _assessed(
-    name: str, agent: Agent, module: Module, edges: graph.Graph, settings: Settings, *,
+    name: str, agent: Agent, module: Module, settings: Settings, *, depends: list[str], needed_by: list[str],
     uncompiled: Problem | None, binds: list[Endpoint], connects: list[Endpoint],
 ) -> Assessed:  # fmt: skip
-    needed_by = sorted({one for one, other in edges.edges if other == name})
     scored = scoring.score(
         agent, size=module.size, lines=module.code_lines, needed_by=len(needed_by), settings=settings
     )
@@ -198,7 +200,7 @@ def _assessed(
         generated=module.generated,
         binds=binds,
         connects=connects,
-        depends=sorted({other for one, other in edges.edges if one == name}),
+        depends=depends,
         needed_by=needed_by,
         gpu=_places(agent, "gpu", "gpu-complex", "gpu-memory"),
         threading=_places(agent, "threads", "async", "sync"),
