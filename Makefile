@@ -12,7 +12,7 @@ SECONDS ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LINTED := $(wildcard broker agents monitors coordinator tests examples)
 
-.PHONY: help demo test check bench bench-bus bench-rules bench-monitor fuzz format clean
+.PHONY: help demo test check bench bench-assess bench-bus bench-rules bench-monitor fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +55,10 @@ bench-rules: $(STAMP)
 bench-monitor: $(STAMP)
 	@$(BIN)/python tests/benchmarks/bench_monitor.py $(QUICK)
 	@$(BIN)/python tests/benchmarks/bench_monitor_host.py $(QUICK)
+
+# `interlock assess` over CPython's Lib, beside radon and lizard where they are installed.
+bench-assess: $(STAMP)
+	@$(BIN)/python tests/benchmarks/bench_assess.py
 
 # Needs atheris, which is installed for it alone: it has wheels for Linux on x86-64.
 fuzz: $(STAMP)

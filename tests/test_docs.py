@@ -44,6 +44,8 @@ from interlock.broker.commands import Breach
 from interlock.broker.config import parse_fleet
 from interlock.broker.errors import ConfigError
 from interlock.broker.strategies import BUILT_IN, StrategyConfig
+from interlock.coordinator.assess import scoring
+from interlock.coordinator.assess import settings as assess_settings
 from interlock.coordinator.demo.scenarios import SCENARIOS
 from interlock.coordinator.phases import EVENTS, TRANSITIONS, Phase
 from interlock.coordinator.rules import language, operators, template
@@ -414,9 +416,65 @@ def gpu_faults_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+# --- risk
+
+
+def risk_factors() -> str:
+    """The first matrix."""
+    found = {
+        "no_base": "class bases, resolved over files",
+        "sockets": "calls that make or bind sockets of zmq, socket, asyncio, trio, HTTP and RPC servers",
+        "threads": "threading, multiprocessing, concurrent.futures, subprocess, executors",
+        "health": "routes, words and functions that answer or watch health; overriding the base class's hook is none",
+        "long": f"more than {assess_settings.Settings().long_lines} lines that are neither blank nor comment",
+        "large": f"more than {assess_settings.Settings().large_bytes // assess_settings.KB} KiB",
+        "database": "calls of sqlite3, redis, psycopg, sqlalchemy, mysql, mongo and others",
+        "config": "yaml, toml, ini and dotenv loads; json loads of what is named as a configuration",
+    }
+    rows = ["| factor | | points | found as |", "|---|---|---|---|"]
+    for name, meaning in scoring.FACTORS.items():
+        points = getattr(assess_settings.Points(), name)
+        rows.append(f"| `{name}` | {meaning} | {points} | {found[name]} |")
+    return "\n".join(rows) + "\n"
+
+
+def risk_levels() -> str:
+    """The bounds of the levels, and the strategy that each is due."""
+    rows = ["| score | level | strategy that is due |", "|---|---|---|"]
+    bounds = msgspec.structs.asdict(assess_settings.Bounds())
+    low = 0
+    for level in assess_settings.LEVELS:
+        high = bounds.get(level)
+        rows.append(f"| {low} to {high} | {level} | " if high is not None else f"| {low} and more | {level} | ")
+        rows[-1] += f"`{strategy_tables.STRATEGY_OF[level]}` |"
+        low = (high or 0) + 1
+    return "\n".join(rows) + "\n"
+
+
+def risk_weights() -> str:
+    """The second matrix."""
+    sizes = [f"below {bound // assess_settings.KB} KiB {value}" for bound, value in scoring.SIZES]
+    values = {
+        "size": ", ".join([*sizes, f"above {scoring.SIZE_ABOVE}"]),
+        **{
+            name: ", ".join(f"{word} {value}" for word, value in table.items())
+            for name, table in (
+                ("gpu", scoring.GPU), ("threading", scoring.THREADING), ("databases", scoring.DATABASES),
+                ("criticality", scoring.CRITICALITY),
+            )
+        },
+    }  # fmt: skip
+    rows = ["| what | weight | values |", "|---|---|---|"]
+    rows += [f"| {name} | {weight:.2f} | {values[name]} |" for name, weight in scoring.WEIGHTS.items()]
+    return "\n".join(rows) + "\n"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "gpu-metrics": gpu_table,
     "gpu-faults": gpu_faults_table,
+    "risk-factors": risk_factors,
+    "risk-levels": risk_levels,
+    "risk-weights": risk_weights,
     "demo": demo,
     "fleet-file": fleet_file,
     "strategies": strategies,
@@ -471,6 +529,13 @@ def test_every_toml_block_of_the_docs_is_part_of_a_fleet_file() -> None:
     whole = {"hosts": {"alpha": {"control": "tcp://127.0.0.1:7180"}}}
     for block in blocks(DOCS / "fleet-file.md", "toml"):
         parse_fleet({**whole, **tomllib.loads(block)})
+
+
+def test_the_settings_that_the_page_on_risk_shows_are_those_that_hold() -> None:
+    (block,) = blocks(DOCS / "assessing.md", "toml")
+    shown = assess_settings.parse_settings(block, where="docs/assessing.md")
+    changed = {"exclude": (), "base_classes": assess_settings.BASES}
+    assert msgspec.structs.replace(shown, **changed) == assess_settings.Settings()
 
 
 def test_every_yaml_block_of_the_rules_page_is_a_rule_file() -> None:

@@ -40,7 +40,9 @@ from pathlib import Path
 import pytest
 
 from interlock.broker.config import load_fleet
+from interlock.coordinator.assess.startup import read_startup
 from interlock.coordinator.rules.rulefile import parse_rules
+from interlock.coordinator.rules.yamltree import load_yaml
 from net_parts import Net, why_not
 
 ROOT = Path(__file__).parents[1]
@@ -285,6 +287,8 @@ class Reader:
             file.write(("\n" if how == "append" else "") + self.here(text))
         if block.language == "toml":
             load_fleet(path)
+        elif path.name == "startup.yaml":
+            assert read_startup(load_yaml(path.read_text(), file=str(path)), {}).entries
         elif block.language == "yaml":
             parse_rules(path.read_text(), file=str(path))
         else:

@@ -24,7 +24,9 @@ from interlock.broker.role import run_role
 from interlock.coordinator.options import (
     REPORTS,
     STEERING,
+    assess_options,
     drill_options,
+    import_options,
     keys_options,
     log_options,
     migrate_options,
@@ -54,9 +56,10 @@ ELSEWHERE = {
         "interlock.monitors",
         "run a monitor of a host in this process (--host HOST), or an action on GPUs",
     ),
+    "check": ("interlock.agents.check_verb", "start a class agent in a sandbox, and say what is not ready to be moved"),
     "backup": ("interlock.agents.backup_verb", "list, verify or restore the backups of this machine's hosts"),
 }
-TOOLS = {"backup"}  # of these, what is no role: it ends by itself
+TOOLS = {"backup", "check"}  # of these, what is no role: it ends by itself
 TAKE_JSON = TOOLS | {"monitor"}
 
 
@@ -126,6 +129,8 @@ def parser() -> Parser:
     watch_options(verb("watch", "follow what happens on the bus"))
     log_options(verb("log", "what is in the event log: list, follow, export or verify it"))
     keys_options(verb("keys", "who belongs to the fleet: issue, revoke and rotate keys"), common)
+    assess_options(verb("assess", "find the agents in source trees, and how risky each is to move"))
+    import_options(verb("import", "turn a start-up list of scripts into a fleet file"))
     verb("asyncapi", "print the AsyncAPI 3 document of the bus, for programs in other languages")
     verb("shell", "a prompt with these verbs")
     up = verb("up", "run every role of a fleet on this machine")
@@ -370,6 +375,23 @@ def _log(chosen: argparse.Namespace) -> int:
     return log_verb.run(chosen, lambda: load_fleet(chosen.fleet), with_bus)
 
 
+def _assess(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import assess_verb
+
+    for option, path in (("--sarif", chosen.sarif), ("--html", chosen.html)):
+        if path is not None:
+            check_writable(path, option)
+    return assess_verb.run(chosen)
+
+
+def _import(chosen: argparse.Namespace) -> int:
+    from interlock.coordinator import import_verb
+
+    if chosen.out is not None:
+        check_writable(chosen.out, "--out")
+    return import_verb.run(chosen)
+
+
 def _asyncapi(chosen: argparse.Namespace) -> int:
     from interlock.coordinator.asyncapi import rendered
 
@@ -461,6 +483,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "watch": _watch,
     "log": _log,
     "keys": _keys,
+    "assess": _assess,
+    "import": _import,
     "asyncapi": _asyncapi,
     "shell": _shell,
     "up": _up,

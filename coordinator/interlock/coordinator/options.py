@@ -161,6 +161,40 @@ def keys_options(parser: argparse.ArgumentParser, common: argparse.ArgumentParse
     install.add_argument("file", type=Path, metavar="FILE")
 
 
+def assess_options(assess: argparse.ArgumentParser) -> None:
+    assess.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folders or files")
+    assess.add_argument("--config", type=Path, metavar="FILE", help="TOML: excludes, points, bounds, base classes")
+    assess.add_argument("--exclude", action="append", default=[], metavar="NAME", help="leave out; * and ? are known")
+    assess.add_argument("--base", action="append", default=[], metavar="CLASS", help="one more agent base class")
+    assess.add_argument("--details", action="store_true", help="each place that shows a factor")
+    assess.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, too")
+    assess.add_argument("--sarif", type=Path, metavar="FILE", help="write it as SARIF, for editors and code hosts")
+    assess.add_argument(
+        "--fail-above", choices=list(STRATEGY_OF), metavar="LEVEL",
+        help="exit with 13 if an agent's level is higher, or it can't be migrated",
+    )  # fmt: skip
+    assess.add_argument("--workers", type=whole_number, default=0, metavar="N", help="processes (default: the cores)")
+
+
+def import_options(one: argparse.ArgumentParser) -> None:
+    one.add_argument("list", type=Path, metavar="STARTUP.yaml", help="which scripts run, on which ports")
+    one.add_argument("--out", type=Path, metavar="FLEET.toml", help="write it there (default: standard output)")
+    one.add_argument("--force", action="store_true", help="overwrite a file that is there")
+    one.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="where the scripts' paths start (default: is looked for)"
+    )
+    one.add_argument("--name", default="fleet", metavar="NAME", help="of the fleet")
+    one.add_argument("--host", default="main", metavar="NAME", help="of the host that all of them run on")
+    one.add_argument("--address", default="127.0.0.1", help="where clients reach the agents (0.0.0.0: from anywhere)")
+    one.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the list; else the environment's",
+    )
+
+
 def rules_options(rules: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     """Without an action, `rules` is the role."""
     which = "which of the rule engines that share the fleet ([rules] partitions) this one is"

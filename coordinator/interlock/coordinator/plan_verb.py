@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 
 from interlock.broker import commands
 from interlock.broker.bus import Bus
@@ -13,6 +14,7 @@ from interlock.broker.errors import ConfigError, Refused
 from interlock.coordinator.decisions import Coordinator
 from interlock.coordinator.planning import Forecast, forecast
 from interlock.coordinator.screen import Screen
+from interlock.coordinator.source_risk import source_risk
 from interlock.coordinator.terminal import on_bus, say_json
 from interlock.coordinator.verbs import survey
 
@@ -25,6 +27,7 @@ def run(chosen: argparse.Namespace) -> int:
     async def verb(bus: Bus, fleet: FleetConfig) -> int:
         core = await survey(bus, fleet, timeout=chosen.timeout)
         found = ask(core, fleet, chosen, now=time.time())
+        found = replace(found, source=await source_risk(fleet, found.agent, found.to))
         if chosen.json:
             say_json(found.to_json())
         else:

@@ -12,7 +12,7 @@ from typing import Any
 from interlock.broker import commands
 from interlock.broker.config import CoordinatorConfig
 from interlock.broker.errors import InterlockError
-from interlock.broker.strategies import Level, ObserveConfig, StrategyConfig
+from interlock.broker.strategies import BUILT_IN, STRATEGY_OF, Level, ObserveConfig, StrategyConfig
 from interlock.coordinator.admission import Case
 from interlock.coordinator.fleet import Agent
 from interlock.coordinator.steps import PlannedStep, Stage, handing_over, plan
@@ -25,6 +25,17 @@ class Promise:
     seconds: float
     source: str
     rehearsed: bool
+
+
+@dataclass(frozen=True)
+class SourceRisk:
+    """The risk of the revision by its source: points, level, what holds and where; `problem`: why it can't run."""
+
+    score: int
+    level: Level
+    weighed: float
+    factors: list[str]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,14 @@ class Forecast:
     left_out: list[str] = field(default_factory=list)
     target: str = ""
     refused: list[str] = field(default_factory=list)
+    source: SourceRisk | None = None
+
+    @property
+    def under_source(self) -> str:
+        """The strategy that the source is due, if that is more careful than what is due; else empty."""
+        order: list[str] = list(BUILT_IN)
+        by_source = STRATEGY_OF[self.source.level] if self.source is not None else self.due
+        return by_source if order.index(self.due) < order.index(by_source) else ""
 
     @property
     def least_s(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +17,9 @@ from interlock.coordinator.ping import Roll
 from interlock.coordinator.planning import Forecast
 from interlock.coordinator.verbs import Report, Status
 from interlock.coordinator.wording import Tone, sentence, tone
+
+if TYPE_CHECKING:  # the parsers that it brings are of no use to the other verbs
+    from interlock.coordinator.assess.report import Report as Assessment
 
 STYLES: dict[Tone, str] = {"plain": "", "good": "green", "warn": "yellow", "bad": "bold red", "dim": "dim"}
 OUTCOMES: dict[str, Tone] = {
@@ -140,7 +143,7 @@ class Screen:
         there = f", to host {found.target}" if found.target else ""
         self.line(f"{found.agent} on {found.host}: {found.previous or '?'} -> {found.to}{there}")
         self.line(f"strategy {found.strategy}; due is {found.due}: {found.why}")
-        self.line(f"risk {found.risk or 'unknown: nobody scored it'}; backup of {', '.join(found.backup)}")
+        self._risk(found)
         promised = found.promise
         self.line(
             f"rollback within {promised.seconds:.3g} s: {promised.source}", "good" if promised.rehearsed else "warn"
@@ -168,7 +171,31 @@ class Screen:
         if not found.refused:
             self.line("would begin now", "good")
 
+    def assessed(self, found: Assessment, *, details: bool) -> None:
+        """What `interlock assess` shows."""
+        from interlock.coordinator.assess import text as assess_text
+
+        for line, how in assess_text.head(found):
+            self.line(line, how)
+        if found.agents:
+            self._table("Agents", assess_text.COLUMNS, assess_text.rows(found))
+        for line, how in assess_text.rest(found, details=details):
+            self.line(line, how)
+
     # --- inside
+
+    def _risk(self, found: Forecast) -> None:
+        backup = f"; backup of {', '.join(found.backup)}"
+        source = found.source
+        if found.risk or source is None:
+            self.line(f"risk {found.risk or 'unknown: nobody scored it'}{backup}")
+            return
+        what = "; ".join(source.factors) or "no factor holds"
+        self.line(f"risk {source.score}, {source.level}, by the source of {found.to}: {what}{backup}")
+        if source.problem:
+            self.line(f"its source can't run: {source.problem}", "bad")
+        if found.under_source:
+            self.line(f"by its source {found.under_source} is due: the fleet file is less careful", "warn")
 
     def _hosts(self, status: Status) -> None:
         if not status.view.hosts:

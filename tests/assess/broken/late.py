@@ -1,0 +1,8 @@
+from base import BaseAgent
+
+
+class Late(BaseAgent):
+    pass
+
+
+return Late
