@@ -55,7 +55,10 @@ def _seconds(said: str) -> float:
 
 
 class Connections(Generic[Message]):
-    """Those of one socket. `told`: what happened since it was last asked; `of`: a property of a message ("": none)."""
+    """Those of one socket. `told`: what happened since it was last asked; `of`: a property of a message ("": none).
+
+    kernel_watches: TCP itself finds out who is dead.
+    """
 
     def __init__(
         self,
@@ -63,9 +66,12 @@ class Connections(Generic[Message]):
         told: Callable[[], Iterable[tuple[Happening, int]]],
         of: Callable[[Message, str], str],
         handshake_s: float,
+        *,
+        kernel_watches: bool = False,
     ) -> None:
         self.name = name  # what ZAP calls the socket
         self.handshake_s = handshake_s  # within which one ends
+        self.kernel_watches = kernel_watches
         self.lines = Lines()
         self.talked: set[Line] = set()  # lines that something came from, since somebody emptied it
         self.judge: Judge | None = None

@@ -78,7 +78,8 @@ class Socket:
         self._raw.setsockopt(zmq.ZAP_DOMAIN, name.encode())
         self.watch(context, name, (Happening.ACCEPTED, Happening.ENDED))
         handshake_s = int(self._raw.getsockopt(zmq.HANDSHAKE_IVL)) / 1000
-        self.connections = Connections(name.encode(), self.happened, _property, handshake_s)
+        watches = self._raw.getsockopt(zmq.TCP_KEEPALIVE) == 1
+        self.connections = Connections(name.encode(), self.happened, _property, handshake_s, kernel_watches=watches)
         self._max_frames = MAX_FRAMES
 
     def watch(self, context: zmq.Context[zmq.Socket[bytes]], name: str, whats: Sequence[Happening]) -> None:
